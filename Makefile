@@ -1,0 +1,65 @@
+# Every target sets up what it needs in .venv, from a fresh clone: Python 3.11 or newer, make and
+# PyPI are all it takes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# cuda12 or cuda13 where an NVIDIA driver answers, else empty.
+CUDA = $(shell $(PYTHON) cupy_headnorm/_driver.py)
+# A folder of real weights and activations for the tests: make test REAL=DIR
+REAL ?=
+PYTEST = $(BIN)/python -m pytest $(if $(REAL),--real=$(REAL))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format compile gpu bench notebooks wheel clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/demo ## write, load and apply a checkpoint, on a GPU where there is one
+	@$(BIN)/python -m cupy_headnorm demo
+
+test: $(VENV)/test ## all tests that need no GPU, and with one those too
+	HEADNORM_REQUIRE_NVRTC=1 $(PYTEST) -n auto
+
+lint: $(VENV)/test ## formatting and style
+	$(BIN)/ruff format --check cupy_headnorm tests notebooks
+	$(BIN)/ruff check cupy_headnorm tests notebooks
+	$(BIN)/clang-format --dry-run -Werror kernels/*.cu kernels/include/headnorm/*.cuh
+
+format: $(VENV)/test ## bring the sources into form
+	$(BIN)/ruff format cupy_headnorm tests notebooks
+	$(BIN)/ruff check --fix cupy_headnorm tests notebooks
+	$(BIN)/clang-format -i kernels/*.cu kernels/include/headnorm/*.cuh
+
+compile: $(VENV)/test ## compile the kernels for every GPU from sm_75 to sm_120, without one
+	HEADNORM_REQUIRE_NVRTC=1 $(PYTEST) -n auto --all-architectures tests/test_compile.py
+
+gpu: $(VENV)/test ## the tests that need a GPU
+	$(PYTEST) -m gpu
+
+bench: $(VENV)/test ## speed as a share of a copy of the same bytes
+	$(BIN)/python -m cupy_headnorm bench
+
+notebooks: $(VENV)/test ## run every notebook
+	$(PYTEST) tests/test_notebooks.py
+
+wheel: $(VENV)/test ## build wheel and sdist into dist/, from a clean tree
+	rm -rf build dist *.egg-info
+	$(BIN)/python -m build
+
+clean: ## remove all that make and Python left
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer, not " + sys.version.split()[0] + ": make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo: setup.cfg | $(BIN)/python
+	$(BIN)/pip install -q -e '.$(if $(CUDA),[$(CUDA)])'
+	@touch $@
+
+# Without a driver CuPy comes too: its NVRTC compiles the kernels where none can run.
+$(VENV)/test: setup.cfg | $(BIN)/python
+	$(BIN)/pip install -q -e '.[test,$(or $(CUDA),cuda13)]'
+	@touch $@ $(VENV)/demo

@@ -1,0 +1,164 @@
+"""
+The DLPack structures, read from capsules and through the C exchange API, with ctypes alone.
+
+Layouts are those of dlpack.h 1.3, https://github.com/dmlc/dlpack.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
+DEVICE_NAMES = {4: "OpenCL", 7: "Vulkan", 8: "Metal", 10: "ROCm", 11: "ROCm host", 14: "oneAPI"}
+
+_READ_ONLY = 1
+_MAJOR = 1
+
+
+class DLDevice(ctypes.Structure):
+    """``DLDevice``."""
+
+    _fields_ = [("type", ctypes.c_int32), ("index", ctypes.c_int32)]
+
+
+class DLTensor(ctypes.Structure):
+    """``DLTensor``."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device", DLDevice),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _Version(ctypes.Structure):
+    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32)]
+
+
+class _Versioned(ctypes.Structure):
+    _fields_ = [
+        ("version", _Version),
+        ("manager_ctx", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", DLTensor),
+    ]
+
+
+class Tensor(NamedTuple):
+    """A DLTensor in Python's words."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """In elements."""
+    dtype: tuple[int, int, int]
+    """DLPack's code, bits and lanes."""
+    device: tuple[int, int]
+    """DLPack's device type and index."""
+    read_only: bool
+
+
+def _read(raw: DLTensor, read_only: bool) -> Tensor:
+    shape = tuple(raw.shape[: raw.ndim]) if raw.ndim else ()
+    if raw.strides:
+        strides = tuple(raw.strides[: raw.ndim])
+    else:
+        strides, step = (), 1
+        for n in reversed(shape):
+            strides, step = (step, *strides), step * n
+    return Tensor(
+        (raw.data or 0) + raw.byte_offset,
+        shape,
+        strides,
+        (raw.code, raw.bits, raw.lanes),
+        (raw.device.type, raw.device.index),
+        read_only,
+    )
+
+
+_pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+_name_of = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(
+    ("PyCapsule_GetName", ctypes.pythonapi)
+)
+
+
+def read_capsule(capsule: Any) -> Tensor:
+    """Describe an unconsumed capsule; the memory lives as long as the caller holds it."""
+    name = _name_of(capsule)
+    address = _pointer_of(capsule, name)
+    if name == b"dltensor_versioned":
+        versioned = _Versioned.from_address(address)
+        if versioned.version.major != _MAJOR:
+            raise TypeError(f"DLPack capsule of version {versioned.version.major}; needs {_MAJOR}")
+        return _read(versioned.tensor, bool(versioned.flags & _READ_ONLY))
+    if name == b"dltensor":
+        # DLManagedTensor begins with its DLTensor, and has no read-only flag.
+        return _read(DLTensor.from_address(address), read_only=False)
+    raise TypeError(f"capsule named {name!r}; needs an unconsumed DLPack capsule")
+
+
+class _ExchangeTable(ctypes.Structure):
+    _fields_ = [
+        ("version", _Version),
+        ("prev_api", ctypes.c_void_p),
+        ("managed_tensor_allocator", ctypes.c_void_p),
+        ("managed_tensor_from_py_object_no_sync", ctypes.c_void_p),
+        ("managed_tensor_to_py_object_no_sync", ctypes.c_void_p),
+        ("dltensor_from_py_object_no_sync", ctypes.c_void_p),
+        ("current_work_stream", ctypes.c_void_p),
+    ]
+
+
+class ExchangeApi:
+    """
+    The functions of a producer's C exchange API that a kernel library needs.
+
+    It looks at tensors without owning them and knows nothing of autograd: whoever calls it
+    checks the tensor's flags first.
+    """
+
+    def __init__(self, table: _ExchangeTable) -> None:
+        self._view = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(DLTensor))(
+            table.dltensor_from_py_object_no_sync
+        )
+        self._stream = ctypes.PYFUNCTYPE(
+            ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p)
+        )(table.current_work_stream)
+
+    def view(self, tensor: object) -> Tensor:
+        """Describe `tensor`, which the caller keeps alive."""
+        raw = DLTensor()
+        if self._view(tensor, ctypes.byref(raw)):
+            raise TypeError(f"{type(tensor).__name__} has no DLPack form")
+        return _read(raw, read_only=False)
+
+    def stream(self, index: int) -> int:
+        """Return the producer's current stream on CUDA device `index`: 0 is the default one."""
+        handle = ctypes.c_void_p()
+        if self._stream(CUDA, index, ctypes.byref(handle)):
+            raise RuntimeError(f"no current stream on cuda:{index}")
+        return handle.value or 0
+
+
+def exchange_api(kind: type) -> ExchangeApi | None:
+    """Return the C exchange API of a tensor type; None where it has none of our major version."""
+    capsule = getattr(kind, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return None
+    address = _pointer_of(capsule, b"dlpack_exchange_api")
+    while address:
+        table = _ExchangeTable.from_address(address)
+        if table.version.major == _MAJOR:
+            return ExchangeApi(table)
+        address = table.prev_api
+    return None

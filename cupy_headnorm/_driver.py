@@ -1,0 +1,42 @@
+"""
+The NVIDIA driver as seen without CuPy, and what to install for it.
+
+Runs as a script too (``python cupy_headnorm/_driver.py``): prints the CuPy extra for this machine,
+``cuda12`` or ``cuda13``, or nothing where no driver answers. Only the standard library is used,
+since the Makefile asks before anything is installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+
+class GPUUnavailableError(RuntimeError):
+    """A call needs the GPU and something it rests on is missing; the message says the remedy."""
+
+
+def cuda_version() -> int | None:
+    """Return the newest CUDA version the driver supports, 13000 for 13.0; None without a driver."""
+    try:
+        libcuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if libcuda.cuInit(0) or libcuda.cuDriverGetVersion(ctypes.byref(version)):
+        return None
+    return version.value
+
+
+def extra() -> str:
+    """Return the extra with the CuPy of the driver's CUDA major: cuda13 from 13.0, else cuda12."""
+    version = cuda_version()
+    return "cuda12" if version is not None and version < 13000 else "cuda13"
+
+
+def install_command() -> str:
+    """Return the pip command that adds CuPy, NVRTC and the CUDA headers."""
+    return f"pip install 'cupy-headnorm[{extra()}]'"
+
+
+if __name__ == "__main__" and cuda_version() is not None:
+    print(extra())

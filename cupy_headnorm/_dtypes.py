@@ -1,0 +1,82 @@
+"""The one table of element types: every other module asks it, none keeps its own list."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+
+class DType(NamedTuple):
+    """One element type and its name in every world the library talks to."""
+
+    name: str
+    """NumPy's and torch's name."""
+    short: str
+    """Part of a kernel's name: ``f16``."""
+    numpy: np.dtype
+    dlpack_code: int
+    """``DLDataTypeCode`` of dlpack.h: 2 is float, 4 is bfloat."""
+    safetensors: str
+    cuda: str
+    """Spelling in the kernels."""
+    eps: float
+    """Distance from 1 to the next value: 2 to the minus number of stored mantissa bits."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element."""
+        return self.numpy.itemsize
+
+    @property
+    def accumulate(self) -> DType:
+        """The type all arithmetic is done in: float64 for float64, float32 for the others."""
+        return self if self.name == "float64" else FLOAT32
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+FLOAT16 = DType("float16", "f16", np.dtype(np.float16), 2, "F16", "__half", 2.0**-10)
+BFLOAT16 = DType(
+    "bfloat16", "bf16", np.dtype(ml_dtypes.bfloat16), 4, "BF16", "__nv_bfloat16", 2.0**-7
+)
+FLOAT32 = DType("float32", "f32", np.dtype(np.float32), 2, "F32", "float", 2.0**-23)
+FLOAT64 = DType("float64", "f64", np.dtype(np.float64), 2, "F64", "double", 2.0**-52)
+
+DTYPES = (FLOAT16, BFLOAT16, FLOAT32, FLOAT64)
+NEEDED = "float16, bfloat16, float32 or float64"
+
+_BY_NUMPY = {dtype.numpy: dtype for dtype in DTYPES}
+_BY_DLPACK = {(dtype.dlpack_code, 8 * dtype.itemsize, 1): dtype for dtype in DTYPES}
+_BY_NAME = {dtype.name: dtype for dtype in DTYPES}
+
+BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES}
+
+
+def from_numpy(dtype: np.dtype, role: str) -> DType:
+    """Return the table's row for a NumPy (or CuPy) dtype; TypeError names `role`."""
+    found = _BY_NUMPY.get(dtype)
+    # A byte-swapped float32 compares unequal to np.float32 and is refused here by name.
+    if found is None:
+        raise TypeError(f"{role} has dtype {dtype}; needs {NEEDED} in native byte order")
+    return found
+
+
+def from_dlpack(code: int, bits: int, lanes: int, role: str) -> DType:
+    """Return the table's row for a DLPack type triple; TypeError names `role`."""
+    found = _BY_DLPACK.get((code, bits, lanes))
+    if found is None:
+        raise TypeError(
+            f"{role} has DLPack dtype (code {code}, {bits} bits, {lanes} lanes); needs {NEEDED}"
+        )
+    return found
+
+
+def from_name(name: str, role: str) -> DType:
+    """Return the table's row for ``"float16"`` and the like; TypeError names `role`."""
+    found = _BY_NAME.get(name)
+    if found is None:
+        raise TypeError(f"{role} has dtype {name}; needs {NEEDED}")
+    return found

@@ -1,0 +1,133 @@
+"""Where an array's bytes lie: shape, strides, device, and whether two arrays share bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupy_headnorm._dtypes import DType
+
+_OVERLAP_WORK = 1_000_000
+"""Steps `np.shares_memory` may take on one pair: under 10 ms; real tensors need under 100."""
+
+
+class Device(NamedTuple):
+    """``("cpu", 0)`` or ``("cuda", index)``."""
+
+    kind: str
+    index: int
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
+
+
+CPU = Device("cpu", 0)
+
+
+class Layout(NamedTuple):
+    """All that a plan depends on about one array; hashable, so that it is a key."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """In bytes."""
+    dtype: DType
+    device: Device
+    alignment: int
+    """Largest power of two, at most 16, that divides the address."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def extent(self, pointer: int) -> tuple[int, int]:
+        """Return the first byte used and the byte after the last."""
+        if self.size == 0:
+            return pointer, pointer
+        steps = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
+        low = pointer + sum(step for step in steps if step < 0)
+        high = pointer + sum(step for step in steps if step > 0)
+        return low, high + self.dtype.itemsize
+
+
+def alignment_of(pointer: int) -> int:
+    """Return the largest power of two, at most 16, that divides `pointer`."""
+    return (pointer | 16) & -(pointer | 16)
+
+
+def layout_of(array: np.ndarray, dtype: DType) -> Layout:
+    """Describe a NumPy array whose table row is `dtype`."""
+    return Layout(array.shape, array.strides, dtype, CPU, alignment_of(array.ctypes.data))
+
+
+class _Memory:
+    """An ``__array_interface__`` over an address; holds `owner` as long as the array lives."""
+
+    def __init__(self, interface: dict[str, Any], owner: object) -> None:
+        self.__array_interface__ = interface
+        self.owner = owner
+
+
+def as_numpy(pointer: int, layout: Layout, owner: object, writeable: bool) -> np.ndarray:
+    """
+    Return a NumPy view of existing memory; nothing is read.
+
+    For host memory it is an ordinary array. For device memory it is good for one thing,
+    asking `np.shares_memory` about addresses.
+    """
+    if layout.size == 0:
+        return np.empty(layout.shape, layout.dtype.numpy)
+    interface = {
+        "version": 3,
+        "data": (pointer, not writeable),
+        "shape": layout.shape,
+        "strides": layout.strides,
+        # bfloat16 has no type string of its own: go through an integer of its width.
+        "typestr": f"<u{layout.dtype.itemsize}",
+    }
+    return np.asarray(_Memory(interface, owner)).view(layout.dtype.numpy)
+
+
+def _shares(a: np.ndarray, b: np.ndarray) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=_OVERLAP_WORK)
+    except np.exceptions.TooHardError:
+        return True  # undecided within the bound: refuse rather than risk a wrong answer
+
+
+def overlaps_itself(layout: Layout) -> bool:
+    """Tell whether two different indices of an array name a common byte, exactly."""
+    if layout.size == 0:
+        return False
+    axes = sorted((abs(s), n) for n, s in zip(layout.shape, layout.strides, strict=True) if n > 1)
+    reach = layout.dtype.itemsize
+    for stride, n in axes:
+        if stride < reach:
+            break
+        reach += stride * (n - 1)
+    else:
+        return False
+    if axes[0][0] == 0:
+        return True
+    # Not nested: two indices that first differ on axis k can be moved so that one is at 0 there
+    # and the other above 0, all earlier axes at 0.
+    array = as_numpy(1 << 62, layout, None, writeable=False)
+    for axis, n in enumerate(layout.shape):
+        if n > 1:
+            tail = array[(0,) * axis]
+            if _shares(tail[:1], tail[1:]):
+                return True
+    return False
+
+
+def overlap(a_pointer: int, a: Layout, b_pointer: int, b: Layout) -> bool:
+    """Tell whether two arrays share a byte, exactly; disjoint ranges cost two comparisons."""
+    a_low, a_high = a.extent(a_pointer)
+    b_low, b_high = b.extent(b_pointer)
+    if a_high <= b_low or b_high <= a_low:
+        return False
+    return _shares(
+        as_numpy(a_pointer, a, None, writeable=False), as_numpy(b_pointer, b, None, writeable=False)
+    )

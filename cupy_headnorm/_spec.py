@@ -1,0 +1,360 @@
+"""What a call means: every rule on kinds, shapes, strides and dtypes, each with its error."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import NamedTuple
+
+from cupy_headnorm._dtypes import DType
+from cupy_headnorm._layout import Layout, overlap, overlaps_itself
+
+DEFAULT_EPS = {"rms": 1e-6, "layer": 1e-5}
+"""By kind. Qwen3 and Gemma use 1e-6, torch's and Cohere's LayerNorm 1e-5."""
+
+ROUNDINGS = ("once", "before_weight")
+
+Shape = tuple[int, ...]
+
+
+class NormOptions(NamedTuple):
+    """The arguments of a norm that are no arrays, checked. Build one with `options`."""
+
+    kind: str
+    eps: float
+    num_heads: int | None
+    head_dim: int | None
+    heads_axis: int
+    weight_offset: float
+    rounding: str
+
+
+class NormSpec(NamedTuple):
+    """What one compiled kernel computes."""
+
+    kind: str
+    x: DType
+    weight: DType | None
+    bias: DType | None
+    head_dim: int
+    rounding: str
+
+    @property
+    def name(self) -> str:
+        """The kernel's name in a profiler: ``head_norm_rms_bf16_f32_d128``."""
+        parts = ["head_norm", self.kind, self.x.short]
+        parts.append(self.weight.short if self.weight else "unweighted")
+        if self.bias:
+            parts.append(f"bias_{self.bias.short}")
+        parts.append(f"d{self.head_dim}")
+        if self.rounding != "once":
+            parts.append(self.rounding)
+        return "_".join(parts)
+
+
+class RowAxis(NamedTuple):
+    """One axis of the grid of rows: its length and each array's stride along it, in bytes."""
+
+    size: int
+    x: int
+    out: int
+    weight: int
+    bias: int
+
+
+class NormCall(NamedTuple):
+    """A validated call: which kernel, over which rows."""
+
+    spec: NormSpec
+    axes: tuple[RowAxis, ...]
+    """Outermost first, neighbours merged where every array allows it."""
+    rows: int
+    eps: float
+    weight_offset: float
+    alignments: tuple[int, int, int, int]
+    """Largest power of two, at most 16, dividing every row's address in x, out, weight, bias."""
+
+
+def _integer(value: object, name: str) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; needs an integer") from None
+
+
+def _count(value: object, name: str) -> int | None:
+    if value is None:
+        return None
+    count = _integer(value, name)
+    if count < 1:
+        raise ValueError(f"{name} is {count}; needs 1 or more")
+    return count
+
+
+def _real(value: object, name: str) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; needs a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}; needs a finite number")
+    return number
+
+
+def checked_heads_axis(value: object) -> int:
+    """Check the axis of the heads as far as can be without x."""
+    axis = _integer(value, "heads_axis")
+    if axis == -1:
+        raise ValueError("heads_axis is -1, the axis of head_dim; needs another, such as -2 or -3")
+    return axis
+
+
+def options(
+    kind: str,
+    *,
+    eps: float | None = None,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    heads_axis: int = -2,
+    weight_offset: float = 0.0,
+    rounding: str = "once",
+) -> NormOptions:
+    """Check the arguments that are no arrays."""
+    if kind not in DEFAULT_EPS:
+        raise ValueError(f"kind is {kind!r}; needs one of {tuple(DEFAULT_EPS)}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding is {rounding!r}; needs one of {ROUNDINGS}")
+    eps = DEFAULT_EPS[kind] if eps is None else _real(eps, "eps")
+    if eps < 0:
+        raise ValueError(f"eps is {eps}; needs 0 or more")
+    return NormOptions(
+        kind,
+        eps,
+        _count(num_heads, "num_heads"),
+        _count(head_dim, "head_dim"),
+        checked_heads_axis(heads_axis),
+        _real(weight_offset, "weight_offset"),
+        rounding,
+    )
+
+
+class Geometry(NamedTuple):
+    """Heads as far as the arguments and parameters tell; x decides what is still None."""
+
+    num_heads: int | None
+    head_dim: int | None
+    read_as_flat: bool
+    """head_dim came from splitting a 1-D weight by num_heads: see `_head_axis`."""
+
+
+def geometry(
+    num_heads: int | None, head_dim: int | None, weight: Shape | None, bias: Shape | None
+) -> Geometry:
+    """
+    Find num_heads and head_dim, and check the parameters' shapes against them.
+
+    head_dim is the argument; else the last axis of a 2-D parameter; else that of a flat one
+    split by num_heads; else the length of a 1-D one.
+    """
+    shapes = {n: s for n, s in (("weight", weight), ("bias", bias)) if s is not None}
+    for name, shape in shapes.items():
+        if len(shape) not in (1, 2) or 0 in shape:
+            raise ValueError(
+                f"{name} has shape {shape}; needs (head_dim,), (num_heads, head_dim) "
+                "or (num_heads * head_dim,)"
+            )
+    read_as_flat = False
+    if head_dim is None and shapes:
+        name, shape = max(shapes.items(), key=lambda item: len(item[1]))  # a 2-D one, if any
+        head_dim = shape[-1]
+        if len(shape) == 1 and num_heads is not None and num_heads > 1:
+            head_dim, rest = divmod(shape[0], num_heads)
+            if rest:
+                raise ValueError(
+                    f"{name} has shape {shape}, which num_heads={num_heads} does not divide; "
+                    f"needs head_dim={shape[0]} beside it if all heads share the {name}"
+                )
+            read_as_flat = True
+    if num_heads is None and head_dim is not None:
+        for name, shape in sorted(shapes.items(), key=lambda item: -len(item[1])):  # 2-D first
+            heads, rest = (shape[0], 0) if len(shape) == 2 else divmod(shape[0], head_dim)
+            if rest or heads == 0:
+                raise ValueError(
+                    f"{name} has shape {shape}; needs ({head_dim},), (num_heads, {head_dim}) "
+                    f"or a multiple of head_dim={head_dim}"
+                )
+            if len(shape) == 2 or heads > 1:
+                num_heads = heads
+                break
+    for name, shape in shapes.items():
+        allowed = {(head_dim,)}
+        if num_heads is not None:
+            allowed |= {(num_heads, head_dim), (num_heads * head_dim,)}
+        if shape not in allowed:
+            needed = " or ".join(str(s) for s in sorted(allowed, key=lambda s: (len(s), s)))
+            raise ValueError(f"{name} has shape {shape}; needs {needed}")
+    return Geometry(num_heads, head_dim, read_as_flat)
+
+
+def _head_axis(shape: Shape, heads: Geometry, heads_axis: int) -> tuple[bool, int | None]:
+    """Tell whether x is flat and, if heads matter, which of its axes (split, if flat) is theirs."""
+    num_heads, head_dim, read_as_flat = heads
+    if not -len(shape) <= heads_axis < max(len(shape) - 1, 1) and len(shape) > 1:
+        raise ValueError(f"heads_axis is {heads_axis}; x has shape {shape}")
+    axis = heads_axis % len(shape)
+    if shape[-1] == head_dim:
+        if num_heads is None or num_heads == 1:
+            return False, None
+        if len(shape) == 1 or shape[axis] != num_heads:
+            raise ValueError(
+                f"x has shape {shape}, {shape[axis] if len(shape) > 1 else 1} heads on axis "
+                f"{heads_axis}; needs num_heads={num_heads} there, "
+                f"or a last axis of {num_heads * head_dim}"
+            )
+        return False, axis
+    if num_heads is None:
+        raise ValueError(
+            f"x has shape {shape}; needs a last axis of head_dim={head_dim}, "
+            "or num_heads given for flat input"
+        )
+    if shape[-1] != num_heads * head_dim:
+        raise ValueError(
+            f"x has shape {shape}; needs a last axis of head_dim={head_dim} "
+            f"or num_heads * head_dim = {num_heads * head_dim}"
+        )
+    if heads_axis != -2:
+        raise ValueError(
+            f"heads_axis is {heads_axis} and x of shape {shape} is flat; needs -2, or x unflattened"
+        )
+    # A wrong answer threatens in one case: a shared weight taken for a flat one, and x not flat.
+    if read_as_flat and len(shape) > 1 and shape[-2] == num_heads:
+        raise ValueError(
+            f"x has shape {shape}, and a 1-D weight of {shape[-1]} with num_heads={num_heads} "
+            f"can mean two things; needs head_dim={shape[-1]} (all heads share the weight) "
+            f"or head_dim={head_dim} (x and weight are flat)"
+        )
+    return True, len(shape) - 1
+
+
+def _check_last_stride(layout: Layout, name: str) -> None:
+    if layout.shape[-1] > 1 and layout.size and layout.strides[-1] != layout.dtype.itemsize:
+        raise ValueError(
+            f"{name} has a stride of {layout.strides[-1]} bytes on its last axis; needs "
+            f"{layout.dtype.itemsize}, neighbouring elements"
+        )
+
+
+def _parameter_stride(layout: Layout | None, name: str, head_dim: int) -> int:
+    """Return the bytes from one head's parameters to the next head's: 0 where all share them."""
+    if layout is None:
+        return 0
+    _check_last_stride(layout, name)
+    if len(layout.shape) == 2:
+        return layout.strides[0]
+    return 0 if layout.shape[0] == head_dim else head_dim * layout.dtype.itemsize
+
+
+def _merged(axes: list[RowAxis]) -> tuple[RowAxis, ...]:
+    """Order axes as the result lies in memory and merge neighbours that step as one."""
+    merged: list[RowAxis] = []
+    for inner in sorted((a for a in axes if a.size != 1), key=lambda a: -abs(a.out)):
+        outer = merged[-1] if merged else None
+        if outer and all(o == i * inner.size for o, i in zip(outer[1:], inner[1:], strict=True)):
+            merged[-1] = RowAxis(outer.size * inner.size, *inner[1:])
+        else:
+            merged.append(inner)
+    return tuple(merged) or (RowAxis(1, 0, 0, 0, 0),)
+
+
+def describe(
+    opts: NormOptions, x: Layout, weight: Layout | None, bias: Layout | None, out: Layout
+) -> NormCall:
+    """
+    Validate a call and reduce it to rows.
+
+    Raises
+    ------
+    ValueError
+        A shape, stride or count does not fit.
+    TypeError
+        The result's dtype or device is not that of x.
+    """
+    if not x.shape:
+        raise ValueError("x has shape (); needs (..., num_heads, head_dim)")
+    if out.shape != x.shape:
+        raise ValueError(f"out has shape {out.shape}; needs that of x, {x.shape}")
+    if out.dtype is not x.dtype:
+        raise TypeError(f"out has dtype {out.dtype}; needs that of x, {x.dtype}")
+    for name, layout in (("weight", weight), ("bias", bias), ("out", out)):
+        if layout is not None and layout.device != x.device:
+            raise TypeError(f"{name} is on {layout.device}; needs the device of x, {x.device}")
+    heads = geometry(opts.num_heads, opts.head_dim, weight and weight.shape, bias and bias.shape)
+    if heads.head_dim is None:
+        heads = heads._replace(head_dim=x.shape[-1])
+    head_dim = heads.head_dim
+    if head_dim == 0:
+        raise ValueError(f"x has shape {x.shape}; needs a head_dim of 1 or more")
+    if weight is None and opts.weight_offset != 0:
+        raise ValueError(f"weight_offset is {opts.weight_offset}; needs a weight to be added to")
+    _check_last_stride(x, "x")
+    _check_last_stride(out, "out")
+    weight_stride = _parameter_stride(weight, "weight", head_dim)
+    bias_stride = _parameter_stride(bias, "bias", head_dim)
+
+    flat, heads_axis = _head_axis(x.shape, heads, opts.heads_axis)
+    axes = [
+        RowAxis(n, sx, so, *((weight_stride, bias_stride) if axis == heads_axis else (0, 0)))
+        for axis, (n, sx, so) in enumerate(
+            zip(x.shape[:-1], x.strides[:-1], out.strides[:-1], strict=True)
+        )
+    ]
+    if flat:
+        step = head_dim * x.dtype.itemsize
+        axes.append(RowAxis(x.shape[-1] // head_dim, step, step, weight_stride, bias_stride))
+    rows = math.prod(axis.size for axis in axes)
+    axes_merged = _merged(axes) if rows else ()
+
+    def alignment(layout: Layout | None, strides: list[int]) -> int:
+        return math.gcd(layout.alignment, *strides) if layout else 16
+
+    return NormCall(
+        NormSpec(
+            opts.kind,
+            x.dtype,
+            weight and weight.dtype,
+            bias and bias.dtype,
+            head_dim,
+            opts.rounding,
+        ),
+        axes_merged,
+        rows,
+        opts.eps,
+        opts.weight_offset,
+        (
+            alignment(x, [axis.x for axis in axes_merged]),
+            alignment(out, [axis.out for axis in axes_merged]),
+            alignment(weight, [axis.weight for axis in axes_merged]),
+            alignment(bias, [axis.bias for axis in axes_merged]),
+        ),
+    )
+
+
+def check_out_layout(out: Layout) -> None:
+    """Refuse an `out` in which two indices name one byte."""
+    if overlaps_itself(out):
+        raise ValueError(
+            f"out has shape {out.shape} and strides {out.strides} bytes, which overlap themselves; "
+            "needs one place for each element"
+        )
+
+
+def check_overlap(name: str, pointer: int, layout: Layout, out_pointer: int, out: Layout) -> None:
+    """Refuse an `out` that shares bytes with an input, unless it is x itself."""
+    if name == "x" and pointer == out_pointer and layout.strides == out.strides:
+        return
+    if overlap(pointer, layout, out_pointer, out):
+        raise ValueError(
+            f"out overlaps {name} in part; needs {name} itself or separate memory"
+            if name == "x"
+            else f"out overlaps {name}; needs separate memory"
+        )

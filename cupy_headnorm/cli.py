@@ -1,0 +1,274 @@
+"""``python -m cupy_headnorm {demo, info, bench}``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupy_headnorm import _driver, _dtypes, _kernels, _spec, bench, checkpoint, reference
+from cupy_headnorm._version import __version__
+from cupy_headnorm.headnorm import HeadNorm
+
+_DEMO_KEY = "model.layers.1.self_attn.q_norm"
+_DEMO_HEADS, _DEMO_HEAD_DIM = 32, 128  # Qwen3-8B's queries
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; an error is one line on stderr and exit code 2."""
+    parser = _parser()
+    try:
+        # argparse exits with 2 itself, after a line about the usage.
+        chosen = parser.parse_args(arguments)
+        chosen.run(chosen)
+    except BrokenPipeError:
+        # The reader of our output left (`| head`): nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (TypeError, ValueError, OSError, RuntimeError, MemoryError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"cupy_headnorm: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cupy_headnorm", description="Per-head normalization on GPUs."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="{demo,info,bench}")
+
+    demo = commands.add_parser("demo", help="load a norm, run it here, check it and time it")
+    demo.set_defaults(run=_demo)
+    demo.add_argument(
+        "checkpoint",
+        nargs="?",
+        help="safetensors file or folder; without it a sharded one like Qwen3's is written first",
+    )
+    demo.add_argument("--key", help="the norm's name in the checkpoint, without .weight")
+    demo.add_argument("--kind", choices=tuple(_spec.DEFAULT_EPS), default="rms")
+    demo.add_argument("--eps", type=float, help="default: 1e-6 for rms, 1e-5 for layer")
+    demo.add_argument("--rounding", choices=_spec.ROUNDINGS)
+    demo.add_argument("--weight-offset", type=float, default=0.0, help="1 for Gemma 3")
+    demo.add_argument("--num-heads", type=int, help="heads of x")
+    demo.add_argument("--head-dim", type=int)
+    demo.add_argument("--heads-axis", type=int, default=-2)
+    demo.add_argument("--tokens", type=int, help="tokens of the random x")
+    demo.add_argument(
+        "--dtype",
+        choices=[dtype.name for dtype in _dtypes.DTYPES],
+        help="of the random x; default: the weight's",
+    )
+    demo.add_argument(
+        "--activations",
+        help="safetensors file with <key>.input and <key>.output: used as x and compared",
+    )
+    demo.add_argument("--on", choices=("auto", "gpu", "cpu"), default="auto")
+
+    info = commands.add_parser("info", help="versions, devices, what works and what to install")
+    info.set_defaults(run=_info)
+
+    measure = commands.add_parser("bench", help="speed as a share of a copy of the same bytes")
+    measure.set_defaults(run=_bench)
+    measure.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 1024, 8192])
+    measure.add_argument("--megabytes", type=float, help="size of x, instead of --tokens")
+    measure.add_argument("--num-heads", type=int, nargs="+", default=[32])
+    measure.add_argument("--head-dim", type=int, nargs="+", default=[128])
+    names = [dtype.name for dtype in _dtypes.DTYPES]
+    measure.add_argument("--dtype", nargs="+", choices=names, default=["bfloat16"])
+    kinds = tuple(_spec.DEFAULT_EPS)
+    measure.add_argument("--kind", nargs="+", choices=kinds, default=["rms"])
+    measure.add_argument("--layout", nargs="+", choices=bench.LAYOUTS, default=["contiguous"])
+    return parser
+
+
+def _print(rows: list[tuple[str, Any]]) -> None:
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        print(f"{name:<{width}}{value}")
+
+
+def _info(_: argparse.Namespace) -> None:
+    found = _kernels.environment()
+    rows: list[tuple[str, Any]] = [
+        ("cupy-headnorm", f"{__version__} in {Path(__file__).resolve().parent}"),
+        ("Python", f"{platform.python_version()} on {platform.platform()}"),
+    ]
+    for package in ("numpy", "ml_dtypes", "safetensors", "torch", "transformers"):
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    rows += [
+        ("CuPy", found.cupy or "not usable"),
+        ("NVRTC", found.nvrtc or "not usable"),
+        ("driver", found.driver or "no NVIDIA driver answers"),
+        ("kernel cache", found.cache or "unknown without CuPy"),
+    ]
+    rows += [(f"cuda:{i}", name) for i, name in enumerate(found.devices)] or [("devices", "none")]
+    rows.append(("NumPy arrays", "work"))
+    rows.append(("torch CPU tensors", "work"))
+    if found.reason:
+        rows += [("CUDA arrays", f"do not work: {found.reason}"), ("needs", found.remedy)]
+    else:
+        rows.append(("CUDA arrays", "work: CuPy, torch and other DLPack arrays"))
+    _print(rows)
+
+
+def _demo(chosen: argparse.Namespace) -> None:
+    on, where = _place(chosen.on)
+    rows: list[tuple[str, Any]] = [("where", where)]
+    if chosen.checkpoint is None:
+        with tempfile.TemporaryDirectory(prefix="cupy-headnorm-") as folder:
+            shards = _write_qwen3_like(Path(folder))
+            rows.append(("checkpoint", f"{folder}, written for this demo: {', '.join(shards)}"))
+            chosen.checkpoint = folder
+            chosen.key = chosen.key or _DEMO_KEY
+            chosen.rounding = chosen.rounding or "before_weight"
+            norm = _load(chosen)
+    elif chosen.key is None:
+        raise ValueError("no --key given; needs the norm's name in the checkpoint")
+    else:
+        norm = _load(chosen)
+        rows.append(("checkpoint", chosen.checkpoint))
+    rows.append(("norm", norm))
+
+    x, recorded = _activations(chosen, norm, on)
+    with on:
+        device_x = on.xp.asarray(x)
+        y = norm(device_x, heads_axis=chosen.heads_axis)
+        y = y.get() if on.name == "cupy" else y
+    rows.append(("x", f"{x.dtype} {x.shape}, last axis normalized"))
+    eps_units = _largest_error(norm, x, y, chosen.heads_axis)
+    rows.append(("largest error", f"{eps_units:.3f} eps of {x.dtype} against float64"))
+    if recorded is not None:
+        wrong = int(np.count_nonzero(y != recorded))
+        share = f"{100 * wrong / max(y.size, 1):.4f} %"
+        rows.append(("mismatches", f"{wrong} of {y.size} ({share}) against the recorded output"))
+    timing = bench.time_norm(norm, x, on, chosen.heads_axis)
+    moved = 2 * x.nbytes
+    rows.append(("time", f"{timing.norm:.2f} us, {moved / timing.norm / 1e3:,.1f} GB/s"))
+    rows.append(("share of a copy", f"{timing.share:.2f} of the speed of a copy of {moved} bytes"))
+    _print(rows)
+
+
+def _place(wanted: str) -> tuple[Any, str]:
+    found = _kernels.environment()
+    if wanted == "gpu" and found.reason:
+        raise _driver.GPUUnavailableError(f"{found.reason}; needs: {found.remedy}")
+    if wanted != "cpu" and not found.reason:
+        return bench.backend(), f"GPU kernel on {found.devices[0]}"
+    why = "as asked" if wanted == "cpu" else found.reason
+    return bench._Host(), f"NumPy reference on the CPU: {why}"
+
+
+def _load(chosen: argparse.Namespace) -> HeadNorm:
+    return HeadNorm.from_safetensors(
+        chosen.checkpoint,
+        chosen.key,
+        num_heads=chosen.num_heads,
+        head_dim=chosen.head_dim,
+        kind=chosen.kind,
+        eps=chosen.eps,
+        weight_offset=chosen.weight_offset,
+        rounding=chosen.rounding or "once",
+    )
+
+
+def _write_qwen3_like(folder: Path) -> list[str]:
+    """Write the head norms of two Qwen3-8B-shaped layers, in a shard each, with their index."""
+    import ml_dtypes
+    from safetensors.numpy import save_file
+
+    random = np.random.default_rng(0)
+    shards = [f"model-{i + 1:05}-of-00002.safetensors" for i in range(2)]
+    weight_map, total = {}, 0
+    for layer, shard in enumerate(shards):
+        tensors = {}
+        for role in ("q_norm", "k_norm"):
+            values = random.uniform(0.5, 2.0, _DEMO_HEAD_DIM).astype(ml_dtypes.bfloat16)
+            tensors[f"model.layers.{layer}.self_attn.{role}.weight"] = values
+            total += values.nbytes
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, shard))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / checkpoint.INDEX).write_text(json.dumps(index, indent=1))
+    return shards
+
+
+def _activations(
+    chosen: argparse.Namespace, norm: HeadNorm, on: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return x and, where one was recorded, the model's own output."""
+    if chosen.activations is not None:
+        tensors = [
+            checkpoint.read_tensor(chosen.activations, f"{chosen.key}.{role}")
+            for role in ("input", "output")
+        ]
+        return tensors[0], tensors[1]
+    tokens = chosen.tokens if chosen.tokens is not None else (8192 if on.name == "cupy" else 256)
+    if tokens < 0:
+        raise ValueError(f"--tokens is {tokens}; needs 0 or more")
+    heads = norm.num_heads or _DEMO_HEADS
+    head_dim = norm.head_dim or _DEMO_HEAD_DIM
+    shape = [tokens, heads, head_dim]
+    if chosen.heads_axis == -3:
+        shape = [1, heads, tokens, head_dim]
+    dtype = norm.weight.dtype if norm.weight is not None else np.float32
+    if chosen.dtype is not None:
+        dtype = _dtypes.from_name(chosen.dtype, "--dtype").numpy
+    values = np.random.default_rng(1).standard_normal(shape, np.float32)
+    return values.astype(dtype), None
+
+
+def _largest_error(norm: HeadNorm, x: np.ndarray, y: np.ndarray, heads_axis: int) -> float:
+    """Return the largest distance from float64 arithmetic, in eps of each value."""
+    if x.size == 0:
+        return 0.0
+    dtype = _dtypes.from_numpy(x.dtype, "x")
+    function = {"rms": reference.rms_norm, "layer": reference.layer_norm}[norm.kind]
+    exact = function(
+        x.astype(np.float64),
+        *(None if p is None else p.astype(np.float64) for p in (norm.weight, norm.bias)),
+        eps=norm.eps,
+        num_heads=norm.num_heads,
+        head_dim=norm.head_dim,
+        heads_axis=heads_axis,
+        weight_offset=norm.weight_offset,
+    )
+    # Where values cancel, the error is that of what cancelled: count from 1/64 of the row's
+    # largest value.
+    size = np.maximum(np.abs(exact), np.abs(exact).max(-1, keepdims=True) / 64)
+    return float(
+        np.max(np.abs(y.astype(np.float64) - exact) / np.maximum(size, 1e-300)) / dtype.eps
+    )
+
+
+def _bench(chosen: argparse.Namespace) -> None:
+    try:
+        import rich  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError("the table needs rich: pip install 'cupy-headnorm[bench]'") from error
+    on, where = _place("auto")
+    to_measure = list(
+        bench.cases(
+            chosen.tokens,
+            chosen.num_heads,
+            chosen.head_dim,
+            chosen.dtype,
+            chosen.kind,
+            chosen.layout,
+            chosen.megabytes,
+        )
+    )
+    bench.report(to_measure, on, where)

@@ -1,0 +1,388 @@
+"""The class that holds a norm's weight and epsilon."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from typing import Any
+
+import numpy as np
+
+from cupy_headnorm import _dtypes, _interop, _kernels, _spec, checkpoint, ops, reference
+from cupy_headnorm._interop import ArrayView
+from cupy_headnorm._launch import LaunchConfig
+from cupy_headnorm._layout import CPU, Device
+
+
+class HeadNorm:
+    """
+    Normalize each attention head on its own: RMSNorm or LayerNorm, with the model's weight.
+
+    Parameters
+    ----------
+    weight, bias : array, optional
+        Shape ``(head_dim,)`` shared by all heads, ``(num_heads, head_dim)`` or flat; float16,
+        bfloat16, float32 or float64, of any library, on any device. A snapshot is taken: later
+        edits of the source are not seen.
+    kind : {"rms", "layer"}, optional
+        Default: ``"rms"``.
+    eps : float, optional
+        Default: 1e-6 for rms, 1e-5 for layer.
+    num_heads, head_dim : int, optional
+        See `cupy_headnorm.rms_norm`.
+    weight_offset : float, optional
+        Added to the weight in float32: 1.0 for Gemma 3. Default: ``0.0``.
+    rounding : {"once", "before_weight"}, optional
+        Default: ``"once"``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument does not fit; the message says what was given and what is needed.
+
+    Notes
+    -----
+    The first use on a device uploads the weight there and waits for it, once. Instances may be
+    used from any number of threads; they pickle and copy by their arguments.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupy_headnorm import HeadNorm
+    >>> norm = HeadNorm(np.ones(4, dtype=np.float32), eps=1e-6)
+    >>> norm
+    HeadNorm(<float32 (4,)>, eps=1e-06)
+    >>> queries = np.array([[[1.0, 2.0, 3.0, 4.0]]], dtype=np.float32)
+    >>> norm(queries).round(4)
+    array([[[0.3651, 0.7303, 1.0954, 1.4606]]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        weight: Any = None,
+        bias: Any = None,
+        *,
+        kind: str = "rms",
+        eps: float | None = None,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        weight_offset: float = 0.0,
+        rounding: str = "once",
+    ) -> None:
+        self._options = _spec.options(
+            kind,
+            eps=eps,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            weight_offset=weight_offset,
+            rounding=rounding,
+        )
+        self._weight = _snapshot(weight, "weight")
+        self._bias = _snapshot(bias, "bias")
+        self._geometry = _spec.geometry(
+            self._options.num_heads,
+            self._options.head_dim,
+            None if self._weight is None else self._weight.shape,
+            None if self._bias is None else self._bias.shape,
+        )
+        if weight is None and weight_offset != 0:
+            raise ValueError(f"weight_offset is {weight_offset}; needs a weight to be added to")
+        self._source: tuple[str, str] | None = None
+        self._loading = threading.Lock()
+        host = tuple(
+            None if array is None else _interop.view(array, name)
+            for name, array in (("weight", self._weight), ("bias", self._bias))
+        )
+        self._on_host = host
+        self._on_device: dict[int, tuple[ArrayView | None, ...]] = {}
+
+    @classmethod
+    def from_safetensors(
+        cls,
+        path: str | os.PathLike[str],
+        key: str,
+        *,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        kind: str = "rms",
+        eps: float | None = None,
+        weight_offset: float = 0.0,
+        rounding: str = "once",
+    ) -> HeadNorm:
+        """
+        Read ``<key>.weight`` and ``<key>.bias`` from a file or a folder with shards.
+
+        See `cupy_headnorm.checkpoint.read_norm` for what `path` may be and for the errors.
+        """
+        weight, bias = checkpoint.read_norm(path, key)
+        norm = cls(
+            weight,
+            bias,
+            kind=kind,
+            eps=eps,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            weight_offset=weight_offset,
+            rounding=rounding,
+        )
+        norm._source = (os.fspath(path), key)
+        return norm
+
+    def to_safetensors(self, path: str | os.PathLike[str], key: str) -> None:
+        """Write ``<key>.weight`` and ``<key>.bias``, as they are held, to a new file."""
+        checkpoint.write_norm(path, key, self._weight, self._bias)
+
+    def __call__(self, x: Any, /, *, heads_axis: int = -2, out: Any = None) -> Any:
+        """
+        Normalize `x`; see `cupy_headnorm.rms_norm` for layouts, `out` and errors.
+
+        Returns
+        -------
+        array
+            Shape, dtype, device and library of `x`; `out` if it was given.
+        """
+        return ops.apply(self._along(heads_axis), x, out=out, held=self._held)
+
+    def forward(
+        self,
+        hidden_states: Any,
+        cache: Any = None,
+        attn_params: Any = None,
+        past_len: Any = None,
+        intermediates: bool = False,
+        loras: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Normalize in the calling form of ExLlamaV2's head norm; the other arguments are ignored.
+
+        Returns
+        -------
+        array or dict
+            A new array, in ``{"hidden_states": array}`` if `intermediates`.
+        """
+        result = self(hidden_states)
+        return {"hidden_states": result} if intermediates else result
+
+    def forward_reference(
+        self,
+        hidden_states: Any,
+        cache: Any = None,
+        attn_params: Any = None,
+        past_len: Any = None,
+        intermediates: bool = False,
+        loras: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Normalize as `forward` does, but on the host in NumPy: for debugging; it copies."""
+        x = _interop.view(hidden_states, "x")
+        o = self._options
+        function = {"rms": reference.rms_norm, "layer": reference.layer_norm}[o.kind]
+        values = function(
+            x.library.to_host(hidden_states),
+            self._weight,
+            self._bias,
+            eps=o.eps,
+            num_heads=o.num_heads,
+            head_dim=o.head_dim,
+            weight_offset=o.weight_offset,
+            rounding=o.rounding,
+        )
+        result = x.library.from_host(values, x)
+        return {"hidden_states": result} if intermediates else result
+
+    def heads(self, start: int, stop: int) -> HeadNorm:
+        """
+        Return the norm of heads `start` to `stop` (excluded): a rank's part in tensor parallelism.
+
+        Raises
+        ------
+        ValueError
+            The range is empty or leaves the norm's heads.
+        """
+        most = self.num_heads
+        if not 0 <= start < stop or (most is not None and stop > most):
+            raise ValueError(
+                f"heads {start} to {stop} of a norm of "
+                f"{'any number of' if most is None else most} heads; needs "
+                f"0 <= start < stop{'' if most is None else f' <= {most}'}"
+            )
+
+        def part(values: np.ndarray | None) -> np.ndarray | None:
+            if values is None or values.shape == (self.head_dim,):
+                return values
+            return values.reshape(most, self.head_dim)[start:stop]
+
+        arguments = self._arguments()
+        arguments.update(num_heads=stop - start, head_dim=self.head_dim)
+        return HeadNorm(part(self._weight), part(self._bias), **arguments)
+
+    def load(self, device: Any = None) -> None:
+        """Upload to a CUDA device (an index, ``"cuda:1"``, a torch or CuPy device) and wait."""
+        place = _device(device)
+        if place.kind == "cuda":
+            self._loaded(place.index)
+
+    def unload(self) -> None:
+        """Wait for the work in flight and free every device copy; the next use uploads again."""
+        with self._loading:
+            held, self._on_device = self._on_device, {}
+        for index in held:
+            _interop.synchronize(index)
+
+    def warmup(self, x: Any, /, *, heads_axis: int = -2, out: Any = None) -> None:
+        """Load, compile and plan for arrays laid out like `x`, in place and not; `x` stays."""
+        opts = self._along(heads_axis)
+        for target in (None, x) if out is None else (out,):
+            try:
+                ops.apply(opts, x, out=target, held=self._held, dry=True)
+            except (TypeError, ValueError):
+                if target is not x or out is x:
+                    raise
+                # x may be an array that cannot be written; then there is nothing to prepare.
+
+    def plan(self, x: Any, /, *, heads_axis: int = -2) -> LaunchConfig:
+        """Return the geometry used for `x`, or for its like on an H100 if it is in host memory."""
+        return ops.plan(self._along(heads_axis), x, self._held)
+
+    @property
+    def weight(self) -> np.ndarray | None:
+        """The weight as it was given or stored, without the offset; read-only."""
+        return self._weight
+
+    @property
+    def bias(self) -> np.ndarray | None:
+        """The bias as it was given or stored; read-only."""
+        return self._bias
+
+    @property
+    def kind(self) -> str:
+        """``"rms"`` or ``"layer"``."""
+        return self._options.kind
+
+    @property
+    def eps(self) -> float:
+        """Added to the mean square or variance."""
+        return self._options.eps
+
+    @property
+    def num_heads(self) -> int | None:
+        """Heads, where the arguments tell; None for a norm of any number."""
+        return self._geometry.num_heads
+
+    @property
+    def head_dim(self) -> int | None:
+        """Elements a head, where the arguments tell; None if x decides."""
+        return self._geometry.head_dim
+
+    @property
+    def weight_offset(self) -> float:
+        """Added to the weight in float32."""
+        return self._options.weight_offset
+
+    @property
+    def rounding(self) -> str:
+        """Where results are rounded."""
+        return self._options.rounding
+
+    @property
+    def size(self) -> int:
+        """Number of elements of weight and bias."""
+        return sum(array.size for array in (self._weight, self._bias) if array is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bias: what each loaded device holds."""
+        return sum(array.nbytes for array in (self._weight, self._bias) if array is not None)
+
+    def __repr__(self) -> str:
+        defaults = _spec.options(self.kind)
+        shown = {} if self.kind == "rms" else {"kind": self.kind}
+        shown["eps"] = self.eps
+        for name in ("num_heads", "head_dim", "weight_offset", "rounding"):
+            value = getattr(self._options, name)
+            if value != getattr(defaults, name):
+                shown[name] = value
+        words = [f"{name}={value!r}" for name, value in shown.items()]
+        if self._source is not None:
+            path, key = self._source
+            return f"HeadNorm.from_safetensors({', '.join([repr(path), repr(key), *words])})"
+        for name, array in (("bias", self._bias), ("weight", self._weight)):
+            if array is not None:
+                told = f"<{array.dtype} {array.shape}>"
+                words.insert(0, told if name == "weight" else f"bias={told}")
+        return f"HeadNorm({', '.join(words)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild = functools.partial(HeadNorm, self._weight, self._bias, **self._arguments())
+        return rebuild, (), {"_source": self._source}
+
+    def _arguments(self) -> dict[str, Any]:
+        o = self._options
+        return {
+            "kind": o.kind,
+            "eps": o.eps,
+            "num_heads": o.num_heads,
+            "head_dim": o.head_dim,
+            "weight_offset": o.weight_offset,
+            "rounding": o.rounding,
+        }
+
+    def _along(self, heads_axis: int) -> _spec.NormOptions:
+        if heads_axis == -2:
+            return self._options
+        return self._options._replace(heads_axis=_spec.checked_heads_axis(heads_axis))
+
+    def _held(self, x: ArrayView) -> tuple[ArrayView | None, ...]:
+        device = x.layout.device
+        if device.kind == "cpu":
+            return self._on_host
+        held = self._on_device.get(device.index)
+        if held is None:
+            stream = x.library.stream(device.index)
+            _kernels.refuse_capture(stream, f"the weight is not on {device} yet")
+            held = self._loaded(device.index)
+        return held
+
+    def _loaded(self, index: int) -> tuple[ArrayView | None, ...]:
+        with self._loading:
+            held = self._on_device.get(index)
+            if held is None:
+                held = tuple(
+                    None if array is None else _interop.upload(array, index)
+                    for array in (self._weight, self._bias)
+                )
+                self._on_device[index] = held
+            return held
+
+
+def _snapshot(array: Any, role: str) -> np.ndarray | None:
+    if array is None:
+        return None
+    library = _interop.library_of(array, role)
+    values = np.array(library.to_host(array), order="C", copy=True, subok=False)
+    _dtypes.from_numpy(values.dtype, role)
+    values.flags.writeable = False
+    return values
+
+
+def _device(device: Any) -> Device:
+    """Read a device as torch, CuPy and people write it."""
+    if device is None:
+        return Device("cuda", _interop.import_cupy().cuda.runtime.getDevice())
+    if isinstance(device, int):
+        return Device("cuda", device)
+    kind, index = getattr(device, "type", None), getattr(device, "index", None)
+    if kind is None and hasattr(device, "id"):  # cupy.cuda.Device
+        kind, index = "cuda", device.id
+    if isinstance(device, str):
+        kind, _, number = device.partition(":")
+        index = int(number) if number.isdecimal() else None
+        if number and index is None:
+            kind = None
+    if kind == "cpu":
+        return CPU
+    if kind == "cuda":
+        return _device(None) if index is None else Device("cuda", index)
+    raise ValueError(f"device is {device!r}; needs an index, 'cpu', 'cuda' or 'cuda:<index>'")

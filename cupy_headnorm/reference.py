@@ -1,0 +1,244 @@
+"""
+The norms in NumPy: same names, signatures, arithmetic and roundings as the kernels.
+
+They serve host memory wherever the library is called on it, and are public because a reference
+that nobody can call convinces nobody. Rows are worked on in chunks that stay in the cache, so the
+extra memory is a few MiB whatever the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from cupy_headnorm import _dtypes, _spec
+from cupy_headnorm._layout import layout_of
+from cupy_headnorm._spec import NormCall, RowAxis
+
+__all__ = ["layer_norm", "rms_norm"]
+
+_CHUNK_BYTES = 1024 * 1024
+"""Of widened values a chunk, beside as much scratch. 1 GiB of float32, head_dim 128, one core:
+64 KiB 0.88 s, 256 KiB 0.50, 512 KiB 0.46, 1 MiB 0.37, 2 MiB 0.46; whole-array NumPy 5.5."""
+
+
+def rms_norm(
+    x,
+    weight=None,
+    bias=None,
+    /,
+    *,
+    eps=1e-6,
+    num_heads=None,
+    head_dim=None,
+    heads_axis=-2,
+    weight_offset=0.0,
+    rounding="once",
+    out=None,
+):
+    """See `cupy_headnorm.rms_norm`; takes NumPy arrays only."""
+    opts = _spec.options(
+        "rms",
+        eps=eps,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        heads_axis=heads_axis,
+        weight_offset=weight_offset,
+        rounding=rounding,
+    )
+    return _norm(opts, x, weight, bias, out)
+
+
+def layer_norm(
+    x,
+    weight=None,
+    bias=None,
+    /,
+    *,
+    eps=1e-5,
+    num_heads=None,
+    head_dim=None,
+    heads_axis=-2,
+    weight_offset=0.0,
+    rounding="once",
+    out=None,
+):
+    """See `cupy_headnorm.layer_norm`; takes NumPy arrays only."""
+    opts = _spec.options(
+        "layer",
+        eps=eps,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        heads_axis=heads_axis,
+        weight_offset=weight_offset,
+        rounding=rounding,
+    )
+    return _norm(opts, x, weight, bias, out)
+
+
+def _norm(opts, x, weight, bias, out):
+    arrays = {"x": x, "weight": weight, "bias": bias, "out": out}
+    layouts = {}
+    for name, array in arrays.items():
+        if array is None:
+            layouts[name] = None
+            continue
+        if not isinstance(array, np.ndarray):
+            raise TypeError(
+                f"{name} is a {type(array).__name__}; the reference needs numpy.ndarray"
+            )
+        layouts[name] = layout_of(array, _dtypes.from_numpy(array.dtype, name))
+    if out is None:
+        out = np.empty_like(x, subok=False)
+        layouts["out"] = layout_of(out, layouts["x"].dtype)
+    elif not out.flags.writeable:
+        raise ValueError("out is read-only; needs a writeable array")
+    call = _spec.describe(opts, **layouts)
+    _spec.check_out_layout(layouts["out"])
+    for name in ("x", "weight", "bias"):
+        if arrays[name] is not None:
+            _spec.check_overlap(
+                name,
+                arrays[name].ctypes.data,
+                layouts[name],
+                out.ctypes.data,
+                layouts["out"],
+            )
+    apply(call, x, weight, bias, out)
+    return out
+
+
+def apply(
+    call: NormCall,
+    x: np.ndarray,
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+    out: np.ndarray,
+) -> None:
+    """Run a validated call on NumPy arrays."""
+    if call.rows == 0:
+        return
+    head_dim = call.spec.head_dim
+    accumulate = call.spec.x.accumulate.numpy
+    x_rows = _rows(x, [(axis.size, axis.x) for axis in call.axes], head_dim)
+    out_rows = _rows(out, [(axis.size, axis.out) for axis in call.axes], head_dim)
+    parameters = [
+        None if array is None else _rows(array, [_once(*step) for step in steps], head_dim)
+        for array, steps in (
+            (weight, [(axis.size, axis.weight) for axis in call.axes]),
+            (bias, [(axis.size, axis.bias) for axis in call.axes]),
+        )
+    ]
+    # A row longer than a chunk is walked in blocks of columns, and read again for each pass.
+    columns = min(head_dim, _CHUNK_BYTES // accumulate.itemsize)
+    blocks = [slice(start, start + columns) for start in range(0, head_dim, columns)]
+    chunk = max(1, _CHUNK_BYTES // (columns * accumulate.itemsize))
+    buffers = np.empty((2, min(chunk, call.rows), columns), accumulate)
+    with np.errstate(all="ignore"):  # infinities and NaN follow IEEE without a warning
+        for index in _chunks(call.axes, chunk):
+            _normalize(
+                call,
+                x_rows[index],
+                *(p if p is None else p[_broadcast_index(p, index)] for p in parameters),
+                out_rows[index],
+                blocks,
+                buffers,
+            )
+
+
+def _once(size: int, stride: int) -> tuple[int, int]:
+    """Keep one entry of an axis along which a parameter does not change."""
+    return (size, stride) if stride else (1, 0)
+
+
+def _rows(array: np.ndarray, axes: list[tuple[int, int]], head_dim: int) -> np.ndarray:
+    return np.lib.stride_tricks.as_strided(
+        array,
+        (*(size for size, _ in axes), head_dim),
+        (*(stride for _, stride in axes), array.itemsize),
+        writeable=array.flags.writeable,
+    )
+
+
+def _chunks(axes: tuple[RowAxis, ...], rows: int) -> Iterator[tuple[int | slice, ...]]:
+    """Yield index tuples that cover the grid of rows, at most `rows` rows each."""
+    sizes = [axis.size for axis in axes]
+    split = len(sizes) - 1
+    while split > 0 and math.prod(sizes[split:]) <= rows:
+        split -= 1
+    step = max(1, rows // math.prod(sizes[split + 1 :]))
+    for lead in np.ndindex(*sizes[:split]):
+        for start in range(0, sizes[split], step):
+            yield (*lead, slice(start, start + step))
+
+
+def _broadcast_index(
+    parameter: np.ndarray, index: tuple[int | slice, ...]
+) -> tuple[int | slice, ...]:
+    return tuple(
+        i if n > 1 else (slice(None) if isinstance(i, slice) else 0)
+        for n, i in zip(parameter.shape, index, strict=False)
+    )
+
+
+def _normalize(call, x, weight, bias, out, blocks, buffers) -> None:
+    """Normalize one chunk: `x` and `out` of shape (..., head_dim), at most a buffer's rows."""
+    spec = call.spec
+    accumulate = spec.x.accumulate.numpy.type
+    inverse_count = accumulate(1.0 / spec.head_dim)
+    # As in headnorm/norm.cuh: an exact power of two keeps the sum of squares in range.
+    scale = accumulate(2.0 ** -math.ceil(math.log2(spec.head_dim)))
+    inverse_scaled_count = accumulate(1.0 / spec.head_dim / float(scale))
+    rows = math.prod(x.shape[:-1])
+
+    def buffer(which: int, columns: slice) -> np.ndarray:
+        shape = x[..., columns].shape
+        return buffers[which, :rows, : shape[-1]].reshape(shape)
+
+    def load(columns: slice) -> np.ndarray:
+        values = buffer(0, columns)
+        np.copyto(values, x[..., columns], casting="unsafe")
+        return values
+
+    one_block = len(blocks) == 1
+    values = load(blocks[0])
+    mean = None
+    if spec.kind == "layer":
+        total = accumulate(0)
+        for columns in blocks:
+            values = values if one_block else load(columns)
+            total = total + np.add.reduce(values, axis=-1, keepdims=True)
+        mean = total * inverse_count
+    squares = accumulate(0)
+    for columns in blocks:
+        values = values if one_block else load(columns)
+        if mean is not None:
+            values -= mean
+        scaled = np.multiply(values, scale, out=buffer(1, columns))
+        squares = squares + np.add.reduce(
+            np.multiply(scaled, values, out=scaled), -1, keepdims=True
+        )
+    inverse = squares * inverse_scaled_count
+    inverse += accumulate(call.eps)
+    np.sqrt(inverse, out=inverse)
+    np.divide(accumulate(1), inverse, out=inverse)
+
+    for columns in blocks:
+        if not one_block:
+            values = load(columns)
+            if mean is not None:
+                values -= mean
+        values *= inverse
+        if spec.rounding == "before_weight":
+            np.copyto(values, values.astype(spec.x.numpy), casting="unsafe")
+        if weight is not None:
+            values *= _parameter(weight[..., columns], accumulate) + accumulate(call.weight_offset)
+        if bias is not None:
+            values += _parameter(bias[..., columns], accumulate)
+        np.copyto(out[..., columns], values, casting="unsafe")
+
+
+def _parameter(values: np.ndarray, accumulate: type) -> np.ndarray:
+    return values.astype(accumulate)

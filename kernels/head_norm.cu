@@ -1,0 +1,27 @@
+// Normalizes every row of head_dim elements: RMS or Layer, any dtypes, strides and head_dim.
+//
+// Set from outside, one set a specialisation:
+//   HN_NAME      the kernel's name
+//   HN_KIND      rms or layer
+//   HN_ROUNDING  once or before_weight
+//   HN_X, HN_WEIGHT, HN_BIAS   element types; headnorm::None for an absent weight or bias
+//   HN_HEAD_DIM  elements a row
+//   HN_VEC, HN_ACCESS, HN_LANES, HN_VECTORS   geometry, see headnorm/norm.cuh
+//   HN_THREADS   threads a block at most
+#include "headnorm/norm.cuh"
+
+extern "C" __global__ void __launch_bounds__(HN_THREADS, 1)
+    HN_NAME(const __grid_constant__ headnorm::Params<headnorm::Accumulate<HN_X>::type> p) {
+  using namespace headnorm;
+  using G = Geometry<HN_HEAD_DIM, HN_VEC, HN_ACCESS, HN_LANES, HN_VECTORS>;
+  static_assert(HN_THREADS % kWarp == 0, "shuffles need whole warps");
+  static_assert(HN_THREADS >= HN_LANES, "a row's lanes lie in one block");
+  // No thread leaves early: all lanes of a warp must reach the shuffles, all threads the barriers.
+  const int local_row = threadIdx.x / HN_LANES;
+  const int lane = threadIdx.x % HN_LANES;
+  const long long row = static_cast<long long>(blockIdx.x) * p.rows_per_block + local_row;
+  const bool row_exists = local_row < p.rows_per_block && row < p.rows;
+  const RowPlace place = place_of(p, row_exists ? row : 0);
+  norm_row<Kind::HN_KIND, Rounding::HN_ROUNDING, HN_X, HN_WEIGHT, HN_BIAS, G>(p, place, lane,
+                                                                              row_exists);
+}

@@ -1,0 +1,75 @@
+"""Options, and the libraries that every test written against `library` runs on."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from libraries import CuPyLibrary, NumPyLibrary, StrictLibrary, TorchLibrary
+
+import cupy_headnorm
+from cupy_headnorm import _dtypes
+
+# The reason is asked for once: it cannot change while tests run.
+GPU_REASON = cupy_headnorm.environment().reason
+
+
+def pytest_addoption(parser):
+    parser.addoption("--real", help="folder of a real checkpoint with activations.safetensors")
+    parser.addoption(
+        "--all-architectures", action="store_true", help="compile the kernels for every GPU"
+    )
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and GPU_REASON:
+            item.add_marker(pytest.mark.skip(reason=GPU_REASON))
+
+
+@pytest.fixture
+def real(request):
+    folder = request.config.getoption("--real")
+    if folder is None:
+        pytest.skip("needs --real DIR, a folder of real weights and activations")
+    return Path(folder)
+
+
+@pytest.fixture
+def rng(request):
+    """A generator seeded by the test's name, which the report shows."""
+    return np.random.default_rng(list(request.node.name.encode()))
+
+
+LIBRARIES = [
+    pytest.param(NumPyLibrary, id="numpy"),
+    pytest.param(lambda: TorchLibrary("cpu"), id="torch-cpu"),
+    pytest.param(CuPyLibrary, id="cupy", marks=pytest.mark.gpu),
+    pytest.param(lambda: TorchLibrary("cuda"), id="torch-cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request):
+    """NumPy and torch on the host, CuPy and torch on the GPU."""
+    return request.param()
+
+
+@pytest.fixture(params=[*LIBRARIES, pytest.param(StrictLibrary, id="array-api-strict")])
+def any_library(request):
+    """`library`, and a producer that is known by nothing but DLPack."""
+    return request.param()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_pools():
+    """Give every array memory of its own under a memory checker: a pool hides overruns."""
+    if os.environ.get("HEADNORM_NO_POOLS") and not GPU_REASON:
+        import cupy
+
+        cupy.cuda.set_allocator(None)
+
+
+@pytest.fixture(params=_dtypes.DTYPES, ids=lambda dtype: dtype.name)
+def dtype(request):
+    return request.param

@@ -1,0 +1,211 @@
+"""safetensors files as people have them: whole, sharded, damaged, hostile."""
+
+import json
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save, save_file
+
+from cupy_headnorm import CheckpointError, HeadNorm, checkpoint
+from cupy_headnorm._dtypes import DTYPES
+
+KEY = "model.layers.0.self_attn.q_norm"
+
+
+def index(folder, weight_map):
+    (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.fixture
+def shards(tmp_path, rng):
+    """Weight and bias of one norm in two shards, as large models have them."""
+    weight = rng.standard_normal((3, 64)).astype(ml_dtypes.bfloat16)
+    bias = rng.standard_normal((3, 64)).astype(np.float32)
+    save_file({f"{KEY}.weight": weight}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({f"{KEY}.bias": bias}, tmp_path / "model-00002-of-00002.safetensors")
+    index(
+        tmp_path,
+        {
+            f"{KEY}.weight": "model-00001-of-00002.safetensors",
+            f"{KEY}.bias": "model-00002-of-00002.safetensors",
+        },
+    )
+    return tmp_path, weight, bias
+
+
+def test_round_trip(dtype, rng, tmp_path):
+    weight = rng.standard_normal((3, 64)).astype(dtype.numpy)
+    bias = rng.standard_normal(64).astype(dtype.numpy)
+    path = tmp_path / "norm.safetensors"
+    HeadNorm(weight, bias).to_safetensors(path, KEY)
+    norm = HeadNorm.from_safetensors(str(path), KEY)
+    for read, given in ((norm.weight, weight), (norm.bias, bias)):
+        assert read.dtype == given.dtype
+        np.testing.assert_array_equal(read, given)
+
+
+def test_shards(shards):
+    folder, weight, bias = shards
+    norm = HeadNorm.from_safetensors(folder, KEY, kind="layer")
+    np.testing.assert_array_equal(norm.weight, weight)
+    np.testing.assert_array_equal(norm.bias, bias)
+    assert (norm.num_heads, norm.head_dim) == (3, 64)
+
+
+def test_single_file_comes_before_the_index(shards):
+    folder, weight, _ = shards
+    save_file({f"{KEY}.weight": weight + weight}, folder / checkpoint.SINGLE)
+    norm = HeadNorm.from_safetensors(folder, KEY)
+    np.testing.assert_array_equal(norm.weight, weight + weight)
+    assert norm.bias is None
+
+
+def test_torch_reads_what_we_write_and_the_other_way(tmp_path, rng):
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file as torch_save_file
+
+    torch = pytest.importorskip("torch")
+    weight = torch.randn(64, dtype=torch.bfloat16)
+    torch_save_file({f"{KEY}.weight": weight}, tmp_path / "torch.safetensors")
+    norm = HeadNorm.from_safetensors(tmp_path / "torch.safetensors", KEY)
+    norm.to_safetensors(tmp_path / "ours.safetensors", "q_norm")
+    again = load_file(tmp_path / "ours.safetensors")["q_norm.weight"]
+    assert torch.equal(again, weight)
+
+
+def test_links_into_a_download_cache_are_followed(shards, tmp_path_factory):
+    folder, weight, _ = shards
+    cache = tmp_path_factory.mktemp("blobs")
+    shard = folder / "model-00001-of-00002.safetensors"
+    shard.rename(cache / "blob")
+    shard.symlink_to(cache / "blob")
+    np.testing.assert_array_equal(HeadNorm.from_safetensors(folder, KEY).weight, weight)
+
+
+def test_missing_key_lists_near_ones(shards):
+    folder, *_ = shards
+    with pytest.raises(
+        CheckpointError, match=rf"no tensor model.layers.0.attn.q_norm.weight; .*{KEY}"
+    ):
+        HeadNorm.from_safetensors(folder, "model.layers.0.attn.q_norm")
+
+
+def test_missing_key_of_an_empty_file(tmp_path):
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(CheckpointError, match="it holds no tensors"):
+        HeadNorm.from_safetensors(tmp_path / "empty.safetensors", KEY)
+
+
+def test_read_tensor_names_near_ones(shards):
+    folder, weight, _ = shards
+    np.testing.assert_array_equal(checkpoint.read_tensor(folder, f"{KEY}.weight"), weight)
+    with pytest.raises(CheckpointError, match=rf"no tensor {KEY}.wait; it has {KEY}.weight"):
+        checkpoint.read_tensor(folder, f"{KEY}.wait")
+
+
+def test_missing_shard(shards):
+    folder, *_ = shards
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors does not exist"):
+        HeadNorm.from_safetensors(folder, KEY)
+
+
+def test_index_and_shard_disagree(shards):
+    folder, weight, _ = shards
+    save_file({"other.weight": weight}, folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=rf"lacks {KEY}.weight, which the index puts there"):
+        HeadNorm.from_safetensors(folder, KEY)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../x.safetensors", "a/../../x", "/etc/passwd", "..\\x", "C:\\x", "\\\\host\\x"]
+)
+def test_index_entries_that_leave_the_folder(shards, shard):
+    folder, *_ = shards
+    index(folder, {f"{KEY}.weight": shard})
+    with pytest.raises(CheckpointError, match="outside its folder; needs a path inside"):
+        HeadNorm.from_safetensors(folder, KEY)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": []}', "[" * 5000, "\xff"]
+)
+def test_index_that_is_none(shards, text):
+    folder, *_ = shards
+    (folder / checkpoint.INDEX).write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"is no index .*needs JSON with a .weight_map."):
+        HeadNorm.from_safetensors(folder, KEY)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 40, -1])
+def test_truncated_file(tmp_path, keep):
+    data = save({f"{KEY}.weight": np.ones(64, np.float32)})
+    path = tmp_path / "norm.safetensors"
+    path.write_bytes(data[:keep])
+    with pytest.raises(CheckpointError, match="is no readable safetensors file"):
+        HeadNorm.from_safetensors(path, KEY)
+
+
+def test_corrupt_files(tmp_path):
+    data = bytearray(save({f"{KEY}.weight": np.ones(64, np.float32)}))
+    path = tmp_path / "norm.safetensors"
+    for change in (
+        b"\xff" * 8 + data[8:],  # a header longer than the file
+        data[:8] + b"x" + data[9:],  # no JSON
+        bytes(data).replace(b"F32", b"F99"),  # no dtype
+        b"not safetensors at all, just text",
+    ):
+        path.write_bytes(change)
+        with pytest.raises(CheckpointError, match="is no readable safetensors file"):
+            HeadNorm.from_safetensors(path, KEY)
+
+
+def test_fp8_is_refused_from_the_header(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file as torch_save_file
+
+    path = tmp_path / "norm.safetensors"
+    torch_save_file({f"{KEY}.weight": torch.ones(64).to(torch.float8_e4m3fn)}, path)
+    with pytest.raises(TypeError, match=r"has dtype F8_E4M3; needs F16 or BF16 or F32 or F64"):
+        HeadNorm.from_safetensors(path, KEY)
+
+
+def test_places_that_cannot_be_read(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist; needs a safetensors file"):
+        HeadNorm.from_safetensors(tmp_path / "nowhere", KEY)
+    with pytest.raises(CheckpointError, match=r"holds nothing; needs model.safetensors or model"):
+        HeadNorm.from_safetensors(tmp_path, KEY)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"holds notes.txt; needs model.safetensors"):
+        HeadNorm.from_safetensors(tmp_path, KEY)
+    with pytest.raises(CheckpointError, match="does not exist|cannot be read"):
+        HeadNorm.from_safetensors(tmp_path / "notes.txt" / "below", KEY)
+
+
+def test_folder_without_permission(shards, monkeypatch):
+    folder, *_ = shards
+    if os.geteuid() != 0:
+        folder.chmod(0)
+    else:  # root may read all: let the system call fail as it would for others
+        from pathlib import Path
+
+        def refused(self):
+            raise PermissionError(13, "Permission denied", str(self))
+
+        monkeypatch.setattr(Path, "is_file", refused)
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\)"):
+            HeadNorm.from_safetensors(folder, KEY)
+    finally:
+        folder.chmod(0o700)
+
+
+def test_a_norm_without_parameters_cannot_be_written(tmp_path):
+    with pytest.raises(ValueError, match="neither weight nor bias"):
+        HeadNorm().to_safetensors(tmp_path / "x", KEY)
+
+
+def test_every_dtype_of_the_table_has_a_safetensors_name():
+    assert {dtype.safetensors for dtype in DTYPES} == {"F16", "BF16", "F32", "F64"}

@@ -1,0 +1,86 @@
+"""NVRTC compiles every covering specialisation without a GPU: no warning, no spill."""
+
+import os
+import re
+
+import pytest
+from cases import covering_specs
+
+from cupy_headnorm import _kernels, _launch, _source
+from cupy_headnorm._spec import NormCall, RowAxis
+
+GATE = (75, 90, 120)
+ALL = (75, 80, 86, 89, 90, 100, 120)
+
+
+def nvrtc():
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:
+        # `make test` brings NVRTC; a test-suite run by hand may do without.
+        if os.environ.get("HEADNORM_REQUIRE_NVRTC"):
+            raise
+        pytest.skip(f"no NVRTC: {error}")
+    return nvrtc
+
+
+def compiled(spec, config, architecture):
+    """Return the compiler's log, in which ptxas reports each kernel."""
+    compiler = nvrtc()
+    from cupy._core.core import assemble_cupy_compiler_options
+
+    program = compiler.createProgram(_source.pasted("head_norm.cu"), "head_norm.cu", (), ())
+    options = (
+        *assemble_cupy_compiler_options(()),
+        *_kernels.compile_options(spec, config),
+        f"-arch=sm_{architecture}",
+        "-ftz=true",
+        "--device-as-default-execution-space",
+        "--ptxas-options=-v",
+        "-Werror",
+        "all-warnings",
+    )
+    try:
+        compiler.compileProgram(program, options)
+    except compiler.NVRTCError:
+        pytest.fail(compiler.getProgramLog(program))
+    log = compiler.getProgramLog(program)
+    compiler.destroyProgram(program)
+    return log
+
+
+def configs(spec):
+    """Return the geometry for aligned memory and for the worst."""
+    for alignment in (16, spec.x.itemsize):
+        alignments = (alignment, 16, 16, 16)
+        call = NormCall(spec, (RowAxis(1000, 0, 0, 0, 0),), 1000, 1e-6, 0.0, alignments)
+        yield _launch.plan(call)
+
+
+def pytest_generate_tests(metafunc):
+    if "architecture" in metafunc.fixturenames:
+        everything = metafunc.config.getoption("--all-architectures")
+        metafunc.parametrize("architecture", ALL if everything else GATE, ids="sm_{}".format)
+
+
+@pytest.mark.parametrize("spec", covering_specs(), ids=lambda spec: spec.name)
+def test_compiles_without_spills(spec, architecture, request):
+    aligned, misaligned = configs(spec)
+    chosen = [aligned]
+    if request.config.getoption("--all-architectures") or architecture == 90:
+        chosen += [misaligned] if misaligned != aligned else []
+    for config in chosen:
+        log = compiled(spec, config, architecture)
+        assert _kernels.macros(spec, config)["HN_NAME"] in log
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        assert spills == [("0", "0")], log
+
+
+def test_a_lane_count_that_is_no_power_of_two_does_not_compile():
+    spec = covering_specs()[0]
+    config = next(configs(spec))
+    bad = _launch.LaunchConfig(**{**config.__dict__, "lanes": 12})
+    with pytest.raises(pytest.fail.Exception, match="lanes must be a power of two"):
+        compiled(spec, bad, 90)

@@ -1,0 +1,61 @@
+"""What the documents show is run: docstrings, the README's blocks, and its commands."""
+
+import doctest
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cupy_headnorm
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["ops", "headnorm", "reference", "checkpoint"])
+def test_doctests(name):
+    module = importlib.import_module(f"cupy_headnorm.{name}")
+    result = doctest.testmod(module)
+    assert result.failed == 0
+    assert result.attempted > 0 or name in ("reference", "checkpoint")
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: b.split()[1])
+def test_readme_blocks(block):
+    if "import cupy as" in block and cupy_headnorm.environment().reason:
+        block = "import numpy as cp" + block.removeprefix("import cupy as cp")
+        block = block.replace("cp.random.", "cp.random.default_rng(0).")
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_has_an_example_a_library_of_about_ten_lines():
+    assert [block.split()[1] for block in BLOCKS] == ["cupy", "torch", "numpy"]
+    assert all(len(block.strip().splitlines()) <= 12 for block in BLOCKS)
+
+
+def test_readmes_commands_are_targets_and_links_lead_somewhere():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / link).exists()
+
+
+def test_make_help_lists_every_target():
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = [line.split()[0] for line in done.stdout.splitlines()]
+    expected = "help demo test lint format compile gpu bench notebooks wheel clean"
+    assert sorted(listed) == sorted(expected.split())
+
+
+def test_no_document_names_a_place_that_is_not_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for path in re.findall(r"`((?:tests|kernels|notebooks)/[\w./-]+)`", text + README):
+        assert (ROOT / path).exists(), path
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)

@@ -1,0 +1,285 @@
+"""Zero copies, the producer's library, and every kind of array that is refused."""
+
+import numpy as np
+import pytest
+from libraries import StrictLibrary, TorchLibrary
+from tolerances import assert_alike
+
+import cupy_headnorm
+from cupy_headnorm import HeadNorm, _dlpack, _interop, rms_norm
+
+torch = pytest.importorskip("torch")
+
+DEVICES = [
+    pytest.param("cpu"),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+def test_result_is_the_producers(any_library, rng):
+    x = any_library.array(rng.standard_normal((5, 3, 64)).astype(np.float32))
+    y = rms_norm(x, any_library.array(np.ones(64, np.float32)))
+    expected = cupy_headnorm.reference.rms_norm(any_library.host(x))
+    assert_alike(any_library.host(y), expected)
+    assert any_library.pointer(y) != any_library.pointer(x)
+
+
+def test_view_is_the_same_memory(any_library, dtype):
+    if any_library.name == "strict" and dtype.name in ("bfloat16", "float16"):
+        return  # not in the array API standard: the library has no such arrays
+    x = any_library.array(np.ones((5, 3, 64), dtype.numpy))
+    view = _interop.view(x, "x")
+    assert view.pointer == any_library.pointer(x)
+    assert view.layout.shape == (5, 3, 64)
+    size = dtype.itemsize
+    assert view.layout.strides == (192 * size, 64 * size, size)
+    assert view.layout.dtype is dtype
+    if view.layout.device.kind == "cpu":
+        assert view.as_numpy().ctypes.data == view.pointer
+
+
+def test_result_keeps_the_order_of_axes(library, rng):
+    """As torch's and NumPy's own functions do: (b, t, h, d) seen as (b, h, t, d) stays so."""
+    x = library.array(rng.standard_normal((2, 5, 3, 64)).astype(np.float32)).swapaxes(1, 2)
+    y = rms_norm(x, heads_axis=-3)
+    assert library.strides(y) == library.strides(x)
+
+
+def test_a_producer_without_a_namespace_is_refused():
+    class Bare:
+        def __init__(self, array):
+            self.array = array
+
+        def __dlpack__(self, **options):
+            return self.array.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+    with pytest.raises(TypeError, match=r"x is a Bare without __array_namespace__.*from_dlpack"):
+        rms_norm(Bare(np.ones((3, 64), np.float32)))
+
+
+def test_a_producer_from_before_dlpack_1(rng):
+    """No max_version argument, no read-only flag."""
+    import array_api_strict
+
+    class Old:
+        def __init__(self, array):
+            self.array = array
+
+        def __dlpack__(self, stream=None):
+            return self.array.__dlpack__()
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+        def __array_namespace__(self):
+            return array_api_strict
+
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    y = rms_norm(Old(x))
+    assert type(y) is type(array_api_strict.asarray(0))
+    np.testing.assert_array_equal(np.from_dlpack(y), rms_norm(x))
+
+
+def test_out_of_an_unknown_producer_is_refused():
+    x = StrictLibrary().array(np.ones((3, 64), np.float32))
+    with pytest.raises(TypeError, match="out is a Array, which may forbid writing; needs a NumPy"):
+        rms_norm(x, out=x)
+
+
+def test_memory_of_other_devices_is_refused():
+    raw = _dlpack.Tensor(64, (3, 64), (64, 1), (2, 32, 1), (10, 0), False)
+    from cupy_headnorm._dtypes import FLOAT32
+
+    with pytest.raises(TypeError, match="x is in ROCm memory; needs host or CUDA memory"):
+        _interop._view_of(raw, FLOAT32, "x", None, _interop._DLPACK)
+    for kind, name in ((8, "Metal"), (14, "oneAPI"), (99, "DLPack device type 99")):
+        with pytest.raises(TypeError, match=f"x is in {name} memory"):
+            _interop._view_of(raw._replace(device=(kind, 0)), FLOAT32, "x", None, _interop._DLPACK)
+    for kind, name in ((13, "cuda"), (3, "cpu")):  # managed and pinned memory
+        view = _interop._view_of(raw._replace(device=(kind, 0)), FLOAT32, "x", None, None)
+        assert view.layout.device.kind == name
+    with pytest.raises(TypeError, match="x has 192 elements at a null pointer; needs memory"):
+        _interop._view_of(raw._replace(pointer=0, device=(2, 0)), FLOAT32, "x", None, None)
+
+
+def test_capsules_without_strides_are_compact():
+    raw = _dlpack.DLTensor()
+    shape = (_dlpack.ctypes.c_int64 * 3)(2, 3, 4)
+    raw.ndim, raw.shape, raw.data, raw.byte_offset = 3, shape, 64, 8
+    tensor = _dlpack._read(raw, read_only=False)
+    assert tensor.strides == (12, 4, 1)
+    assert tensor.pointer == 72
+
+
+def test_a_consumed_capsule_is_refused():
+    capsule = np.ones(3).__dlpack__()
+    np.from_dlpack(_Once(capsule))
+    with pytest.raises(TypeError, match="used_dltensor.*needs an unconsumed DLPack capsule"):
+        _dlpack.read_capsule(capsule)
+
+
+class _Once:
+    def __init__(self, capsule):
+        self.capsule = capsule
+
+    def __dlpack__(self, **_):
+        return self.capsule
+
+    def __dlpack_device__(self):
+        return (1, 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", ["exchange API", "capsule"])
+def test_torch_through_either_door(device, way, dtype, rng, monkeypatch):
+    library = _interop.library_of(torch.ones(1), "x")
+    if way == "capsule":
+        monkeypatch.setattr(library, "_api", None)
+    else:
+        assert library._api is not None, "torch 2.11 and later have it"
+    values = rng.standard_normal((5, 6, 64)).astype(dtype.numpy)
+    x = TorchLibrary(device).array(values)[:, ::2]
+    y = TorchLibrary(device).host(rms_norm(x))
+    expected = cupy_headnorm.reference.rms_norm(values[:, ::2])
+    assert_alike(y, expected)
+    pointer = x.data_ptr()
+    assert rms_norm(x, out=x) is x
+    assert x.data_ptr() == pointer
+    assert _interop.view(x, "x").pointer == pointer
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_parameter_is_a_tensor(device):
+    x = torch.nn.Parameter(torch.ones(3, 64, device=device))
+    with torch.no_grad():
+        y = rms_norm(x)
+    assert type(y) is torch.Tensor
+    assert not y.requires_grad
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_grad_is_refused(device):
+    plain = torch.ones(3, 64, device=device)
+    leaf = torch.ones(3, 64, device=device, requires_grad=True)
+    for arrays, name in (((leaf,), "x"), ((plain, leaf[0].detach().requires_grad_()), "weight")):
+        with pytest.raises(ValueError, match=rf"{name} requires grad .*torch.no_grad\(\)"):
+            rms_norm(*arrays)
+        with torch.no_grad():
+            assert rms_norm(*arrays).shape == (3, 64)
+    with pytest.raises(ValueError, match="out requires grad"):
+        rms_norm(plain, out=leaf)
+    assert (leaf == 1).all()
+    with torch.inference_mode():
+        rms_norm(leaf)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def dual():
+    with torch.autograd.forward_ad.dual_level():
+        yield torch.autograd.forward_ad.make_dual(torch.ones(3, 64), torch.ones(3, 64))
+
+
+def functional():
+    yield torch._to_functional_tensor(torch.ones(3, 64))
+
+
+def quantized():
+    try:
+        tensor = torch.quantize_per_tensor(torch.ones(3, 64), 0.1, 0, torch.quint8)
+    except Exception as error:  # torch is dropping quantized tensors
+        pytest.skip(f"this torch makes none: {error}")
+    yield tensor
+
+
+def fake():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        yield torch.ones(3, 64)
+
+
+KINDS = {
+    "subclass": (lambda: iter([torch.ones(3, 64).as_subclass(Subclass)]), "is a Subclass, a subcl"),
+    "fake": (fake, "is a FakeTensor, a subclass of torch.Tensor"),
+    "sparse": (lambda: iter([torch.ones(3, 64).to_sparse()]), "is of layout torch.sparse_coo"),
+    "meta": (lambda: iter([torch.ones(3, 64, device="meta")]), "on the meta device, without mem"),
+    "negated": (lambda: iter([torch.ones(3, 64, dtype=torch.cfloat).conj().imag]), "lazily negat"),
+    "conjugated": (lambda: iter([torch.ones(3, 64, dtype=torch.cfloat).conj()]), "lazily conj"),
+    "zero": (lambda: iter([torch._efficientzerotensor((3, 64))]), "a zero tensor without memory"),
+    "quantized": (quantized, "is quantized"),
+    "dual": (dual, "a forward-mode AD dual"),
+    "functional": (functional, "functional, without memory of its own"),
+    "float8": (
+        lambda: iter([torch.ones(3, 64).to(torch.float8_e4m3fn)]),
+        "dtype float8_e4m3fn; needs float16",
+    ),
+    "int8": (lambda: iter([torch.ones(3, 64, dtype=torch.int8)]), "dtype int8; needs float16"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_tensors_that_are_refused(kind):
+    make, message = KINDS[kind]
+    plain = torch.ones(3, 64)
+    for tensor in make():
+        with pytest.raises(TypeError, match=f"x is .*{message}|x {message}|x has {message}"):
+            rms_norm(tensor)
+        with pytest.raises(TypeError, match=f"out is .*{message}|out {message}|out has {message}"):
+            rms_norm(plain, out=tensor)
+
+
+def test_torch_func_transforms_are_refused():
+    with pytest.raises(TypeError, match="x is inside a torch.func transform"):
+        torch.vmap(rms_norm)(torch.ones(2, 3, 64))
+    with pytest.raises(TypeError, match="x is inside a torch.func transform"):
+        torch.func.grad(lambda x: rms_norm(x).sum())(torch.ones(3, 64))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autograd_learns_that_out_was_written(device):
+    x = torch.ones(3, 64, device=device)
+    leaf = torch.ones(3, 64, device=device, requires_grad=True)
+    loss = (leaf * x).sum()
+    version = x._version
+    rms_norm(x, out=x)
+    assert x._version == version + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.no_grad():
+        rms_norm(x, out=x)
+
+
+def test_inference_tensors_work():
+    with torch.inference_mode():
+        x = torch.ones(3, 64)
+        rms_norm(x, out=x)
+    assert rms_norm(x).shape == (3, 64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_headnorm_takes_a_snapshot_of_a_torch_parameter(device):
+    layer = torch.nn.RMSNorm(64, device=device, dtype=torch.bfloat16)
+    norm = HeadNorm(layer.weight, eps=1e-6)
+    x = torch.randn(5, 3, 64, device=device, dtype=torch.bfloat16)
+    before = norm(x)
+    with torch.no_grad():
+        layer.weight.fill_(7)
+    assert torch.equal(norm(x), before)
+    assert (norm.weight == 1).all()
+
+
+def test_import_error_of_cupy_says_what_to_install(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(
+        cupy_headnorm.GPUUnavailableError, match=r"pip install 'cupy-headnorm\[cuda1[23]\]'"
+    ):
+        _interop.import_cupy()
+    assert "pip install" in cupy_headnorm.environment().remedy

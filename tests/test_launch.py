@@ -1,0 +1,144 @@
+"""The plan over a wide grid of rows: what must hold for every kernel that could be launched."""
+
+import numpy as np
+import pytest
+from cases import covering_specs
+
+from cupy_headnorm import _dtypes, _launch
+from cupy_headnorm._launch import DeviceLimits, LaunchConfig
+from cupy_headnorm._spec import NormCall, NormSpec, RowAxis
+
+HEAD_DIMS = [*range(1, 300), 320, 384, 511, 512, 513, 576, 640, 768, 1000, 1001, 1024, 1025, 1536]
+HEAD_DIMS += [2047, 2048, 4095, 4096, 4099, 8192, 16384, 20000, 65536, 100003, 10_000_001]
+
+
+def call(head_dim, dtype, rows=1000, alignments=(16, 16, 16, 16), axes=None, weight=None):
+    spec = NormSpec("rms", dtype, weight, None, head_dim, "once")
+    return NormCall(spec, axes or (RowAxis(rows, 0, 0, 0, 0),), rows, 1e-6, 0.0, alignments)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_plan_covers_the_row_and_the_rows(head_dim, dtype):
+    for rows in (1, 2, 31, 32, 33, 4096, 10**6):
+        config = _launch.plan(call(head_dim, dtype, rows))
+        elements = config.vector_bytes // dtype.itemsize
+        assert head_dim % elements == 0, "a vector lies wholly inside or outside the row"
+        assert config.vector_bytes <= 16
+        assert config.lanes & (config.lanes - 1) == 0
+        assert config.threads % 32 == 0
+        assert config.threads >= config.lanes * config.rows_per_block
+        assert config.threads <= 1024
+        assert config.rows_per_block == 1 or config.lanes <= 32, "a shared block sums in warps"
+        assert config.blocks(rows) * config.rows_per_block >= rows
+        assert (config.blocks(rows) - 1) * config.rows_per_block < rows
+        tile = elements * config.lanes * config.vectors_per_lane
+        assert tile >= head_dim or config.lanes > 32, "only whole blocks walk a row in tiles"
+        assert tile * 2 <= head_dim * 4 + 4, "no more than half of the slots are idle"
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_order_of_additions_depends_on_dtype_and_head_dim_alone(head_dim, dtype):
+    configs = [
+        _launch.plan(call(head_dim, dtype, rows, alignments), limits)
+        for rows in (1, 7, 10**6)
+        for alignments in ((16, 16, 16, 16), (dtype.itemsize, 16, 16, 16), (16, 8, 8, 8))
+        for limits in (DeviceLimits(), DeviceLimits(1024, 20))
+    ]
+    assert len({(c.vector_bytes, c.lanes, c.vectors_per_lane) for c in configs}) == 1
+
+
+def test_rows_of_1_kib_and_less_share_a_block_and_longer_ones_get_one():
+    for head_dim in (64, 128, 256, 512):
+        config = _launch.plan(call(head_dim, _dtypes.BFLOAT16, 10**6))
+        assert config.rows_per_block > 1
+    for head_dim in (513, 1024, 4096):
+        config = _launch.plan(call(head_dim, _dtypes.BFLOAT16, 10**6))
+        assert config.rows_per_block == 1
+        assert config.lanes >= 64
+
+
+def test_few_rows_spread_over_the_device():
+    config = _launch.plan(call(128, _dtypes.BFLOAT16, 32))
+    assert config.blocks(32) >= 16
+
+
+@pytest.mark.parametrize("alignment", [2, 4, 8, 16])
+def test_access_is_as_wide_as_the_alignment(alignment):
+    config = _launch.plan(call(128, _dtypes.FLOAT16, alignments=(16, alignment, 16, 16)))
+    assert config.access_bytes == alignment
+    assert config.vector_bytes == 16
+
+
+def test_a_wider_weight_narrows_the_access_only_below_its_own_alignment():
+    wide = call(128, _dtypes.FLOAT16, alignments=(16, 16, 16, 16), weight=_dtypes.FLOAT64)
+    assert _launch.plan(wide).access_bytes == 16
+    narrow = call(128, _dtypes.FLOAT16, alignments=(16, 16, 8, 16), weight=_dtypes.FLOAT64)
+    assert _launch.plan(narrow).access_bytes == 2
+
+
+def test_memory_not_aligned_to_its_elements_is_refused():
+    with pytest.raises(ValueError, match="x has rows aligned to 2 bytes; needs 4, the size of its"):
+        _launch.plan(call(128, _dtypes.FLOAT32, alignments=(2, 16, 16, 16)))
+
+
+def test_too_many_axes_are_refused():
+    axes = tuple(RowAxis(2, 10**i, 10**i, 0, 0) for i in range(9))
+    with pytest.raises(ValueError, match="9 axes that no common stride joins; needs 8 at most"):
+        _launch.plan(call(128, _dtypes.FLOAT32, 512, axes=axes))
+
+
+def test_too_many_blocks_are_refused():
+    rows = 2**31
+    with pytest.raises(ValueError, match="2147483648 blocks; needs 2147483647 at most"):
+        _launch.plan(call(4096, _dtypes.FLOAT32, rows))
+
+
+GOOD = LaunchConfig(16, 16, 1, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vector_bytes": 32}, "vector_bytes is 32; needs 16 bytes at most"),
+        ({"vector_bytes": 3}, "vector_bytes is 3; needs"),
+        ({"lanes": 12}, "lanes is 12; needs a power of two up to 1024"),
+        ({"lanes": 2048, "rows_per_block": 1}, "lanes is 2048; needs a power of two"),
+        ({"vectors_per_lane": 0}, "vectors_per_lane is 0 of 8 elements; needs 1 to 64"),
+        ({"vectors_per_lane": 9}, "vectors_per_lane is 9 of 8 elements"),
+        ({"rows_per_block": 0}, "rows_per_block is 0 with lanes=16; needs 1 to 16"),
+        ({"rows_per_block": 17}, "rows_per_block is 17 with lanes=16; needs 1 to 16"),
+        ({"lanes": 64, "rows_per_block": 2}, "rows_per_block is 2 with lanes=64; needs 1 to 1"),
+        ({"access_bytes": 32}, "access_bytes is 32; needs a divisor of vector_bytes=16"),
+        ({"access_bytes": 1}, "access_bytes is 1; needs a divisor"),
+    ],
+)
+def test_a_config_of_ones_own_is_checked(change, message):
+    spec = NormSpec("rms", _dtypes.FLOAT16, None, None, 128, "once")
+    _launch.check_config(GOOD, spec, DeviceLimits())
+    config = LaunchConfig(**{**GOOD.__dict__, **change})
+    with pytest.raises(ValueError, match=message):
+        _launch.check_config(config, spec, DeviceLimits())
+
+
+def test_division_by_multiplication_is_exact(rng):
+    divisors = [*range(1, 66), 127, 128, 1000, 2**16 - 1, 2**16, 2**16 + 1, 2**30 + 1, 2**31 - 1]
+    divisors += [int(d) for d in rng.integers(1, 2**31, 100)]
+    for divisor in divisors:
+        multiplier, shift = _launch.division(divisor)
+        near = np.arange(-2, 3) + np.arange(1, 20)[:, None] * divisor
+        numbers = np.concatenate(
+            [near.reshape(-1), rng.integers(0, 2**31, 1000), [0, 1, 2**31 - 1]]
+        )
+        numbers = numbers[(numbers >= 0) & (numbers < 2**31)].astype(np.uint64)
+        high = (numbers * np.uint64(multiplier)) >> np.uint64(32)
+        total = high + numbers
+        assert (total < 2**32).all(), "the kernel adds in 32 bits"
+        np.testing.assert_array_equal(total >> np.uint64(shift), numbers // np.uint64(divisor))
+
+
+def test_the_covering_list_is_small_and_covers():
+    specs = covering_specs()
+    assert len(specs) <= 80
+    assert len({spec.name for spec in specs}) == len(specs)
+    pairs = {(spec.x.name, spec.weight and spec.weight.name) for spec in specs}
+    assert len(pairs) == 20

@@ -1,0 +1,82 @@
+"""The floors of CONTRIBUTING.md hold, and heavy libraries stay where they belong."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "cupy_headnorm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def floors():
+    table = re.search(r"```\n(F0 .*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    found, floor = {}, None
+    for line in table.group(1).splitlines():
+        match = re.match(r"(?:F(\d+) *| +)(\w+)\.py", line)
+        floor = int(match.group(1)) if match.group(1) else floor
+        found[match.group(2)] = floor
+    return found
+
+
+def imported(path):
+    """Yield (module of the package or top-level library, node is inside a function)."""
+    tree = ast.parse(path.read_text())
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name the package"
+            names = [node.module]
+            if node.module == "cupy_headnorm":
+                names = [f"cupy_headnorm.{alias.name}" for alias in node.names]
+        for name in names:
+            yield name, id(node) in inside
+
+
+def test_every_module_has_a_floor():
+    assert set(floors()) == {path.stem for path in MODULES}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_imports_point_down(path):
+    known = floors()
+    for name, _ in imported(path):
+        if name.startswith("cupy_headnorm."):
+            other = name.split(".")[1]
+            assert known[other] < known[path.stem], f"{path.stem} imports {other}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_cupy_and_torch_are_imported_where_allowed(path):
+    for name, inside_function in imported(path):
+        top = name.split(".")[0]
+        if top == "cupy":
+            assert path.stem in ("_interop", "_kernels", "bench")
+            assert inside_function
+        assert top != "torch"
+
+
+def test_importing_the_package_imports_neither_cupy_nor_torch():
+    code = (
+        "import sys, cupy_headnorm\n"
+        "heavy = {'cupy', 'torch', 'jax', 'safetensors', 'rich', 'transformers'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_no_kernels_package_shadows_the_one_on_pypi():
+    assert not (ROOT / "kernels" / "__init__.py").exists()

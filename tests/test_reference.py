@@ -1,0 +1,95 @@
+"""The reference's own promises: signatures, memory, and rows longer than a chunk."""
+
+import inspect
+import tracemalloc
+
+import numpy as np
+import pytest
+from oracle import norm as oracle
+from tolerances import assert_alike, assert_close
+
+from cupy_headnorm import ops, reference
+
+
+@pytest.mark.parametrize("name", reference.__all__)
+def test_signatures_are_those_of_the_functions(name):
+    ours, theirs = getattr(ops, name), getattr(reference, name)
+    assert inspect.signature(ours) == inspect.signature(theirs)
+    kinds = [p.kind for p in inspect.signature(ours).parameters.values()]
+    assert kinds == sorted(kinds), "arrays are positional-only, options keyword-only"
+    assert set(kinds) == {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("kind", reference.__all__)
+def test_functions_on_numpy_are_the_reference(kind, rng, dtype):
+    x = rng.standard_normal((5, 3, 64)).astype(dtype.numpy)
+    weight = rng.standard_normal((3, 64))
+    for options in ({}, {"weight_offset": 1.0, "rounding": "before_weight", "eps": 0.1}):
+        np.testing.assert_array_equal(
+            getattr(ops, kind)(x, weight, weight, **options),
+            getattr(reference, kind)(x, weight, weight, **options),
+        )
+
+
+@pytest.mark.parametrize("kind", reference.__all__)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1 << 16, 2, 128), np.float16),  # many chunks of rows
+        ((3, 1 << 22), np.float32),  # rows of many chunks
+        ((1, 3 << 22), np.float64),
+        ((1 << 21, 1), np.float32),
+    ],
+)
+def test_extra_memory_is_16_mib_at_most(kind, shape, dtype, rng):
+    x = rng.standard_normal(shape, np.float32).astype(dtype)
+    weight = np.ones(shape[-1], dtype)
+    out = np.empty_like(x)
+    tracemalloc.start()
+    try:
+        getattr(reference, kind)(x, weight, weight, rounding="before_weight", out=out)
+        assert tracemalloc.get_traced_memory()[1] <= 16 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rows_longer_than_a_chunk(kind, in_place, rng, monkeypatch):
+    monkeypatch.setattr(reference, "_CHUNK_BYTES", 1024)
+    x = (rng.standard_normal((5, 3, 1000)) + 3).astype(np.float32)
+    weight = rng.standard_normal((3, 1000)).astype(np.float32)
+    exact, slack, _ = oracle(kind, x, weight, x[0], eps=1e-6)
+    out = x.copy()
+    norm = {"rms": reference.rms_norm, "layer": reference.layer_norm}[kind]
+    y = norm(out if in_place else x, weight, x[0].copy(), eps=1e-6, out=out)
+    assert_close(y, exact, slack, "float32")
+
+
+@pytest.mark.parametrize("chunk", [256, 600, 5000])
+def test_chunks_cut_rows_anywhere(chunk, rng, monkeypatch):
+    x = rng.standard_normal((3, 5, 4, 7, 16)).astype(np.float32)[:, ::2, :, ::3]
+    weight = rng.standard_normal((3, 16)).astype(np.float32)
+    whole = reference.rms_norm(x, weight)
+    monkeypatch.setattr(reference, "_CHUNK_BYTES", chunk)
+    np.testing.assert_array_equal(reference.rms_norm(x, weight), whole)
+
+
+def test_other_arrays_are_refused():
+    with pytest.raises(TypeError, match="x is a list; the reference needs numpy.ndarray"):
+        reference.rms_norm([1.0])
+    with pytest.raises(TypeError, match="weight is a list; the reference needs numpy.ndarray"):
+        reference.rms_norm(np.ones((3, 64)), [1.0])
+
+
+def test_scale_of_the_input_does_not_matter(rng):
+    x = rng.standard_normal((5, 3, 64)).astype(np.float32)
+    np.testing.assert_array_equal(
+        reference.rms_norm(x, eps=0), reference.rms_norm(x * np.float32(1024), eps=0)
+    )
+
+
+def test_layer_norm_ignores_a_shift(rng):
+    x = rng.integers(-8, 9, (5, 3, 64)).astype(np.float32)
+    _, slack, _ = oracle("layer", x + 16, eps=1e-5)
+    assert_alike(reference.layer_norm(x + 16), reference.layer_norm(x), slack)

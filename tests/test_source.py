@@ -1,0 +1,66 @@
+"""The text that goes to the compiler."""
+
+import re
+
+import pytest
+
+from cupy_headnorm import _kernels, _launch, _source
+from cupy_headnorm._dtypes import BFLOAT16, FLOAT32
+from cupy_headnorm._spec import NormSpec
+
+
+def test_every_own_header_is_pasted_once():
+    text = _source.pasted("head_norm.cu")
+    assert '#include "headnorm' not in text
+    headers = sorted(p.name for p in (_source.kernels_folder() / "include/headnorm").iterdir())
+    assert headers == ["norm.cuh", "reduce.cuh", "rows.cuh", "scalar.cuh", "vec.cuh"]
+    for header in headers:
+        assert text.count(f'#line 1 "include/headnorm/{header}"') == 1
+
+
+def test_line_numbers_point_into_the_real_files():
+    text = _source.pasted("head_norm.cu")
+    name, number = None, 0
+    checked = set()
+    for line in text.split("\n"):
+        mark = re.fullmatch(r'#line (\d+) "(.*)"', line)
+        if mark:
+            number, name = int(mark.group(1)), mark.group(2)
+            continue
+        real = (_source.kernels_folder() / name).read_text().split("\n")
+        if line:
+            assert real[number - 1] == line, (name, number)
+            checked.add(name)
+        number += 1
+    assert len(checked) == 6
+
+
+def test_missing_kernels_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(_source, "_PACKAGE", tmp_path / "cupy_headnorm")
+    _source.kernels_folder.cache_clear()
+    try:
+        with pytest.raises(FileNotFoundError, match=r"no head_norm.cu in .*kernels nor in .*kern"):
+            _source.kernels_folder()
+    finally:
+        _source.kernels_folder.cache_clear()
+
+
+def test_a_kernels_name_says_its_specialisation():
+    spec = NormSpec("rms", BFLOAT16, FLOAT32, None, 128, "once")
+    assert spec.name == "head_norm_rms_bf16_f32_d128"
+    spec = NormSpec("layer", FLOAT32, None, BFLOAT16, 80, "before_weight")
+    assert spec.name == "head_norm_layer_f32_unweighted_bias_bf16_d80_before_weight"
+    config = _launch.LaunchConfig(16, 16, 1, 8, 4)
+    assert _kernels.macros(spec, config)["HN_NAME"].endswith("_access4")
+
+
+def test_params_lie_as_in_rows_cuh():
+    """ctypes follows C's layout rules; the order and the width of the fields are ours to keep."""
+    text = (_source.kernels_folder() / "include/headnorm/rows.cuh").read_text()
+    struct = re.search(r"struct Params \{(.*?)\n\};", text, re.DOTALL).group(1)
+    fields = re.findall(r"(\w+)(?:\[kMaxAxes\])?;", struct)
+    assert fields == [name for name, _ in _kernels._PARAMS["float32"]._fields_]
+    axis = re.search(r"struct RowAxis \{(.*?)\n\};", text, re.DOTALL).group(1)
+    fields = re.findall(r"(?:long long|unsigned int) (\w+);", axis)
+    assert fields == [name for name, _ in _kernels._Axis._fields_]
+    assert f"kMaxAxes = {_launch.MAX_AXES};" in text

@@ -1,0 +1,310 @@
+"""Every documented refusal, once, on every library: the message, and nothing written."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from tolerances import assert_alike
+
+import cupy_headnorm
+from cupy_headnorm import HeadNorm, layer_norm, reference, rms_norm
+
+X = np.linspace(-1, 1, 5 * 3 * 64, dtype=np.float32).reshape(5, 3, 64)
+
+
+def w(*shape):
+    return np.ones(shape, np.float32)
+
+
+# name: (function's arguments, keywords, error, message)
+REFUSED = {
+    "no axis": ((w(),), {}, ValueError, r"x has shape \(\); needs \(\.\.\., num_heads, head_dim\)"),
+    "no head_dim": ((w(3, 0),), {}, ValueError, r"x has shape \(3, 0\); needs a head_dim of 1"),
+    "wrong last axis": (
+        (X, w(65)),
+        {},
+        ValueError,
+        r"x has shape \(5, 3, 64\); needs a last axis of head_dim=65, or num_heads given",
+    ),
+    "wrong last axis, heads known": (
+        (X, w(3, 32)),
+        {},
+        ValueError,
+        r"x has shape \(5, 3, 64\); needs a last axis of head_dim=32 or num_heads \* head_dim = 96",
+    ),
+    "wrong num_heads": (
+        (X, w(4, 64)),
+        {},
+        ValueError,
+        r"x has shape \(5, 3, 64\), 3 heads on axis -2; needs num_heads=4 there",
+    ),
+    "heads on another axis": (
+        (X, w(3, 64)),
+        {"heads_axis": -3},
+        ValueError,
+        r"5 heads on axis -3; needs num_heads=3 there",
+    ),
+    "one row of several heads": (
+        (w(64), w(3, 64)),
+        {},
+        ValueError,
+        r"x has shape \(64,\), 1 heads on axis -2; needs num_heads=3",
+    ),
+    "weight of 3 axes": ((X, w(1, 3, 64)), {}, ValueError, r"weight has shape \(1, 3, 64\); needs"),
+    "empty weight": ((X, w(0)), {}, ValueError, r"weight has shape \(0,\); needs \(head_dim,\)"),
+    "weight against head_dim": (
+        (X, w(63)),
+        {"head_dim": 64},
+        ValueError,
+        r"weight has shape \(63,\); needs \(64,\), \(num_heads, 64\) or a multiple",
+    ),
+    "weight against num_heads": (
+        (X, w(4, 64)),
+        {"num_heads": 3, "head_dim": 64},
+        ValueError,
+        r"weight has shape \(4, 64\); needs \(64,\) or \(192,\) or \(3, 64\)",
+    ),
+    "bias against weight": (
+        (X, w(3, 64), w(65)),
+        {},
+        ValueError,
+        r"bias has shape \(65,\); needs \(64,\) or \(192,\) or \(3, 64\)",
+    ),
+    "num_heads does not divide": (
+        (X, w(64)),
+        {"num_heads": 3},
+        ValueError,
+        r"weight has shape \(64,\), which num_heads=3 does not divide; needs head_dim=64",
+    ),
+    "flat x that num_heads does not divide": (
+        (w(5, 190),),
+        {"num_heads": 3, "head_dim": 64},
+        ValueError,
+        r"x has shape \(5, 190\); needs a last axis of head_dim=64 or num_heads \* head_dim = 192",
+    ),
+    "1-D weight that may be flat": (
+        (w(5, 4, 64), w(64)),
+        {"num_heads": 4},
+        ValueError,
+        r"can mean two things; needs head_dim=64 .* or head_dim=16",
+    ),
+    "flat x with heads_axis": (
+        (w(5, 192), w(3, 64)),
+        {"heads_axis": 0},
+        ValueError,
+        r"heads_axis is 0 and x of shape \(5, 192\) is flat; needs -2",
+    ),
+    "heads_axis on head_dim": ((X,), {"heads_axis": -1}, ValueError, r"heads_axis is -1, the axis"),
+    "heads_axis too far": ((X,), {"heads_axis": -4}, ValueError, r"heads_axis is -4; x has shape"),
+    "heads_axis no integer": ((X,), {"heads_axis": 1.5}, TypeError, r"heads_axis is 1.5; needs an"),
+    "num_heads 0": ((X,), {"num_heads": 0}, ValueError, r"num_heads is 0; needs 1 or more"),
+    "head_dim no integer": ((X,), {"head_dim": "64"}, TypeError, r"head_dim is '64'; needs an int"),
+    "eps negative": ((X,), {"eps": -1e-6}, ValueError, r"eps is -1e-06; needs 0 or more"),
+    "eps NaN": ((X,), {"eps": float("nan")}, ValueError, r"eps is nan; needs a finite number"),
+    "eps infinite": ((X,), {"eps": float("inf")}, ValueError, r"eps is inf; needs a finite number"),
+    "eps no number": ((X,), {"eps": "small"}, TypeError, r"eps is 'small'; needs a number"),
+    "offset infinite": (
+        (X, w(64)),
+        {"weight_offset": float("inf")},
+        ValueError,
+        r"weight_offset is inf; needs a finite number",
+    ),
+    "offset without weight": (
+        (X,),
+        {"weight_offset": 1},
+        ValueError,
+        r"weight_offset is 1.0; needs a weight to be added to",
+    ),
+    "rounding": (
+        (X,),
+        {"rounding": "twice"},
+        ValueError,
+        r"rounding is 'twice'; needs one of \('once', 'before_weight'\)",
+    ),
+    "integer x": ((w(3, 64).astype(np.int32),), {}, TypeError, r"x has .*int32.*; needs float16, "),
+    "complex x": (
+        (w(3, 64).astype(np.complex64),),
+        {},
+        TypeError,
+        r"x has .*complex64.*; needs float16, bfloat16, float32 or float64",
+    ),
+    "bool weight": ((X, np.ones(64, bool)), {}, TypeError, r"weight has .*bool.*; needs float16"),
+}
+
+
+@pytest.mark.parametrize("norm", [rms_norm, layer_norm], ids=["rms", "layer"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(library, name, norm):
+    arrays, options, error, message = REFUSED[name]
+    arrays = [library.array(a) for a in arrays]
+    before = library.host(arrays[0]).copy()
+    with pytest.raises(error, match=message):
+        norm(*arrays, **options)
+    with pytest.raises(error, match=message):
+        norm(*arrays, out=arrays[0], **options)
+    np.testing.assert_array_equal(library.host(arrays[0]), before)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_reference_refuses_the_same(name):
+    arrays, options, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        reference.rms_norm(*arrays, **options)
+
+
+def refused(error, message, *arrays, **options):
+    with pytest.raises(error, match=message):
+        rms_norm(*arrays, **options)
+
+
+def test_strided_last_axis(library):
+    x = library.array(np.ones((5, 3, 128), np.float32))[..., ::2]
+    refused(ValueError, r"x has a stride of 8 bytes on its last axis; needs 4", x)
+    y = library.array(X)
+    refused(ValueError, r"weight has a stride of 8 bytes", y, library.array(w(128))[::2])
+    refused(ValueError, r"out has a stride of 8 bytes", y, out=x)
+
+
+def test_one_element_rows_have_no_last_stride(library):
+    x = library.array(np.ones((5, 3, 2), np.float32))[..., ::2]
+    assert_alike(library.host(rms_norm(x)), rms_norm(np.ones((5, 3, 1), np.float32)))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.ones((3, 64), ml_dtypes.float8_e4m3fn),
+        np.ones((3, 64), ">f4"),
+        np.ones((3, 64), object),
+        np.ones((3, 64), "datetime64[s]"),
+    ],
+    ids=lambda x: str(x.dtype),
+)
+def test_numpy_dtypes_that_are_not_served(x):
+    refused(TypeError, r"x has dtype .*; needs float16, bfloat16, float32 or float64 in native", x)
+
+
+def test_out_of_other_shape_dtype_or_library(library):
+    x, out = library.array(X), library.array(np.full((5, 3, 64), 7, np.float32))
+    refused(
+        ValueError, r"out has shape \(5, 192\); needs that of x", x, out=library.array(w(5, 192))
+    )
+    half = library.array(X.astype(np.float16))
+    refused(TypeError, r"out has dtype float16; needs that of x, float32", x, out=half)
+    with pytest.raises(TypeError, match="out is a list; needs a NumPy, CuPy or torch array"):
+        rms_norm(x, out=[1.0])
+    assert (library.host(out) == 7).all()
+
+
+def test_mixed_libraries():
+    import torch
+
+    x = torch.ones(5, 3, 64)
+    message = r"weight is a ndarray \(numpy\); needs the library of x, torch"
+    refused(TypeError, message, x, w(64))
+    refused(
+        TypeError, r"bias is a Tensor \(torch\); needs the library of x, numpy", X, None, x[0, 0]
+    )
+    refused(
+        TypeError, r"out is a ndarray \(numpy\); needs the library of x, torch", x, out=X.copy()
+    )
+    refused(TypeError, r"x is a list; needs a NumPy, CuPy or torch array", [[1.0]])
+
+
+def test_read_only_out():
+    out = np.full_like(X, 7)
+    out.flags.writeable = False
+    refused(ValueError, "out is read-only; needs a writeable array", X, out=out)
+    with pytest.raises(ValueError, match="out is read-only"):
+        reference.rms_norm(X, out=out)
+    assert (out == 7).all()
+
+
+def test_out_that_overlaps_itself(library):
+    from cases import LAYOUTS
+
+    for layout in (v for v in LAYOUTS if v.overlaps):
+        buffer = library.array(np.full(layout.elements, 7, np.float32))
+        out = library.lay(buffer, layout)
+        x = library.array(np.ones(layout.shape, np.float32))
+        refused(ValueError, r"out has shape .* which overlap themselves", x, out=out)
+        refused(ValueError, r"out has shape .* which overlap themselves", out, out=out)
+        assert (library.host(buffer) == 7).all()
+
+
+def test_out_that_overlaps_x_in_part(library):
+    buffer = library.array(np.full((7, 3, 64), 7, np.float32))
+    refused(ValueError, "out overlaps x in part; needs x itself", buffer[:5], out=buffer[2:])
+    refused(ValueError, "out overlaps x in part", buffer[::2], out=buffer[:4])
+    refused(ValueError, "out overlaps x in part", buffer[:, :2], out=buffer[:, 1:])
+    assert (library.host(buffer) == 7).all()
+
+
+def test_out_interleaved_with_x_does_not_overlap(library, rng):
+    """Query and key slices of one buffer share a range of bytes and not one byte."""
+    packed = rng.standard_normal((5, 6, 64)).astype(np.float32)
+    given = library.array(packed)
+    rms_norm(given[:, :3], out=given[:, 3:])
+    result = library.host(given)
+    np.testing.assert_array_equal(result[:, :3], packed[:, :3])
+    assert_alike(result[:, 3:], reference.rms_norm(packed[:, :3]))
+
+
+def test_out_that_overlaps_a_weight(library):
+    buffer = library.array(np.full((5, 3, 64), 7, np.float32))
+    x = library.array(X)
+    refused(ValueError, "out overlaps weight; needs separate memory", x, buffer[4, 0], out=buffer)
+    refused(
+        ValueError, "out overlaps bias; needs separate memory", x, None, buffer[0, 0], out=buffer
+    )
+    assert (library.host(buffer) == 7).all()
+
+
+def test_subclasses_whose_meaning_would_be_lost():
+    refused(TypeError, "x is a MaskedArray, whose meaning a norm would drop", np.ma.masked_array(X))
+    refused(TypeError, "x is a recarray", np.ones((3, 64), np.float32).view(np.recarray))
+
+
+def test_memmap_is_plain_memory(tmp_path):
+    mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=X.shape)
+    mapped[...] = X
+    np.testing.assert_array_equal(rms_norm(mapped), rms_norm(X))
+    assert rms_norm(mapped, out=mapped) is mapped
+    np.testing.assert_array_equal(np.asarray(mapped), rms_norm(X))
+
+
+def test_headnorm_refuses_what_the_functions_refuse(library):
+    with pytest.raises(ValueError, match=r"kind is 'batch'; needs one of \('rms', 'layer'\)"):
+        HeadNorm(w(64), kind="batch")
+    with pytest.raises(ValueError, match=r"eps is -1\.0; needs 0 or more"):
+        HeadNorm(w(64), eps=-1)
+    with pytest.raises(ValueError, match="weight_offset is 1; needs a weight"):
+        HeadNorm(weight_offset=1)
+    with pytest.raises(TypeError, match="weight has dtype int64"):
+        HeadNorm(np.arange(4))
+    with pytest.raises(TypeError, match="weight is a list"):
+        HeadNorm([1.0])
+    norm = HeadNorm(w(3, 64))
+    with pytest.raises(ValueError, match="needs num_heads=3 there"):
+        norm(library.array(w(5, 4, 64)))
+    with pytest.raises(ValueError, match="heads_axis is -1"):
+        norm(library.array(X), heads_axis=-1)
+
+
+def test_one_dimensional_weight_with_num_heads_is_never_guessed_wrong(library, rng):
+    """Read as flat; a layout in which that would silently be the wrong reading raises."""
+    norm = HeadNorm(w(64), num_heads=4)
+    assert norm.head_dim == 16
+    x = library.array(rng.standard_normal((5, 4, 16)).astype(np.float32))
+    assert norm(x).shape == (5, 4, 16)
+    assert norm(x.reshape(5, 64)).shape == (5, 64)
+    with pytest.raises(ValueError, match="can mean two things"):
+        norm(library.array(w(5, 4, 64)))
+    shared = HeadNorm(w(64), num_heads=4, head_dim=64)
+    assert shared(library.array(w(5, 4, 64))).shape == (5, 4, 64)
+    assert shared(library.array(w(5, 256))).shape == (5, 256)
+
+
+def test_errors_of_the_package_are_what_they_say():
+    assert issubclass(cupy_headnorm.CheckpointError, ValueError)
+    assert issubclass(cupy_headnorm.GPUUnavailableError, RuntimeError)
+    assert issubclass(cupy_headnorm.CaptureError, RuntimeError)

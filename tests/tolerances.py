@@ -1,0 +1,87 @@
+"""
+Every tolerance of the test-suite, derived.
+
+A result is one rounding away from exact, plus the float32 error in front of that rounding:
+
+* the rounding: half a unit, 0.5 eps, of the result's dtype. 0.6 leaves 0.1 eps for the arithmetic,
+  which is 2**13 (float16) and 2**16 (bfloat16) times finer. A second rounding would add 0.5 eps
+  and fails.
+* float32 and float64: the sum of D squares in a tree of depth d errs by d / 2 eps at most, halved
+  by the root; root, reciprocal root (2 ulp in CUDA), two products and the sum with the bias add
+  half an eps or two each. 8 eps covers d = 8 and them; 4.6 was the worst seen.
+* below the smallest normal number half a subnormal step, 2**-25 for float16; what the kernels
+  flush to zero, 2**-126, for the others.
+* where terms cancel (a bias, or x near its mean) the error is that of the terms: 8 eps of the
+  accumulating dtype of each.
+* a rounding in the middle ("before_weight") may fall to the other side: one eps of the product.
+"""
+
+import numpy as np
+
+RELATIVE = {
+    "float16": 0.6 * 2.0**-10,
+    "bfloat16": 0.6 * 2.0**-7,
+    "float32": 8 * 2.0**-23,
+    "float64": 8 * 2.0**-52,
+}
+EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+ABSOLUTE = {
+    "float16": 2.0**-25,
+    "bfloat16": 2.0**-126,
+    "float32": 2.0**-126,
+    "float64": 2.0**-1022,
+}
+CANCELLING = {"float16": 8 * 2.0**-23, "bfloat16": 8 * 2.0**-23, "float32": 8 * 2.0**-23}
+CANCELLING["float64"] = 8 * 2.0**-52
+
+FLIPS = 5e-4
+"""Share of values on which two float32 evaluations of one formula may round to different sides."""
+TELLING = 0.1
+"""Share of values that another rounding or formula changes at least: 20 to 44 % were seen."""
+FLIPS_NEED = 2**20
+"""Values to count flips on: one in 2**20 is 0.0001 %."""
+
+
+def assert_close(actual, exact, slack, dtype, rounded_before=0):
+    """Assert that `actual` is `exact` (float64 or better), rounded to `dtype` once.
+
+    `rounded_before` is the product that was rounded in the middle, where one was.
+    """
+    actual = np.asarray(actual)
+    assert actual.dtype.name == dtype
+    assert actual.shape == exact.shape
+    actual = actual.astype(exact.dtype)
+    finite = np.isfinite(exact)
+    np.testing.assert_array_equal(np.where(finite, 0, actual), np.where(finite, 0, exact))
+    bound = RELATIVE[dtype] * np.abs(exact) + ABSOLUTE[dtype] + CANCELLING[dtype] * slack
+    bound = bound + EPS[dtype] * rounded_before
+    error = np.abs(actual - exact)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        worst = np.nanmax(np.where(finite, error / bound, 0), initial=0)
+    assert worst <= 1, f"error is {worst:.3g} times the bound"
+
+
+def assert_alike(actual, expected, slack=0):
+    """Assert that two evaluations of one formula agree: each may be off by the bound."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    name, wide = actual.dtype.name, np.longdouble
+    bound = RELATIVE[name] * np.abs(expected.astype(wide)) + ABSOLUTE[name]
+    bound = bound + CANCELLING[name] * slack
+    assert (np.abs(actual.astype(wide) - expected.astype(wide)) <= 2 * bound).all()
+
+
+def mismatch(actual, expected):
+    """Return the share of values that differ."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    return np.count_nonzero(actual != expected) / actual.size
+
+
+def assert_same_rounding(actual, expected):
+    """Assert that two arrays are one formula with one set of roundings, but for flips."""
+    assert actual.size >= FLIPS_NEED
+    share = mismatch(actual, expected)
+    assert share < FLIPS, f"{share:.4%} of the values differ"
