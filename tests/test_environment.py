@@ -1,0 +1,115 @@
+"""What is said where a piece is missing: driver, CuPy, NVRTC, headers, cache folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cupy_headnorm import GPUUnavailableError, _driver, _interop, _kernels
+
+DRIVER = Path(_driver.__file__)
+EMPTY = _kernels.Environment("", "", "14.2.0", "13.0", "CUDA 13.0", ("a GPU",), "/cache")
+
+
+@pytest.mark.parametrize(
+    ("version", "extra"),
+    [(None, "cuda13"), (12020, "cuda12"), (12090, "cuda12"), (13000, "cuda13")],
+)
+def test_the_extra_is_that_of_the_drivers_cuda(version, extra, monkeypatch):
+    monkeypatch.setattr(_driver, "cuda_version", lambda: version)
+    assert _driver.extra() == extra
+    assert _driver.install_command() == f"pip install 'cupy-headnorm[{extra}]'"
+
+
+def test_the_makefile_asks_without_anything_installed():
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(DRIVER)], capture_output=True, text=True, check=True
+    )
+    expected = "" if _driver.cuda_version() is None else _driver.extra() + "\n"
+    assert done.stdout == expected
+
+
+@pytest.fixture
+def cupy():
+    return pytest.importorskip("cupy")
+
+
+def test_no_nvrtc(cupy, monkeypatch):
+    def missing():
+        raise RuntimeError("CuPy failed to load libnvrtc.so.13")
+
+    monkeypatch.setattr(cupy.cuda.nvrtc, "getVersion", missing)
+    found = _kernels.environment()
+    assert found.reason == "NVRTC does not load (CuPy failed to load libnvrtc.so.13)"
+    error = _kernels._explained(RuntimeError("whatever CuPy says"))
+    assert isinstance(error, GPUUnavailableError)
+    assert "NVRTC does not load" in str(error)
+    assert "pip install 'cupy-headnorm[cuda1" in str(error)
+
+
+def test_no_headers(monkeypatch):
+    monkeypatch.setattr(_kernels, "environment", lambda: EMPTY)
+    text = 'scalar.cuh(5): catastrophic error: cannot open source file "cuda_bf16.h"\n  more'
+    error = _kernels._explained(RuntimeError(text))
+    assert isinstance(error, GPUUnavailableError)
+    assert "CUDA headers not found (scalar.cuh(5): catastrophic error: cannot open" in str(error)
+    assert "pip install 'cupy-headnorm[cuda1" in str(error)
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch):
+    monkeypatch.setattr(_kernels, "environment", lambda: EMPTY)
+    error = _kernels._explained(PermissionError(13, "Permission denied", "/cache/x"))
+    assert isinstance(error, GPUUnavailableError)
+    assert "the kernel cache /cache cannot be written" in str(error)
+    assert "CUPY_CACHE_DIR set to a writeable folder" in str(error)
+
+
+def test_other_errors_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(_kernels, "environment", lambda: EMPTY)
+    error = RuntimeError("a bug in a kernel")
+    assert _kernels._explained(error) is error
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_cache_folder_that_cannot_be_made(cupy, tmp_path):
+    (tmp_path / "file").write_text("")
+    code = (
+        "from cupy_headnorm import _interop, GPUUnavailableError\n"
+        "try: _interop.import_cupy()\n"
+        "except GPUUnavailableError as error: print(error)"
+    )
+    done = run(code, CUPY_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    assert "importing CuPy failed" in done.stdout
+    assert "set CUPY_CACHE_DIR to one" in done.stdout
+
+
+@pytest.mark.gpu
+def test_a_cuda_tensor_without_cupy_says_what_to_install():
+    code = (
+        "import sys, torch; sys.modules['cupy'] = None\n"
+        "import cupy_headnorm\n"
+        "try: cupy_headnorm.rms_norm(torch.ones(3, 64, device='cuda'))\n"
+        "except cupy_headnorm.GPUUnavailableError as error: print(error)"
+    )
+    done = run(code)
+    assert "CuPy is not usable" in done.stdout, done.stderr
+    assert "pip install 'cupy-headnorm[cuda1" in done.stdout
+
+
+def test_environment_never_raises(monkeypatch):
+    def broken():
+        raise GPUUnavailableError("CuPy is not usable (why); needs: pip install it")
+
+    monkeypatch.setattr(_interop, "import_cupy", broken)
+    found = _kernels.environment()
+    assert (found.reason, found.remedy) == ("CuPy is not usable (why)", "pip install it")
