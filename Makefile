@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # cuda12 or cuda13 where an NVIDIA driver answers, else empty.
 CUDA = $(shell $(PYTHON) cupy_headnorm/_driver.py)
+# torch from 2.11 on PyPI is built for CUDA 13 and its packages exclude those of CUDA 12.
+TORCH = $(if $(filter cuda12,$(CUDA)),torch<2.11,torch==2.13.0)
 # A folder of real weights and activations for the tests: make test REAL=DIR
 REAL ?=
 PYTEST = $(BIN)/python -m pytest $(if $(REAL),--real=$(REAL))
@@ -61,5 +63,5 @@ $(VENV)/demo: setup.cfg | $(BIN)/python
 
 # Without a driver CuPy comes too: its NVRTC compiles the kernels where none can run.
 $(VENV)/test: setup.cfg | $(BIN)/python
-	$(BIN)/pip install -q -e '.[test,$(or $(CUDA),cuda13)]'
+	$(BIN)/pip install -q -e '.[test,$(or $(CUDA),cuda13)]' '$(TORCH)'
 	@touch $@ $(VENV)/demo

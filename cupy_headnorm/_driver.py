@@ -9,6 +9,7 @@ since the Makefile asks before anything is installed.
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 
 class GPUUnavailableError(RuntimeError):
@@ -33,9 +34,13 @@ def extra() -> str:
     return "cuda12" if version is not None and version < 13000 else "cuda13"
 
 
-def install_command() -> str:
-    """Return the pip command that adds CuPy, NVRTC and the CUDA headers."""
-    return f"pip install 'cupy-headnorm[{extra()}]'"
+def install_command(wanted: str | None = None) -> str:
+    """Return the pip command for an extra; by default that of CuPy, NVRTC and the CUDA headers."""
+    wanted = wanted or extra()
+    checkout = Path(__file__).resolve().parent.parent
+    if (checkout / "setup.cfg").is_file():
+        return f"pip install -e '{checkout}[{wanted}]'"
+    return f"pip install 'cupy-headnorm[{wanted}]'"
 
 
 if __name__ == "__main__" and cuda_version() is not None:

@@ -8,13 +8,15 @@ library already. Nothing here copies an element.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import deque
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from cupy_headnorm import _dlpack, _driver, _dtypes
-from cupy_headnorm._layout import CPU, Device, Layout, alignment_of, as_numpy
+from cupy_headnorm._layout import CPU, Device, Layout, alignment_of, as_numpy, dense_like
 
 
 def import_cupy() -> Any:
@@ -68,14 +70,14 @@ class Library(Protocol):
     def stream(self, index: int) -> int:
         """Return the handle of the current stream on CUDA device `index`."""
 
-    def launched(self, view: ArrayView, stream: int) -> None:
-        """Take note that work reading `view` was queued on `stream`."""
+    def launched(self, owners: tuple[Any, ...], stream: int) -> None:
+        """Take note that work reading the memory of `owners` was queued on `stream`."""
 
     def wrote(self, out: Any) -> None:
         """Take note that `out`, given by the caller, was written."""
 
-    def to_host(self, x: Any) -> np.ndarray:
-        """Copy (or view) `x` as a NumPy array."""
+    def to_host(self, x: Any, role: str) -> np.ndarray:
+        """Copy (or view) `x` as a NumPy array; refuses what `view` does, but not gradients."""
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
         """Bring `values` to the library and device of `like`."""
@@ -87,7 +89,7 @@ class _Plain:
     def deliver(self, result: Any, like: ArrayView) -> Any:
         return result
 
-    def launched(self, view: ArrayView, stream: int) -> None:
+    def launched(self, owners: tuple[Any, ...], stream: int) -> None:
         pass
 
     def wrote(self, out: Any) -> None:
@@ -109,23 +111,17 @@ class _NumPy(_Plain):
         return ArrayView(pointer, layout, x.flags.writeable, x, self)
 
     def empty_like(self, view: ArrayView) -> Any:
-        return _dense(np.empty_like(view.as_numpy(), subok=False), np.empty)
+        return dense_like(view.as_numpy(), partial(np.empty_like, subok=False))
 
     def stream(self, index: int) -> int:
         raise NotImplementedError("host memory has no stream")
 
-    def to_host(self, x: Any) -> np.ndarray:
+    def to_host(self, x: Any, role: str) -> np.ndarray:
+        self.view(x, role)
         return np.asarray(x)
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
         return values
-
-
-def _dense(array: Any, empty: Any) -> Any:
-    """Return `array`, or a C-ordered one where keeping x's order strided its last axis."""
-    if array.ndim and array.size and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
-        return empty(array.shape, array.dtype)
-    return array
 
 
 class _CuPy(_Plain):
@@ -142,13 +138,14 @@ class _CuPy(_Plain):
         cupy = import_cupy()
         with cupy.cuda.Device(view.layout.device.index):
             if isinstance(view.owner, cupy.ndarray):
-                return _dense(cupy.empty_like(view.owner), cupy.empty)
+                return dense_like(view.owner, cupy.empty_like)
             return cupy.empty(view.layout.shape, view.layout.dtype.numpy)
 
     def stream(self, index: int) -> int:
         return import_cupy().cuda.get_current_stream(index).ptr
 
-    def to_host(self, x: Any) -> np.ndarray:
+    def to_host(self, x: Any, role: str) -> np.ndarray:
+        self.view(x, role)
         return x.get()
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
@@ -242,16 +239,19 @@ class _Torch:
             return self._api.stream(index)
         return self._torch.cuda.current_stream(index).cuda_stream
 
-    def launched(self, view: ArrayView, stream: int) -> None:
+    def launched(self, owners: tuple[Any, ...], stream: int) -> None:
         pass
 
     def wrote(self, out: Any) -> None:
-        # Autograd must know, or a later backward uses the overwritten values without an error.
-        if self._torch.is_grad_enabled() and not out.is_inference():
+        # Autograd must know, or a later backward uses the overwritten values without an error:
+        # also under no_grad, where torch's own in-place functions tell it too.
+        if not (self._torch.is_inference_mode_enabled() or out.is_inference()):
             self._torch.autograd.graph.increment_version(out)
 
-    def to_host(self, x: Any) -> np.ndarray:
-        return self.view(x.detach().cpu(), "x").as_numpy()
+    def to_host(self, x: Any, role: str) -> np.ndarray:
+        with self._torch.no_grad():
+            self._refuse(x, role)
+            return self.view(x.detach().cpu(), role).as_numpy()
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
         # NumPy cannot hand bfloat16 to torch, so torch makes the memory and NumPy fills it.
@@ -267,17 +267,13 @@ class _DLPack:
 
     def __init__(self) -> None:
         self._in_flight: deque[tuple[Any, Any]] = deque()
+        self._lock = threading.Lock()
 
     def view(self, x: Any, role: str) -> ArrayView:
         if role == "out":
             raise TypeError(
                 f"out is a {type(x).__name__}, which may forbid writing; "
                 "needs a NumPy, CuPy or torch array"
-            )
-        if role == "x" and not hasattr(x, "__array_namespace__"):
-            raise TypeError(
-                f"x is a {type(x).__name__} without __array_namespace__, so no from_dlpack is "
-                "known for the result; needs numpy.from_dlpack(x) or cupy.from_dlpack(x) instead"
             )
         kind, index = x.__dlpack_device__()
         on_cuda = kind in (_dlpack.CUDA, _dlpack.CUDA_MANAGED)
@@ -289,7 +285,23 @@ class _DLPack:
             capsule = x.__dlpack__(stream=stream)
         raw = _dlpack.read_capsule(capsule)
         dtype = _dtypes.from_dlpack(*raw.dtype, role)
-        return _view_of(raw, dtype, role, (x, capsule), self)
+        view = _view_of(raw, dtype, role, (x, capsule), self)
+        if role == "x":
+            self._check_way_back(x, view)
+        return view
+
+    def _check_way_back(self, x: Any, view: ArrayView) -> None:
+        namespace = getattr(x, "__array_namespace__", None)
+        if namespace is None or not hasattr(namespace(), "from_dlpack"):
+            raise TypeError(
+                f"x is a {type(x).__name__} without a namespace that has from_dlpack, for the "
+                "result; needs numpy.from_dlpack(x) or cupy.from_dlpack(x) instead"
+            )
+        if view.layout.device.kind == "cpu" and view.layout.dtype.name == "bfloat16":
+            raise TypeError(
+                f"x is a bfloat16 {type(x).__name__} on the host, where NumPy makes the result and "
+                "cannot hand bfloat16 on; needs another dtype, or a torch or NumPy array"
+            )
 
     def empty_like(self, view: ArrayView) -> Any:
         shape, dtype = view.layout.shape, view.layout.dtype.numpy
@@ -305,22 +317,24 @@ class _DLPack:
     def stream(self, index: int) -> int:
         return import_cupy().cuda.get_current_stream(index).ptr
 
-    def launched(self, view: ArrayView, stream: int) -> None:
+    def launched(self, owners: tuple[Any, ...], stream: int) -> None:
         # Nobody else keeps the producer's memory from being reused while the kernel reads it.
         cupy = import_cupy()
-        while self._in_flight and self._in_flight[0][0].done:
-            self._in_flight.popleft()
         event = cupy.cuda.Event(disable_timing=True)
         cupy.cuda.runtime.eventRecord(event.ptr, stream)
-        self._in_flight.append((event, view.owner))
+        with self._lock:
+            self._in_flight.append((event, owners))
+            while self._in_flight and self._in_flight[0][0].done:
+                self._in_flight.popleft()
 
     def wrote(self, out: Any) -> None:
         raise NotImplementedError("out is refused when it is viewed")
 
-    def to_host(self, x: Any) -> np.ndarray:
-        if x.__dlpack_device__()[0] in (_dlpack.CUDA, _dlpack.CUDA_MANAGED):
+    def to_host(self, x: Any, role: str) -> np.ndarray:
+        view = self.view(x, role)
+        if view.layout.device.kind == "cuda":
             return import_cupy().from_dlpack(x).get()
-        return self.view(x, "x").as_numpy()
+        return view.as_numpy()
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
         result = self.empty_like(like)

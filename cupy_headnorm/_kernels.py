@@ -226,10 +226,10 @@ def _compile(spec: NormSpec, config: LaunchConfig, index: int) -> Any:
             _start(function.ptr, 1, config.threads, empty, 0)
             return function
     except Exception as error:
-        raise _explained(error) from error
+        raise explained(error) from error
 
 
-def _explained(error: Exception) -> Exception:
+def explained(error: Exception) -> Exception:
     """Turn what CuPy says about a missing piece into our error, with the command that mends it."""
     found = environment()
     if found.reason:

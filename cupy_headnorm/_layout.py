@@ -131,3 +131,16 @@ def overlap(a_pointer: int, a: Layout, b_pointer: int, b: Layout) -> bool:
     return _shares(
         as_numpy(a_pointer, a, None, writeable=False), as_numpy(b_pointer, b, None, writeable=False)
     )
+
+
+def dense_like(array: Any, empty_like: Any) -> Any:
+    """
+    Return new memory in the order of axes of `array`, or in C order.
+
+    Keeping the order of an expanded or overlapping array can put its last axis elsewhere than
+    last; then it is C order.
+    """
+    kept = empty_like(array)
+    if kept.ndim and kept.size and kept.shape[-1] > 1 and kept.strides[-1] != kept.itemsize:
+        return empty_like(array, order="C")
+    return kept

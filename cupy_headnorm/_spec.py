@@ -75,7 +75,8 @@ class NormCall(NamedTuple):
     """Largest power of two, at most 16, dividing every row's address in x, out, weight, bias."""
 
 
-def _integer(value: object, name: str) -> int:
+def integer(value: object, name: str) -> int:
+    """Check an integer, a Python or a NumPy one."""
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -85,7 +86,7 @@ def _integer(value: object, name: str) -> int:
 def _count(value: object, name: str) -> int | None:
     if value is None:
         return None
-    count = _integer(value, name)
+    count = integer(value, name)
     if count < 1:
         raise ValueError(f"{name} is {count}; needs 1 or more")
     return count
@@ -93,6 +94,8 @@ def _count(value: object, name: str) -> int | None:
 
 def _real(value: object, name: str) -> float:
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}; needs a number") from None
@@ -103,7 +106,7 @@ def _real(value: object, name: str) -> float:
 
 def checked_heads_axis(value: object) -> int:
     """Check the axis of the heads as far as can be without x."""
-    axis = _integer(value, "heads_axis")
+    axis = integer(value, "heads_axis")
     if axis == -1:
         raise ValueError("heads_axis is -1, the axis of head_dim; needs another, such as -2 or -3")
     return axis
@@ -120,7 +123,7 @@ def options(
     rounding: str = "once",
 ) -> NormOptions:
     """Check the arguments that are no arrays."""
-    if kind not in DEFAULT_EPS:
+    if kind not in tuple(DEFAULT_EPS):
         raise ValueError(f"kind is {kind!r}; needs one of {tuple(DEFAULT_EPS)}")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding is {rounding!r}; needs one of {ROUNDINGS}")
@@ -199,23 +202,36 @@ def geometry(
 def _head_axis(shape: Shape, heads: Geometry, heads_axis: int) -> tuple[bool, int | None]:
     """Tell whether x is flat and, if heads matter, which of its axes (split, if flat) is theirs."""
     num_heads, head_dim, read_as_flat = heads
-    if not -len(shape) <= heads_axis < max(len(shape) - 1, 1) and len(shape) > 1:
-        raise ValueError(f"heads_axis is {heads_axis}; x has shape {shape}")
-    axis = heads_axis % len(shape)
+    outer = len(shape) - 1
+    if heads_axis != -2 and not (-len(shape) <= heads_axis < outer):
+        raise ValueError(
+            f"heads_axis is {heads_axis} and x has shape {shape}; needs one of its {outer} axes "
+            "before head_dim"
+        )
     if shape[-1] == head_dim:
         if num_heads is None or num_heads == 1:
             return False, None
-        if len(shape) == 1 or shape[axis] != num_heads:
+        there = shape[heads_axis] if outer else 1
+        if there != num_heads:
             raise ValueError(
-                f"x has shape {shape}, {shape[axis] if len(shape) > 1 else 1} heads on axis "
-                f"{heads_axis}; needs num_heads={num_heads} there, "
-                f"or a last axis of {num_heads * head_dim}"
+                f"x has shape {shape}, {there} heads on axis {heads_axis}; needs "
+                f"num_heads={num_heads} there, or for flat input a last axis of "
+                f"{num_heads * head_dim} = num_heads * head_dim (head_dim={head_dim} here)"
             )
-        return False, axis
+        return False, heads_axis % len(shape)
     if num_heads is None:
         raise ValueError(
             f"x has shape {shape}; needs a last axis of head_dim={head_dim}, "
             "or num_heads given for flat input"
+        )
+    if read_as_flat:
+        # A weight of 128 with 32 heads may be shared, or flat with 4 elements a head. Only x in
+        # heads of 4 tells; read as flat, any other would silently be normalized in wrong groups.
+        length = num_heads * head_dim
+        raise ValueError(
+            f"x has shape {shape}, and a 1-D weight of {length} with num_heads={num_heads} can "
+            f"mean two things; needs head_dim={length} (all heads share the weight) or "
+            f"head_dim={head_dim} (it is flat)"
         )
     if shape[-1] != num_heads * head_dim:
         raise ValueError(
@@ -226,14 +242,7 @@ def _head_axis(shape: Shape, heads: Geometry, heads_axis: int) -> tuple[bool, in
         raise ValueError(
             f"heads_axis is {heads_axis} and x of shape {shape} is flat; needs -2, or x unflattened"
         )
-    # A wrong answer threatens in one case: a shared weight taken for a flat one, and x not flat.
-    if read_as_flat and len(shape) > 1 and shape[-2] == num_heads:
-        raise ValueError(
-            f"x has shape {shape}, and a 1-D weight of {shape[-1]} with num_heads={num_heads} "
-            f"can mean two things; needs head_dim={shape[-1]} (all heads share the weight) "
-            f"or head_dim={head_dim} (x and weight are flat)"
-        )
-    return True, len(shape) - 1
+    return True, outer
 
 
 def _check_last_stride(layout: Layout, name: str) -> None:
@@ -350,8 +359,10 @@ def check_out_layout(out: Layout) -> None:
 
 def check_overlap(name: str, pointer: int, layout: Layout, out_pointer: int, out: Layout) -> None:
     """Refuse an `out` that shares bytes with an input, unless it is x itself."""
-    if name == "x" and pointer == out_pointer and layout.strides == out.strides:
-        return
+    if name == "x" and pointer == out_pointer:
+        steps = zip(layout.shape, layout.strides, out.strides, strict=True)
+        if all(n < 2 or a == b for n, a, b in steps):  # the stride of one entry says nothing
+            return
     if overlap(pointer, layout, out_pointer, out):
         raise ValueError(
             f"out overlaps {name} in part; needs {name} itself or separate memory"

@@ -55,7 +55,7 @@ class Timing(NamedTuple):
         return self.ceiling / self.norm
 
 
-class _Gpu:
+class Gpu:
     """Times calls on a stream of its own."""
 
     name = "cupy"
@@ -66,7 +66,7 @@ class _Gpu:
         self.xp = cupy
         self._stream = cupy.cuda.Stream(non_blocking=True)
 
-    def __enter__(self) -> _Gpu:
+    def __enter__(self) -> Gpu:
         self._stream.__enter__()
         return self
 
@@ -74,9 +74,11 @@ class _Gpu:
         self._stream.__exit__(*raised)
 
     def rotation(self, nbytes: int) -> int:
+        """Return how many sets of `nbytes` are larger than the L2 together."""
         return int(np.clip(_ROTATION_BYTES // max(nbytes, 1), 2, 64))
 
     def microseconds(self, call: Callable[[int], object], buffers: int) -> float:
+        """Return the device time of ``call(i)``, i walking through the buffers."""
         stream, cuda = self._stream, self.xp.cuda
         count = max(buffers, 12)
         for i in range(buffers):
@@ -98,26 +100,31 @@ class _Gpu:
         return statistics.median(times)
 
     def copy(self, to: Any, source: Any) -> None:
+        """Copy contiguous bytes with the driver's own copy."""
         device_to_device = 3  # cudaMemcpyDeviceToDevice
         self.xp.cuda.runtime.memcpyAsync(
             to.data.ptr, source.data.ptr, source.nbytes, device_to_device, self._stream.ptr
         )
 
 
-class _Host:
+class Host:
+    """Times calls by the clock."""
+
     name = "numpy"
     xp = np
 
-    def __enter__(self) -> _Host:
+    def __enter__(self) -> Host:
         return self
 
     def __exit__(self, *raised: object) -> None:
         pass
 
     def rotation(self, nbytes: int) -> int:
+        """Return how many sets of buffers to walk through."""
         return 2
 
     def microseconds(self, call: Callable[[int], object], buffers: int) -> float:
+        """Return the time of ``call(i)``, i walking through the buffers."""
         call(0)
         times = []
         for i in range(_REPLAYS):
@@ -127,15 +134,16 @@ class _Host:
         return statistics.median(times)
 
     def copy(self, to: Any, source: Any) -> None:
+        """Copy an array."""
         np.copyto(to, source)
 
 
-def backend() -> _Gpu | _Host:
+def backend() -> Gpu | Host:
     """Return the GPU's timer where a GPU can be used, else the host's."""
-    return _Host() if _kernels.environment().reason else _Gpu()
+    return Host() if _kernels.environment().reason else Gpu()
 
 
-def time_norm(norm: HeadNorm, x: np.ndarray, on: _Gpu | _Host, heads_axis: int = -2) -> Timing:
+def time_norm(norm: HeadNorm, x: np.ndarray, on: Gpu | Host, heads_axis: int = -2) -> Timing:
     """Time `norm` out of place on copies of `x`."""
     with on:
         buffers = on.rotation(2 * x.nbytes)
@@ -147,7 +155,7 @@ def time_norm(norm: HeadNorm, x: np.ndarray, on: _Gpu | _Host, heads_axis: int =
         return Timing(spent, _ceiling(on, inputs, results))
 
 
-def _ceiling(on: _Gpu | _Host, inputs: list[Any], results: list[Any]) -> float:
+def _ceiling(on: Gpu | Host, inputs: list[Any], results: list[Any]) -> float:
     buffers = len(inputs)
     one = inputs[0].dtype.type(1)
     return min(
@@ -156,7 +164,7 @@ def _ceiling(on: _Gpu | _Host, inputs: list[Any], results: list[Any]) -> float:
     )
 
 
-def measure(case: Case, on: _Gpu | _Host) -> Timing:
+def measure(case: Case, on: Gpu | Host) -> Timing:
     """Time the norm that `case` describes."""
     dtype = _dtypes.from_name(case.dtype, "dtype").numpy
     xp = on.xp
@@ -203,7 +211,7 @@ def cases(
             yield Case(count, num_heads, head_dim, dtype, kind, layout)
 
 
-def report(to_measure: list[Case], on: _Gpu | _Host, where: str) -> None:
+def report(to_measure: list[Case], on: Gpu | Host, where: str) -> None:
     """Measure every case, with a progress bar, and print a table."""
     from rich.console import Console
     from rich.progress import track

@@ -19,9 +19,9 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or does not hold what was asked for."""
 
 
-def read_norm(path: Any, key: str) -> tuple[np.ndarray, np.ndarray | None]:
+def read_norm(path: Any, key: str) -> tuple[np.ndarray | None, np.ndarray | None]:
     """
-    Read ``<key>.weight`` and, where there is one, ``<key>.bias``.
+    Read ``<key>.weight`` and ``<key>.bias``, of which one may be missing.
 
     Parameters
     ----------
@@ -40,16 +40,19 @@ def read_norm(path: Any, key: str) -> tuple[np.ndarray, np.ndarray | None]:
         The tensor's dtype is not float16, bfloat16, float32 or float64 (float8, say).
     """
     where = _files(Path(path))
-    found = {suffix: where.get(f"{key}.{suffix}") for suffix in ("weight", "bias")}
-    if found["weight"] is None:
+    names = (f"{key}.weight", f"{key}.bias")
+    if not any(name in where for name in names):
         raise CheckpointError(
-            f"{path} has no tensor {key}.weight; needs one of its keys, such as "
+            f"{path} has no tensor {names[0]}; needs one of its keys, such as "
             + _near(key, list(where))
         )
-    return (
-        _read(found["weight"], f"{key}.weight"),
-        None if found["bias"] is None else _read(found["bias"], f"{key}.bias"),
-    )
+    weight, bias = (_read(where[name], name) if name in where else None for name in names)
+    return weight, bias
+
+
+def tensor_names(path: Any) -> list[str]:
+    """Return the names of all tensors of a file or folder."""
+    return sorted(_files(Path(path)))
 
 
 def read_tensor(path: Any, name: str) -> np.ndarray:
@@ -62,14 +65,29 @@ def read_tensor(path: Any, name: str) -> np.ndarray:
 
 
 def write_norm(path: Any, key: str, weight: np.ndarray | None, bias: np.ndarray | None) -> None:
-    """Write ``<key>.weight`` and ``<key>.bias`` to a new safetensors file."""
+    """
+    Write ``<key>.weight`` and ``<key>.bias`` to a safetensors file of their own.
+
+    A file that holds other tensors is refused and stays as it is.
+    """
+    import safetensors
     from safetensors.numpy import save_file
 
     tensors = {f"{key}.weight": weight, f"{key}.bias": bias}
     tensors = {name: array for name, array in tensors.items() if array is not None}
     if not tensors:
         raise ValueError("the norm has neither weight nor bias; needs one to be written")
-    save_file(tensors, path, metadata={"format": "pt"})
+    if Path(path).exists():
+        others = sorted(set(_keys(Path(path))) - {f"{key}.weight", f"{key}.bias"})
+        if others:
+            raise CheckpointError(
+                f"{path} exists and holds {others[0]} among {len(others)} other tensors, which "
+                "would be lost; needs a file of its own"
+            )
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be written ({error})") from error
 
 
 def _near(key: str, names: list[str]) -> str:

@@ -11,11 +11,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from cupy_headnorm import _driver, _dtypes, _kernels, _spec, bench, checkpoint, reference
+from cupy_headnorm import _driver, _dtypes, _kernels, _spec, bench, checkpoint
 from cupy_headnorm._version import __version__
 from cupy_headnorm.headnorm import HeadNorm
 
@@ -23,28 +23,48 @@ _DEMO_KEY = "model.layers.1.self_attn.q_norm"
 _DEMO_HEADS, _DEMO_HEAD_DIM = 32, 128  # Qwen3-8B's queries
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"cupy_headnorm: {message}; see {self.prog} --help\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; an error is one line on stderr and exit code 2."""
-    parser = _parser()
+    chosen = _parser().parse_args(arguments)
     try:
-        # argparse exits with 2 itself, after a line about the usage.
-        chosen = parser.parse_args(arguments)
         chosen.run(chosen)
+        sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output left (`| head`): nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (TypeError, ValueError, OSError, RuntimeError, MemoryError) as error:
+    except KeyboardInterrupt:
+        print("cupy_headnorm: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"cupy_headnorm: {message}", file=sys.stderr)
         return 2
     return 0
 
 
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{count} is given; needs 1 or more")
+    return count
+
+
+def _size(text: str) -> float:
+    size = float(text)
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{size} is given; needs a finite number above 0")
+    return size
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cupy_headnorm", description="Per-head normalization on GPUs."
-    )
+    parser = _Parser(prog="python -m cupy_headnorm", description="Per-head normalization on GPUs.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="{demo,info,bench}")
 
@@ -60,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--eps", type=float, help="default: 1e-6 for rms, 1e-5 for layer")
     demo.add_argument("--rounding", choices=_spec.ROUNDINGS)
     demo.add_argument("--weight-offset", type=float, default=0.0, help="1 for Gemma 3")
-    demo.add_argument("--num-heads", type=int, help="heads of x")
-    demo.add_argument("--head-dim", type=int)
+    demo.add_argument("--num-heads", type=_count, help="heads of x")
+    demo.add_argument("--head-dim", type=_count, help="default: the weight's last axis")
     demo.add_argument("--heads-axis", type=int, default=-2)
     demo.add_argument("--tokens", type=int, help="tokens of the random x")
     demo.add_argument(
@@ -71,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--activations",
-        help="safetensors file with <key>.input and <key>.output: used as x and compared",
+        help="safetensors file with <key>.input, used as x, and, to compare, <key>.output",
     )
     demo.add_argument("--on", choices=("auto", "gpu", "cpu"), default="auto")
 
@@ -80,10 +100,10 @@ def _parser() -> argparse.ArgumentParser:
 
     measure = commands.add_parser("bench", help="speed as a share of a copy of the same bytes")
     measure.set_defaults(run=_bench)
-    measure.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 1024, 8192])
-    measure.add_argument("--megabytes", type=float, help="size of x, instead of --tokens")
-    measure.add_argument("--num-heads", type=int, nargs="+", default=[32])
-    measure.add_argument("--head-dim", type=int, nargs="+", default=[128])
+    measure.add_argument("--tokens", type=_count, nargs="+", default=[1, 64, 1024, 8192])
+    measure.add_argument("--megabytes", type=_size, help="size of x, instead of --tokens")
+    measure.add_argument("--num-heads", type=_count, nargs="+", default=[32])
+    measure.add_argument("--head-dim", type=_count, nargs="+", default=[128])
     names = [dtype.name for dtype in _dtypes.DTYPES]
     measure.add_argument("--dtype", nargs="+", choices=names, default=["bfloat16"])
     kinds = tuple(_spec.DEFAULT_EPS)
@@ -149,9 +169,18 @@ def _demo(chosen: argparse.Namespace) -> None:
         y = norm(device_x, heads_axis=chosen.heads_axis)
         y = y.get() if on.name == "cupy" else y
     rows.append(("x", f"{x.dtype} {x.shape}, last axis normalized"))
+    for name in ("weight", "bias"):
+        values = getattr(norm, name)
+        if values is not None:
+            rows.append((name, f"{values.dtype} {values.shape}"))
     eps_units = _largest_error(norm, x, y, chosen.heads_axis)
-    rows.append(("largest error", f"{eps_units:.3f} eps of {x.dtype} against float64"))
+    rows.append(("largest error", f"{eps_units:.3f} eps of {x.dtype} against {_wide(x).__name__}"))
     if recorded is not None:
+        if recorded.shape != y.shape or recorded.dtype != y.dtype:
+            raise ValueError(
+                f"{chosen.key}.output is {recorded.dtype} {recorded.shape}; "
+                f"needs {y.dtype} {y.shape}, as the input"
+            )
         wrong = int(np.count_nonzero(y != recorded))
         share = f"{100 * wrong / max(y.size, 1):.4f} %"
         rows.append(("mismatches", f"{wrong} of {y.size} ({share}) against the recorded output"))
@@ -167,17 +196,22 @@ def _place(wanted: str) -> tuple[Any, str]:
     if wanted == "gpu" and found.reason:
         raise _driver.GPUUnavailableError(f"{found.reason}; needs: {found.remedy}")
     if wanted != "cpu" and not found.reason:
-        return bench.backend(), f"GPU kernel on {found.devices[0]}"
+        return bench.backend(), f"GPU kernel, since CuPy {found.cupy} sees {found.devices[0]}"
     why = "as asked" if wanted == "cpu" else found.reason
-    return bench._Host(), f"NumPy reference on the CPU: {why}"
+    return bench.Host(), f"NumPy reference on the CPU: {why}"
 
 
 def _load(chosen: argparse.Namespace) -> HeadNorm:
+    head_dim = chosen.head_dim
+    if head_dim is None and chosen.num_heads is not None:
+        # --num-heads speaks of x; a flat weight takes --head-dim beside it.
+        weight, bias = checkpoint.read_norm(chosen.checkpoint, chosen.key)
+        head_dim = (bias if weight is None else weight).shape[-1]
     return HeadNorm.from_safetensors(
         chosen.checkpoint,
         chosen.key,
         num_heads=chosen.num_heads,
-        head_dim=chosen.head_dim,
+        head_dim=head_dim,
         kind=chosen.kind,
         eps=chosen.eps,
         weight_offset=chosen.weight_offset,
@@ -211,11 +245,10 @@ def _activations(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return x and, where one was recorded, the model's own output."""
     if chosen.activations is not None:
-        tensors = [
-            checkpoint.read_tensor(chosen.activations, f"{chosen.key}.{role}")
-            for role in ("input", "output")
-        ]
-        return tensors[0], tensors[1]
+        x = checkpoint.read_tensor(chosen.activations, f"{chosen.key}.input")
+        output = f"{chosen.key}.output"
+        given = output in checkpoint.tensor_names(chosen.activations)
+        return x, checkpoint.read_tensor(chosen.activations, output) if given else None
     tokens = chosen.tokens if chosen.tokens is not None else (8192 if on.name == "cupy" else 256)
     if tokens < 0:
         raise ValueError(f"--tokens is {tokens}; needs 0 or more")
@@ -231,34 +264,43 @@ def _activations(
     return values.astype(dtype), None
 
 
+def _wide(x: np.ndarray) -> type:
+    return np.longdouble if x.dtype == np.float64 else np.float64
+
+
 def _largest_error(norm: HeadNorm, x: np.ndarray, y: np.ndarray, heads_axis: int) -> float:
-    """Return the largest distance from float64 arithmetic, in eps of each value."""
+    """Return the largest distance from exact arithmetic, in eps of each value."""
     if x.size == 0:
         return 0.0
-    dtype = _dtypes.from_numpy(x.dtype, "x")
-    function = {"rms": reference.rms_norm, "layer": reference.layer_norm}[norm.kind]
-    exact = function(
-        x.astype(np.float64),
-        *(None if p is None else p.astype(np.float64) for p in (norm.weight, norm.bias)),
-        eps=norm.eps,
-        num_heads=norm.num_heads,
-        head_dim=norm.head_dim,
-        heads_axis=heads_axis,
-        weight_offset=norm.weight_offset,
-    )
+    wide, head_dim = _wide(x), norm.head_dim
+    rows = x.astype(wide)
+    if x.shape[-1] != head_dim:  # flat
+        rows = rows.reshape(*x.shape[:-1], -1, head_dim)
+    shape = [1] * rows.ndim
+    shape[-1] = head_dim
+    if norm.kind == "layer":
+        rows = rows - rows.mean(-1, keepdims=True)
+    exact = rows / np.sqrt((rows * rows).mean(-1, keepdims=True) + norm.eps)
+    for values, offset in ((norm.weight, norm.weight_offset), (norm.bias, None)):
+        if values is None:
+            continue
+        shape[heads_axis] = values.size // head_dim
+        shape[-1] = head_dim
+        values = values.astype(wide).reshape(shape)
+        exact = exact + values if offset is None else exact * (values + offset)
     # Where values cancel, the error is that of what cancelled: count from 1/64 of the row's
     # largest value.
     size = np.maximum(np.abs(exact), np.abs(exact).max(-1, keepdims=True) / 64)
-    return float(
-        np.max(np.abs(y.astype(np.float64) - exact) / np.maximum(size, 1e-300)) / dtype.eps
-    )
+    error = np.abs(y.astype(wide).reshape(exact.shape) - exact) / np.maximum(size, 1e-300)
+    return float(error.max() / _dtypes.from_numpy(x.dtype, "x").eps)
 
 
 def _bench(chosen: argparse.Namespace) -> None:
     try:
         import rich  # noqa: F401
     except ImportError as error:
-        raise RuntimeError("the table needs rich: pip install 'cupy-headnorm[bench]'") from error
+        remedy = _driver.install_command("bench")
+        raise RuntimeError(f"the table needs rich: {remedy}") from error
     on, where = _place("auto")
     to_measure = list(
         bench.cases(

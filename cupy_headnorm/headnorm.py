@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import threading
 from typing import Any
 
 import numpy as np
 
-from cupy_headnorm import _dtypes, _interop, _kernels, _spec, checkpoint, ops, reference
+from cupy_headnorm import _interop, _kernels, _spec, checkpoint, ops, reference
 from cupy_headnorm._interop import ArrayView
 from cupy_headnorm._launch import LaunchConfig
 from cupy_headnorm._layout import CPU, Device
@@ -162,6 +163,7 @@ class HeadNorm:
         array or dict
             A new array, in ``{"hidden_states": array}`` if `intermediates`.
         """
+        _refuse_new_names(kwargs)
         result = self(hidden_states)
         return {"hidden_states": result} if intermediates else result
 
@@ -176,11 +178,12 @@ class HeadNorm:
         **kwargs: Any,
     ) -> Any:
         """Normalize as `forward` does, but on the host in NumPy: for debugging; it copies."""
+        _refuse_new_names(kwargs)
         x = _interop.view(hidden_states, "x")
         o = self._options
         function = {"rms": reference.rms_norm, "layer": reference.layer_norm}[o.kind]
         values = function(
-            x.library.to_host(hidden_states),
+            x.library.to_host(hidden_states, "x"),
             self._weight,
             self._bias,
             eps=o.eps,
@@ -201,6 +204,7 @@ class HeadNorm:
         ValueError
             The range is empty or leaves the norm's heads.
         """
+        start, stop = _spec.integer(start, "start"), _spec.integer(stop, "stop")
         most = self.num_heads
         if not 0 <= start < stop or (most is not None and stop > most):
             raise ValueError(
@@ -220,9 +224,14 @@ class HeadNorm:
 
     def load(self, device: Any = None) -> None:
         """Upload to a CUDA device (an index, ``"cuda:1"``, a torch or CuPy device) and wait."""
-        place = _device(device)
-        if place.kind == "cuda":
-            self._loaded(place.index)
+        try:
+            place = _device(device)
+            if place.kind == "cuda":
+                self._loaded(place.index)
+        except (TypeError, ValueError):
+            raise
+        except Exception as error:
+            raise _kernels.explained(error) from error
 
     def unload(self) -> None:
         """Wait for the work in flight and free every device copy; the next use uploads again."""
@@ -315,7 +324,7 @@ class HeadNorm:
         return f"HeadNorm({', '.join(words)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rebuild = functools.partial(HeadNorm, self._weight, self._bias, **self._arguments())
+        rebuild = functools.partial(type(self), self._weight, self._bias, **self._arguments())
         return rebuild, (), {"_source": self._source}
 
     def _arguments(self) -> dict[str, Any]:
@@ -357,12 +366,18 @@ class HeadNorm:
             return held
 
 
+def _refuse_new_names(ignored: dict[str, Any]) -> None:
+    """Refuse arguments of `__call__` that the old calling form would silently ignore."""
+    for name in ("out", "heads_axis"):
+        if name in ignored:
+            raise TypeError(f"forward takes no {name}; needs a call of the norm itself")
+
+
 def _snapshot(array: Any, role: str) -> np.ndarray | None:
     if array is None:
         return None
     library = _interop.library_of(array, role)
-    values = np.array(library.to_host(array), order="C", copy=True, subok=False)
-    _dtypes.from_numpy(values.dtype, role)
+    values = np.array(library.to_host(array, role), order="C", copy=True, subok=False)
     values.flags.writeable = False
     return values
 
@@ -371,8 +386,8 @@ def _device(device: Any) -> Device:
     """Read a device as torch, CuPy and people write it."""
     if device is None:
         return Device("cuda", _interop.import_cupy().cuda.runtime.getDevice())
-    if isinstance(device, int):
-        return Device("cuda", device)
+    if hasattr(device, "__index__"):
+        return Device("cuda", operator.index(device))
     kind, index = getattr(device, "type", None), getattr(device, "index", None)
     if kind is None and hasattr(device, "id"):  # cupy.cuda.Device
         kind, index = "cuda", device.id

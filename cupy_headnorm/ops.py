@@ -138,8 +138,27 @@ def layer_norm(
         \quad \mu_h = \tfrac1D \textstyle\sum_k x_{hk},
         \quad \sigma_h^2 = \tfrac1D \textstyle\sum_k (x_{hk} - \mu_h)^2
 
-    Parameters, results and errors are those of `rms_norm`; `eps` defaults to ``1e-5``, and the
-    variance is taken in two passes.
+    Parameters
+    ----------
+    x, weight, bias, num_heads, head_dim, heads_axis, weight_offset, rounding, out
+        As in `rms_norm`.
+    eps : float, optional
+        Added to the variance before the root; finite, 0 or more. Default: ``1e-5``.
+
+    Returns
+    -------
+    array
+        Shape, dtype, device and library of `x`; `out` if it was given.
+
+    Raises
+    ------
+    TypeError, ValueError, GPUUnavailableError, CaptureError
+        As in `rms_norm`.
+
+    Notes
+    -----
+    The variance is that of the population and taken in two passes, so a mean far from zero costs
+    the precision of the mean and no more.
 
     Examples
     --------
@@ -255,7 +274,7 @@ def apply(
             bias_view.pointer if bias_view else 0,
             stream,
         )
-        library.launched(x_view, stream)
+        library.launched((x_view.owner, weight, bias), stream)
     elif not on_gpu:
         reference.apply(
             plan.call, *(v and v.as_numpy() for v in (x_view, weight_view, bias_view, out_view))

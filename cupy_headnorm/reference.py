@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
 from cupy_headnorm import _dtypes, _spec
-from cupy_headnorm._layout import layout_of
+from cupy_headnorm._layout import dense_like, layout_of
 from cupy_headnorm._spec import NormCall, RowAxis
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -85,13 +86,13 @@ def _norm(opts, x, weight, bias, out):
         if array is None:
             layouts[name] = None
             continue
-        if not isinstance(array, np.ndarray):
+        if type(array) not in (np.ndarray, np.memmap):
             raise TypeError(
                 f"{name} is a {type(array).__name__}; the reference needs numpy.ndarray"
             )
         layouts[name] = layout_of(array, _dtypes.from_numpy(array.dtype, name))
     if out is None:
-        out = np.empty_like(x, subok=False)
+        out = dense_like(x, partial(np.empty_like, subok=False))
         layouts["out"] = layout_of(out, layouts["x"].dtype)
     elif not out.flags.writeable:
         raise ValueError("out is read-only; needs a writeable array")

@@ -202,6 +202,28 @@ def test_folder_without_permission(shards, monkeypatch):
         folder.chmod(0o700)
 
 
+def test_a_bias_alone(tmp_path):
+    path = tmp_path / "norm.safetensors"
+    HeadNorm(None, np.full(64, 0.5, np.float32)).to_safetensors(path, KEY)
+    norm = HeadNorm.from_safetensors(path, KEY)
+    assert norm.weight is None
+    assert (norm.bias == 0.5).all()
+
+
+def test_writing_loses_no_other_tensor(tmp_path):
+    path = tmp_path / "model.safetensors"
+    norm = HeadNorm(np.ones(64, np.float32))
+    norm.to_safetensors(path, KEY)
+    norm.to_safetensors(path, KEY)
+    save_file({"lm_head.weight": np.ones(3), f"{KEY}.weight": np.ones(64)}, path)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"holds lm_head.weight among 1 other tensors, which"):
+        norm.to_safetensors(path, KEY)
+    assert path.read_bytes() == before
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        norm.to_safetensors(tmp_path / "no" / "such" / "folder.safetensors", KEY)
+
+
 def test_a_norm_without_parameters_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="neither weight nor bias"):
         HeadNorm().to_safetensors(tmp_path / "x", KEY)

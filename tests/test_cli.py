@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tolerances import EPS_FLOAT32, EPS_ONE_ROUNDING, EPS_TWO_ROUNDINGS
 
 from cupy_headnorm import HeadNorm, cli
 
@@ -39,7 +40,8 @@ def test_demo_without_arguments(tmp_path):
     assert "HeadNorm.from_safetensors(" in said["norm"]
     assert "bfloat16 (8, 32, 128)" in said["x"]
     error = float(said["largest error"].split()[0])
-    assert 0.5 < error < 1.1, "two roundings: half an eps and half an eps"
+    assert EPS_ONE_ROUNDING < error < EPS_TWO_ROUNDINGS
+    assert said["weight"].strip() == "bfloat16 (128,)"
     assert "GB/s" in said["time"]
     assert "of the speed of a copy of 131072 bytes" in said["share of a copy"]
     assert ("GPU kernel" in said["where"]) or ("NumPy reference on the CPU: " in said["where"])
@@ -70,6 +72,36 @@ def test_demo_on_a_checkpoint_with_activations(checkpoint, capsys):
     assert said["mismatches"].strip().startswith("1 of 896 (0.1116 %)")
     assert said["where"].strip() == "NumPy reference on the CPU: as asked"
     assert "float32 (1, 4, 7, 32)" in said["x"]
+    assert float(said["largest error"].split()[0]) < EPS_FLOAT32
+
+
+def test_demo_with_an_input_alone_or_an_output_that_does_not_fit(checkpoint, capsys):
+    x = np.ones((1, 4, 7, 32), np.float32)
+    path = checkpoint / "activations.safetensors"
+    common = (
+        "demo",
+        checkpoint,
+        "--key",
+        "layer.q_norm",
+        "--heads-axis",
+        -3,
+        "--activations",
+        path,
+    )
+    save_file({"layer.q_norm.input": x}, path)
+    code, out, _ = in_process(capsys, *common)
+    assert code == 0
+    assert "mismatches" not in out
+    save_file({"layer.q_norm.input": x, "layer.q_norm.output": x[..., 1:]}, path)
+    code, _, err = in_process(capsys, *common)
+    assert code == 2
+    assert "output is float32 (1, 4, 7, 31); needs float32 (1, 4, 7, 32)" in err
+
+
+def test_demo_reads_num_heads_as_those_of_x(capsys):
+    code, out, _ = in_process(capsys, "demo", "--num-heads", 4, "--tokens", 2, "--on", "cpu")
+    assert code == 0
+    assert "bfloat16 (2, 4, 128)" in rows(out)["x"]
 
 
 def test_demo_makes_up_an_x_of_the_right_shape(checkpoint, capsys):
@@ -105,6 +137,7 @@ def test_info_says_what_works_and_what_to_install(capsys):
         (["demo", "--head-dim", "77"], "weight has shape (128,); needs"),
         (["demo", "--heads-axis", "-1"], "heads_axis is -1"),
         (["demo", "--activations", "/nowhere"], "/nowhere does not exist"),
+        (["demo", "--dtype", "float32", "--heads-axis", "5"], "heads_axis is 5 and x has shape"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(arguments, message, capsys):
@@ -115,12 +148,22 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message, capsys):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["dance"], ["demo", "--kind", "batch"]])
-def test_wrong_words_get_the_usage(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required"),
+        (["dance"], "invalid choice: 'dance'"),
+        (["demo", "--kind", "batch"], "argument --kind: invalid choice: 'batch'"),
+        (["bench", "--head-dim", "0"], "argument --head-dim: 0 is given; needs 1 or more"),
+        (["bench", "--megabytes", "inf"], "argument --megabytes: inf is given; needs a finite"),
+    ],
+)
+def test_wrong_words_are_one_line_too(arguments, message):
     done = run(*arguments)
     assert done.returncode == 2
-    assert "usage: python -m cupy_headnorm" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("cupy_headnorm: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_asking_for_a_gpu_where_there_is_none():
@@ -140,7 +183,8 @@ def test_unwritable_cache_is_named_and_the_cpu_still_works(tmp_path):
     assert run("demo", "--tokens", "1", CUPY_CACHE_DIR=cache).returncode == 0
     asked = run("demo", "--on", "gpu", CUPY_CACHE_DIR=cache)
     assert asked.returncode == 2
-    assert "Traceback" not in asked.stderr
+    assert "importing CuPy failed" in asked.stderr or "CuPy is not usable" in asked.stderr
+    assert asked.stderr.count("\n") == 1
 
 
 def test_output_into_a_closed_pipe_is_no_error():

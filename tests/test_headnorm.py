@@ -63,6 +63,15 @@ def test_forward_has_the_old_calling_form(library, parameters, rng):
     np.testing.assert_array_equal(library.host(x), values)
 
 
+@pytest.mark.parametrize("name", ["out", "heads_axis"])
+def test_forward_does_not_swallow_our_own_names(name, parameters):
+    norm = HeadNorm(*parameters)
+    x = np.ones((5, 3, 64), np.float32)
+    for form in (norm.forward, norm.forward_reference):
+        with pytest.raises(TypeError, match=f"forward takes no {name}; needs a call of the norm"):
+            form(x, **{name: -3})
+
+
 def test_forward_reference_returns_to_the_library_and_device(any_library, parameters, rng):
     norm = HeadNorm(*parameters)
     values = random(rng, (5, 3, 64), FLOAT32)
@@ -180,6 +189,8 @@ def test_heads_are_a_ranks_part(library, parameters, rng):
 def test_heads_outside_are_refused(start, stop, parameters):
     with pytest.raises(ValueError, match=rf"heads {start} to {stop} of a norm of 3 heads; needs"):
         HeadNorm(*parameters).heads(start, stop)
+    with pytest.raises(TypeError, match=r"start is 0\.5; needs an integer"):
+        HeadNorm(*parameters).heads(0.5, 1)
 
 
 def test_load_unload_and_use_again(library, parameters, rng):
@@ -193,6 +204,17 @@ def test_load_unload_and_use_again(library, parameters, rng):
     assert bool(norm._on_device) == library.on_gpu
     norm.unload()
     norm.unload()
+
+
+def test_load_without_a_gpu_says_what_is_missing():
+    if not cupy_headnorm.environment().reason:
+        norm = HeadNorm(np.ones(64, np.float32))
+        norm.load(np.int64(0))
+        assert 0 in norm._on_device
+        return
+    for device in (None, 0, "cuda", "cuda:0"):
+        with pytest.raises(cupy_headnorm.GPUUnavailableError, match=r"; needs: "):
+            HeadNorm(np.ones(64, np.float32)).load(device)
 
 
 def test_load_names_a_device_it_cannot_read():

@@ -5,6 +5,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from cases import LAYOUTS
+from libraries import NumPyLibrary
 from oracle import norm as oracle
 from tolerances import assert_alike, assert_close
 
@@ -80,6 +82,18 @@ def test_other_arrays_are_refused():
         reference.rms_norm([1.0])
     with pytest.raises(TypeError, match="weight is a list; the reference needs numpy.ndarray"):
         reference.rms_norm(np.ones((3, 64)), [1.0])
+    with pytest.raises(TypeError, match="x is a MaskedArray; the reference needs numpy.ndarray"):
+        reference.rms_norm(np.ma.masked_array(np.ones((3, 64))))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_any_strides(layout, rng):
+    buffer = rng.standard_normal(layout.elements).astype(np.float32)
+    x = NumPyLibrary().lay(buffer, layout)
+    weight = rng.standard_normal((3, 64)).astype(np.float32)
+    y = reference.rms_norm(x, weight, heads_axis=layout.heads_axis)
+    np.testing.assert_array_equal(y, ops.rms_norm(x, weight, heads_axis=layout.heads_axis))
+    assert y.shape == x.shape
 
 
 def test_scale_of_the_input_does_not_matter(rng):

@@ -94,7 +94,20 @@ REFUSED = {
         r"heads_axis is 0 and x of shape \(5, 192\) is flat; needs -2",
     ),
     "heads_axis on head_dim": ((X,), {"heads_axis": -1}, ValueError, r"heads_axis is -1, the axis"),
-    "heads_axis too far": ((X,), {"heads_axis": -4}, ValueError, r"heads_axis is -4; x has shape"),
+    "heads_axis too far": (
+        (X,),
+        {"heads_axis": -4},
+        ValueError,
+        r"heads_axis is -4 and x has shape \(5, 3, 64\); needs one of its 2 axes before head_dim",
+    ),
+    "heads_axis on head_dim, from the front": (
+        (X,),
+        {"heads_axis": 2},
+        ValueError,
+        r"heads_axis is 2 and x has shape \(5, 3, 64\); needs one of its 2 axes",
+    ),
+    "heads_axis of one row": ((w(64),), {"heads_axis": 9}, ValueError, r"heads_axis is 9 and x"),
+    "eps a string": ((X,), {"eps": "1e-6"}, TypeError, r"eps is '1e-6'; needs a number"),
     "heads_axis no integer": ((X,), {"heads_axis": 1.5}, TypeError, r"heads_axis is 1.5; needs an"),
     "num_heads 0": ((X,), {"num_heads": 0}, ValueError, r"num_heads is 0; needs 1 or more"),
     "head_dim no integer": ((X,), {"head_dim": "64"}, TypeError, r"head_dim is '64'; needs an int"),
@@ -275,6 +288,8 @@ def test_memmap_is_plain_memory(tmp_path):
 def test_headnorm_refuses_what_the_functions_refuse(library):
     with pytest.raises(ValueError, match=r"kind is 'batch'; needs one of \('rms', 'layer'\)"):
         HeadNorm(w(64), kind="batch")
+    with pytest.raises(ValueError, match=r"kind is \['rms'\]; needs one of"):
+        HeadNorm(w(64), kind=["rms"])
     with pytest.raises(ValueError, match=r"eps is -1\.0; needs 0 or more"):
         HeadNorm(w(64), eps=-1)
     with pytest.raises(ValueError, match="weight_offset is 1; needs a weight"):
@@ -291,17 +306,28 @@ def test_headnorm_refuses_what_the_functions_refuse(library):
 
 
 def test_one_dimensional_weight_with_num_heads_is_never_guessed_wrong(library, rng):
-    """Read as flat; a layout in which that would silently be the wrong reading raises."""
+    """Shared by all heads, or flat? Only x in heads of the short length tells."""
     norm = HeadNorm(w(64), num_heads=4)
     assert norm.head_dim == 16
     x = library.array(rng.standard_normal((5, 4, 16)).astype(np.float32))
     assert norm(x).shape == (5, 4, 16)
-    assert norm(x.reshape(5, 64)).shape == (5, 64)
-    with pytest.raises(ValueError, match="can mean two things"):
-        norm(library.array(w(5, 4, 64)))
+    for shape in ((5, 4, 64), (2, 4, 5, 64), (5, 256), (5, 64)):
+        with pytest.raises(ValueError, match=r"two things; needs head_dim=64 .* or head_dim=16"):
+            norm(library.array(w(*shape)))
     shared = HeadNorm(w(64), num_heads=4, head_dim=64)
     assert shared(library.array(w(5, 4, 64))).shape == (5, 4, 64)
     assert shared(library.array(w(5, 256))).shape == (5, 256)
+    flat = HeadNorm(w(64), num_heads=4, head_dim=16)
+    assert flat(library.array(w(5, 64))).shape == (5, 64)
+
+
+def test_in_place_across_axes_of_length_1(library, rng):
+    values = rng.standard_normal((5, 3, 64)).astype(np.float32)
+    buffer = library.array(values)
+    rms_norm(buffer[0:1], out=buffer[0][None])
+    result = library.host(buffer)
+    assert_alike(result[0], reference.rms_norm(values[0]))
+    np.testing.assert_array_equal(result[1:], values[1:])
 
 
 def test_errors_of_the_package_are_what_they_say():
