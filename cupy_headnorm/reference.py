@@ -187,59 +187,69 @@ def _broadcast_index(
 def _normalize(call, x, weight, bias, out, blocks, buffers) -> None:
     """Normalize one chunk: `x` and `out` of shape (..., head_dim), at most a buffer's rows."""
     spec = call.spec
-    accumulate = spec.x.accumulate.numpy.type
-    inverse_count = accumulate(1.0 / spec.head_dim)
-    # As in headnorm/norm.cuh: an exact power of two keeps the sum of squares in range.
-    scale = accumulate(2.0 ** -math.ceil(math.log2(spec.head_dim)))
-    inverse_scaled_count = accumulate(1.0 / spec.head_dim / float(scale))
+    accumulate = spec.x.accumulate.numpy
+    number = accumulate.type
+    wide = spec.x.numpy == accumulate
+    inverse_count = number(1.0 / spec.head_dim)
+    # As in headnorm/norm.cuh: an exact power of two keeps the sum of squares of values up to 1e18,
+    # centred ones up to 2e18, in range. Fewer squares than this cannot leave it.
+    scale = number(1)
+    if spec.head_dim > (256 if spec.kind == "rms" else 64):
+        scale = number(2.0 ** -math.ceil(math.log2(spec.head_dim)))
+    inverse_scaled_count = number(1.0 / spec.head_dim / float(scale))
     rows = math.prod(x.shape[:-1])
+    mean = None
 
     def buffer(which: int, columns: slice) -> np.ndarray:
         shape = x[..., columns].shape
         return buffers[which, :rows, : shape[-1]].reshape(shape)
 
     def load(columns: slice) -> np.ndarray:
-        values = buffer(0, columns)
-        np.copyto(values, x[..., columns], casting="unsafe")
-        return values
+        """Return x widened: x itself where that is what it is."""
+        if wide:
+            return x[..., columns]
+        np.copyto(buffer(0, columns), x[..., columns], casting="unsafe")
+        return buffer(0, columns)
 
     one_block = len(blocks) == 1
     values = load(blocks[0])
-    mean = None
     if spec.kind == "layer":
-        total = accumulate(0)
+        total = number(0)
         for columns in blocks:
             values = values if one_block else load(columns)
             total = total + np.add.reduce(values, axis=-1, keepdims=True)
         mean = total * inverse_count
-    squares = accumulate(0)
+    squares = number(0)
     for columns in blocks:
         values = values if one_block else load(columns)
         if mean is not None:
-            values -= mean
-        scaled = np.multiply(values, scale, out=buffer(1, columns))
-        squares = squares + np.add.reduce(
-            np.multiply(scaled, values, out=scaled), -1, keepdims=True
-        )
+            values = np.subtract(values, mean, out=buffer(0, columns))
+        product = buffer(1, columns)
+        if scale != 1:
+            np.multiply(np.multiply(values, scale, out=product), values, out=product)
+        else:
+            np.multiply(values, values, out=product)
+        squares = squares + np.add.reduce(product, axis=-1, keepdims=True)
     inverse = squares * inverse_scaled_count
-    inverse += accumulate(call.eps)
+    inverse += number(call.eps)
     np.sqrt(inverse, out=inverse)
-    np.divide(accumulate(1), inverse, out=inverse)
+    np.divide(number(1), inverse, out=inverse)
 
     for columns in blocks:
         if not one_block:
             values = load(columns)
             if mean is not None:
-                values -= mean
-        values *= inverse
-        if spec.rounding == "before_weight":
-            np.copyto(values, values.astype(spec.x.numpy), casting="unsafe")
+                values = np.subtract(values, mean, out=buffer(0, columns))
+        # The last step writes where the result belongs, so that it passes the cache once.
+        last = out[..., columns] if wide else buffer(0, columns)
+        plain = weight is None and bias is None
+        y = np.multiply(values, inverse, out=last if plain else buffer(1, columns))
+        if spec.rounding == "before_weight" and not wide:
+            np.copyto(y, y.astype(spec.x.numpy), casting="unsafe")
         if weight is not None:
-            values *= _parameter(weight[..., columns], accumulate) + accumulate(call.weight_offset)
+            scales = weight[..., columns].astype(accumulate) + number(call.weight_offset)
+            y = np.multiply(y, scales, out=last if bias is None else y)
         if bias is not None:
-            values += _parameter(bias[..., columns], accumulate)
-        np.copyto(out[..., columns], values, casting="unsafe")
-
-
-def _parameter(values: np.ndarray, accumulate: type) -> np.ndarray:
-    return values.astype(accumulate)
+            np.add(y, bias[..., columns].astype(accumulate), out=last)
+        if not wide:
+            np.copyto(out[..., columns], last, casting="unsafe")
