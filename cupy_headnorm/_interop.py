@@ -11,12 +11,14 @@ import sys
 import threading
 from collections import deque
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
 from cupy_headnorm import _dlpack, _driver, _dtypes
-from cupy_headnorm._layout import CPU, Device, Layout, alignment_of, as_numpy, dense_like
+from cupy_headnorm._arrays import ArrayView, Library, view_of
+from cupy_headnorm._layout import CPU, Device, Layout, alignment_of, dense_like
+from cupy_headnorm._torch import Torch
 
 
 def import_cupy() -> Any:
@@ -34,53 +36,6 @@ def import_cupy() -> Any:
             "folder: set CUPY_CACHE_DIR to one"
         ) from error
     return cupy
-
-
-class ArrayView(NamedTuple):
-    """What the rest of the library sees of an array."""
-
-    pointer: int
-    layout: Layout
-    writeable: bool
-    owner: Any
-    """The array itself, or what else keeps its memory alive."""
-    library: Library
-
-    def as_numpy(self) -> np.ndarray:
-        """Return host memory as a NumPy array, without a copy."""
-        if type(self.owner) is np.ndarray:
-            return self.owner
-        return as_numpy(self.pointer, self.layout, self.owner, self.writeable)
-
-
-class Library(Protocol):
-    """What the library asks of NumPy, CuPy, torch and everything that speaks DLPack."""
-
-    name: str
-
-    def view(self, x: Any, role: str) -> ArrayView:
-        """Describe `x`; TypeError or ValueError, naming `role`, where it cannot be used."""
-
-    def empty_like(self, view: ArrayView) -> Any:
-        """Return new memory for a result: the last axis has stride 1."""
-
-    def deliver(self, result: Any, like: ArrayView) -> Any:
-        """Turn what `empty_like` gave into the producer's array."""
-
-    def stream(self, index: int) -> int:
-        """Return the handle of the current stream on CUDA device `index`."""
-
-    def launched(self, owners: tuple[Any, ...], stream: int) -> None:
-        """Take note that work reading the memory of `owners` was queued on `stream`."""
-
-    def wrote(self, out: Any) -> None:
-        """Take note that `out`, given by the caller, was written."""
-
-    def to_host(self, x: Any, role: str) -> np.ndarray:
-        """Copy (or view) `x` as a NumPy array; refuses what `view` does, but not gradients."""
-
-    def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
-        """Bring `values` to the library and device of `like`."""
 
 
 class _Plain:
@@ -154,112 +109,6 @@ class _CuPy(_Plain):
             return cupy.asarray(values)
 
 
-class _Torch:
-    name = "torch"
-
-    def __init__(self, torch: Any) -> None:
-        self._torch = torch
-        self._kinds = (torch.Tensor, torch.nn.Parameter)
-        self._api = _dlpack.exchange_api(torch.Tensor)
-
-    def view(self, x: Any, role: str) -> ArrayView:
-        self._refuse(x, role)
-        dtype = _dtypes.from_name(str(x.dtype).removeprefix("torch."), role)
-        raw = self._api.view(x) if self._api else self._through_capsule(x)
-        return _view_of(raw, dtype, role, x, self)
-
-    def _refuse(self, x: Any, role: str) -> None:
-        """Refuse tensors whose memory is not what they mean; the exchange API checks nothing."""
-        torch = self._torch
-        if type(x) not in self._kinds:
-            raise TypeError(
-                f"{role} is a {type(x).__name__}, a subclass of torch.Tensor; "
-                "needs a plain tensor or Parameter"
-            )
-        if (
-            torch._C._functorch.is_functorch_wrapped_tensor(x)
-            or torch._is_functional_tensor(x)
-            or x.layout is not torch.strided
-            or x.is_quantized
-            or x.is_meta
-            or x.is_neg()
-            or x.is_conj()
-            or x._is_zerotensor()
-            or self._is_dual(x)
-        ):
-            raise TypeError(f"{role} is {self._reason(x)}; needs a strided tensor with memory")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{role} requires grad and grad mode is on, but this norm has no backward; "
-                f"needs torch.no_grad() around the call, or {role}.detach()"
-            )
-
-    def _reason(self, x: Any) -> str:
-        torch = self._torch
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return "inside a torch.func transform"
-        if torch._is_functional_tensor(x):
-            return "functional, without memory of its own"
-        if x.layout is not torch.strided:
-            return f"of layout {x.layout}"
-        if x.is_quantized:
-            return "quantized"
-        if x.is_meta:
-            return "on the meta device, without memory"
-        if x.is_neg():
-            return "a lazily negated view (resolve_neg() makes it plain)"
-        if x.is_conj():
-            return "a lazily conjugated view (resolve_conj() makes it plain)"
-        return "a zero tensor without memory" if x._is_zerotensor() else "a forward-mode AD dual"
-
-    def _is_dual(self, x: Any) -> bool:
-        forward_ad = self._torch.autograd.forward_ad
-        return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
-
-    def _through_capsule(self, x: Any) -> _dlpack.Tensor:
-        """Describe a tensor of a torch before 2.11, which has no C exchange API."""
-        x = x.detach()
-        if x.device.type != "cuda":
-            return _dlpack.read_capsule(x.__dlpack__())
-        with self._torch.cuda.device(x.device):
-            return _dlpack.read_capsule(x.__dlpack__(stream=-1))
-
-    def empty_like(self, view: ArrayView) -> Any:
-        torch = self._torch
-        result = torch.empty_like(view.owner, requires_grad=False)
-        if result.dim() and result.numel() and result.shape[-1] > 1 and result.stride(-1) != 1:
-            return torch.empty_like(view.owner, memory_format=torch.contiguous_format)
-        return result
-
-    def deliver(self, result: Any, like: ArrayView) -> Any:
-        return result
-
-    def stream(self, index: int) -> int:
-        if self._api:
-            return self._api.stream(index)
-        return self._torch.cuda.current_stream(index).cuda_stream
-
-    def launched(self, owners: tuple[Any, ...], stream: int) -> None:
-        pass
-
-    def wrote(self, out: Any) -> None:
-        # Autograd must know, or a later backward uses the overwritten values without an error:
-        # also under no_grad, where torch's own in-place functions tell it too.
-        if not (self._torch.is_inference_mode_enabled() or out.is_inference()):
-            self._torch.autograd.graph.increment_version(out)
-
-    def to_host(self, x: Any, role: str) -> np.ndarray:
-        with self._torch.no_grad():
-            self._refuse(x, role)
-            return self.view(x.detach().cpu(), role).as_numpy()
-
-    def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
-        # NumPy cannot hand bfloat16 to torch, so torch makes the memory and NumPy fills it.
-        host = self._torch.empty(values.shape, dtype=like.owner.dtype)
-        np.copyto(self.view(host, "result").as_numpy(), values)
-        return host.to(like.owner.device)
-
-
 class _DLPack:
     """Any other producer: read through a capsule, results through its namespace."""
 
@@ -285,7 +134,7 @@ class _DLPack:
             capsule = x.__dlpack__(stream=stream)
         raw = _dlpack.read_capsule(capsule)
         dtype = _dtypes.from_dlpack(*raw.dtype, role)
-        view = _view_of(raw, dtype, role, (x, capsule), self)
+        view = view_of(raw, dtype, role, (x, capsule), self)
         if role == "x":
             self._check_way_back(x, view)
         return view
@@ -344,24 +193,6 @@ class _DLPack:
         return self.deliver(result, like)
 
 
-def _view_of(
-    raw: _dlpack.Tensor, dtype: _dtypes.DType, role: str, owner: Any, library: Library
-) -> ArrayView:
-    kind, index = raw.device
-    if kind in (_dlpack.CUDA, _dlpack.CUDA_MANAGED):
-        device = Device("cuda", index)
-    elif kind in (_dlpack.CPU, _dlpack.CUDA_HOST):
-        device = CPU
-    else:
-        name = _dlpack.DEVICE_NAMES.get(kind, f"DLPack device type {kind}")
-        raise TypeError(f"{role} is in {name} memory; needs host or CUDA memory")
-    strides = tuple(s * dtype.itemsize for s in raw.strides)
-    layout = Layout(raw.shape, strides, dtype, device, alignment_of(raw.pointer))
-    if raw.pointer == 0 and layout.size:
-        raise TypeError(f"{role} has {layout.size} elements at a null pointer; needs memory")
-    return ArrayView(raw.pointer, layout, not raw.read_only, owner, library)
-
-
 _NUMPY = _NumPy()
 _CUPY = _CuPy()
 _DLPACK = _DLPack()
@@ -386,7 +217,7 @@ def _find(x: Any, role: str) -> Library:
         return _CUPY
     if torch is not None and isinstance(x, torch.Tensor):
         known = _found.get(torch.Tensor)
-        return known if known is not None else _found.setdefault(torch.Tensor, _Torch(torch))
+        return known if known is not None else _found.setdefault(torch.Tensor, Torch(torch))
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         return _DLPACK
     raise TypeError(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupy_headnorm import _interop, _kernels, _spec, checkpoint, ops, reference
-from cupy_headnorm._interop import ArrayView
+from cupy_headnorm._arrays import ArrayView
 from cupy_headnorm._launch import LaunchConfig
 from cupy_headnorm._layout import CPU, Device
 

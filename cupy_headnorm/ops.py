@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cupy_headnorm import _interop, _kernels, _launch, _spec, reference
-from cupy_headnorm._interop import ArrayView
+from cupy_headnorm._arrays import ArrayView
 from cupy_headnorm._launch import LaunchConfig
 from cupy_headnorm._layout import Device
 from cupy_headnorm._spec import NormCall, NormOptions

@@ -6,7 +6,7 @@ from libraries import StrictLibrary, TorchLibrary
 from tolerances import assert_alike
 
 import cupy_headnorm
-from cupy_headnorm import HeadNorm, _dlpack, _interop, rms_norm
+from cupy_headnorm import HeadNorm, _arrays, _dlpack, _interop, rms_norm
 
 torch = pytest.importorskip("torch")
 
@@ -96,15 +96,15 @@ def test_memory_of_other_devices_is_refused():
     from cupy_headnorm._dtypes import FLOAT32
 
     with pytest.raises(TypeError, match="x is in ROCm memory; needs host or CUDA memory"):
-        _interop._view_of(raw, FLOAT32, "x", None, _interop._DLPACK)
+        _arrays.view_of(raw, FLOAT32, "x", None, _interop._DLPACK)
     for kind, name in ((8, "Metal"), (14, "oneAPI"), (99, "DLPack device type 99")):
         with pytest.raises(TypeError, match=f"x is in {name} memory"):
-            _interop._view_of(raw._replace(device=(kind, 0)), FLOAT32, "x", None, _interop._DLPACK)
+            _arrays.view_of(raw._replace(device=(kind, 0)), FLOAT32, "x", None, _interop._DLPACK)
     for kind, name in ((13, "cuda"), (3, "cpu")):  # managed and pinned memory
-        view = _interop._view_of(raw._replace(device=(kind, 0)), FLOAT32, "x", None, None)
+        view = _arrays.view_of(raw._replace(device=(kind, 0)), FLOAT32, "x", None, None)
         assert view.layout.device.kind == name
     with pytest.raises(TypeError, match="x has 192 elements at a null pointer; needs memory"):
-        _interop._view_of(raw._replace(pointer=0, device=(2, 0)), FLOAT32, "x", None, None)
+        _arrays.view_of(raw._replace(pointer=0, device=(2, 0)), FLOAT32, "x", None, None)
 
 
 def test_capsules_without_strides_are_compact():

@@ -1,0 +1,76 @@
+"""What the library sees of an array, and what it asks of an array's library."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from cupy_headnorm import _dlpack, _dtypes
+from cupy_headnorm._layout import CPU, Device, Layout, alignment_of, as_numpy
+
+
+class ArrayView(NamedTuple):
+    """What the rest of the library sees of an array."""
+
+    pointer: int
+    layout: Layout
+    writeable: bool
+    owner: Any
+    """The array itself, or what else keeps its memory alive."""
+    library: Library
+
+    def as_numpy(self) -> np.ndarray:
+        """Return host memory as a NumPy array, without a copy."""
+        if type(self.owner) is np.ndarray:
+            return self.owner
+        return as_numpy(self.pointer, self.layout, self.owner, self.writeable)
+
+
+class Library(Protocol):
+    """What the library asks of NumPy, CuPy, torch and everything that speaks DLPack."""
+
+    name: str
+
+    def view(self, x: Any, role: str) -> ArrayView:
+        """Describe `x`; TypeError or ValueError, naming `role`, where it cannot be used."""
+
+    def empty_like(self, view: ArrayView) -> Any:
+        """Return new memory for a result: the last axis has stride 1."""
+
+    def deliver(self, result: Any, like: ArrayView) -> Any:
+        """Turn what `empty_like` gave into the producer's array."""
+
+    def stream(self, index: int) -> int:
+        """Return the handle of the current stream on CUDA device `index`."""
+
+    def launched(self, owners: tuple[Any, ...], stream: int) -> None:
+        """Take note that work reading the memory of `owners` was queued on `stream`."""
+
+    def wrote(self, out: Any) -> None:
+        """Take note that `out`, given by the caller, was written."""
+
+    def to_host(self, x: Any, role: str) -> np.ndarray:
+        """Copy (or view) `x` as a NumPy array; refuses what `view` does, but not gradients."""
+
+    def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
+        """Bring `values` to the library and device of `like`."""
+
+
+def view_of(
+    raw: _dlpack.Tensor, dtype: _dtypes.DType, role: str, owner: Any, library: Library
+) -> ArrayView:
+    """Turn what DLPack tells into a view; TypeError for memory that is not served."""
+    kind, index = raw.device
+    if kind in (_dlpack.CUDA, _dlpack.CUDA_MANAGED):
+        device = Device("cuda", index)
+    elif kind in (_dlpack.CPU, _dlpack.CUDA_HOST):
+        device = CPU
+    else:
+        name = _dlpack.DEVICE_NAMES.get(kind, f"DLPack device type {kind}")
+        raise TypeError(f"{role} is in {name} memory; needs host or CUDA memory")
+    strides = tuple(s * dtype.itemsize for s in raw.strides)
+    layout = Layout(raw.shape, strides, dtype, device, alignment_of(raw.pointer))
+    if raw.pointer == 0 and layout.size:
+        raise TypeError(f"{role} has {layout.size} elements at a null pointer; needs memory")
+    return ArrayView(raw.pointer, layout, not raw.read_only, owner, library)
