@@ -44,8 +44,8 @@ class Library(Protocol):
     def stream(self, index: int) -> int:
         """Return the handle of the current stream on CUDA device `index`."""
 
-    def launched(self, owners: tuple[Any, ...], stream: int) -> None:
-        """Take note that work reading the memory of `owners` was queued on `stream`."""
+    def launched(self, owners: tuple[Any, ...], index: int, stream: int) -> None:
+        """Take note that work reading the memory of `owners` was queued on a device's `stream`."""
 
     def wrote(self, out: Any) -> None:
         """Take note that `out`, given by the caller, was written."""

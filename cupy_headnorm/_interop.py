@@ -44,7 +44,7 @@ class _Plain:
     def deliver(self, result: Any, like: ArrayView) -> Any:
         return result
 
-    def launched(self, owners: tuple[Any, ...], stream: int) -> None:
+    def launched(self, owners: tuple[Any, ...], index: int, stream: int) -> None:
         pass
 
     def wrote(self, out: Any) -> None:
@@ -161,20 +161,30 @@ class _DLPack:
             return cupy.empty(shape, dtype)
 
     def deliver(self, result: Any, like: ArrayView) -> Any:
-        return like.owner[0].__array_namespace__().from_dlpack(result)
+        from_dlpack = like.owner[0].__array_namespace__().from_dlpack
+        if like.layout.device.kind == "cpu":
+            return from_dlpack(result)
+        # The consumer waits for the device's current stream, on which the kernel was queued.
+        with import_cupy().cuda.Device(like.layout.device.index):
+            return from_dlpack(result)
 
     def stream(self, index: int) -> int:
         return import_cupy().cuda.get_current_stream(index).ptr
 
-    def launched(self, owners: tuple[Any, ...], stream: int) -> None:
-        # Nobody else keeps the producer's memory from being reused while the kernel reads it.
+    def launched(self, owners: tuple[Any, ...], index: int, stream: int) -> None:
+        # Nobody else keeps the producers' memory from being reused while the kernel reads it. The
+        # last call's is let go by the next one.
         cupy = import_cupy()
-        event = cupy.cuda.Event(disable_timing=True)
-        cupy.cuda.runtime.eventRecord(event.ptr, stream)
+        with cupy.cuda.Device(index):
+            event = cupy.cuda.Event(disable_timing=True)
+            cupy.cuda.runtime.eventRecord(event.ptr, stream)
+        passed = []  # dropped outside the lock: a deleter may run anything
         with self._lock:
             self._in_flight.append((event, owners))
-            while self._in_flight and self._in_flight[0][0].done:
-                self._in_flight.popleft()
+            while self._in_flight[0][0].done:
+                passed.append(self._in_flight.popleft())
+                if not self._in_flight:
+                    break
 
     def wrote(self, out: Any) -> None:
         raise NotImplementedError("out is refused when it is viewed")
@@ -250,12 +260,23 @@ def upload(values: np.ndarray, index: int) -> ArrayView:
     pool would hand the bytes out again under a kernel still running on another library's stream.
     """
     cupy = import_cupy()
-    with cupy.cuda.Device(index) as device:
+    with cupy.cuda.Device(index):
         memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(max(values.nbytes, 1)), 0)
         copy = cupy.ndarray(values.shape, values.dtype, memory)
-        copy.set(values)
-        device.synchronize()
+        stream = side_stream()
+        copy.set(values, stream=stream)
+        stream.synchronize()
     return _CUPY.view(copy, "parameter")
+
+
+def side_stream() -> Any:
+    """
+    Return a new stream of the current device that waits for no other, nor any for it.
+
+    The default stream would do for work of our own, but for another thread that captures a graph:
+    work on the default stream breaks the capture of every blocking stream.
+    """
+    return import_cupy().cuda.Stream(non_blocking=True)
 
 
 def synchronize(index: int) -> None:

@@ -183,7 +183,7 @@ def prepare(call: NormCall, index: int, config: LaunchConfig | None = None) -> L
         config = _launch.plan(call, limits(index))
     else:
         _launch.check_config(config, call.spec, limits(index))
-        _launch.check_rows(call, config)
+        _launch.check_call(call, config)
     function = _function(call.spec, config, index)
     return Launch(
         function.ptr,
@@ -223,7 +223,9 @@ def _compile(spec: NormSpec, config: LaunchConfig, index: int) -> Any:
             # it here over no rows.
             empty = _PARAMS[spec.x.accumulate.name](rows=0, axes=1, rows_per_block=1)
             empty.axis[0].size = 1
-            _start(function.ptr, 1, config.threads, empty, 0)
+            stream = _interop.side_stream()
+            _start(function.ptr, 1, config.threads, empty, stream.ptr)
+            stream.synchronize()
             return function
     except Exception as error:
         raise explained(error) from error

@@ -11,6 +11,8 @@ WARP = 32
 GROUP_THREADS = 256
 """Threads a block at most where rows share it; the kernels are compiled for this bound."""
 MAX_BLOCKS = 2**31 - 1
+MAX_HEAD_DIM = 2**31 - 2**17
+"""The kernels count inside a row in 32 bits, up to a tile past its end."""
 MAX_AXES = 8
 """As in headnorm/rows.cuh. Slices of model tensors need 3 at most."""
 
@@ -109,7 +111,7 @@ def _vectors(head_dim: int, vector: int, lanes: int) -> int:
     return -(-head_dim // (vector * lanes))
 
 
-def _access_bytes(spec: NormSpec, vector_bytes: int, alignments: tuple[int, ...]) -> int:
+def _widest_access(spec: NormSpec, vector_bytes: int, alignments: tuple[int, ...]) -> int:
     """Return the widest access that every array's alignment allows, in bytes of x."""
     itemsize = spec.x.itemsize
     access = vector_bytes // itemsize
@@ -132,10 +134,10 @@ def check_config(config: LaunchConfig, spec: NormSpec, limits: DeviceLimits) -> 
     """Raise ValueError where the kernel could not run `spec` as `config` says."""
     vector, rest = divmod(config.vector_bytes, spec.x.itemsize)
     lanes, rows = config.lanes, config.rows_per_block
-    if rest or vector < 1 or config.vector_bytes > 16 or spec.head_dim % vector:
+    if rest or vector not in _vector_choices(spec.head_dim, spec.x.itemsize):
         raise ValueError(
-            f"vector_bytes is {config.vector_bytes}; needs 16 bytes at most of whole {spec.x} "
-            f"elements whose number divides head_dim={spec.head_dim}"
+            f"vector_bytes is {config.vector_bytes}; needs 1, 2, 4 or 8 {spec.x} elements in 16 "
+            f"bytes at most, a number that divides head_dim={spec.head_dim}"
         )
     if lanes < 1 or lanes & (lanes - 1) or lanes > limits.max_threads_per_block:
         raise ValueError(
@@ -150,15 +152,23 @@ def check_config(config: LaunchConfig, spec: NormSpec, limits: DeviceLimits) -> 
     if not 1 <= rows <= most:
         raise ValueError(f"rows_per_block is {rows} with lanes={lanes}; needs 1 to {most}")
     access, rest = divmod(config.access_bytes, spec.x.itemsize)
-    if rest or access < 1 or vector % access:
+    if rest or access not in (1, 2, 4, 8) or vector % access:
         raise ValueError(
             f"access_bytes is {config.access_bytes}; needs a divisor of "
             f"vector_bytes={config.vector_bytes} that holds whole {spec.x} elements"
         )
 
 
-def check_rows(call: NormCall, config: LaunchConfig) -> None:
-    """Raise ValueError where one launch cannot walk a call's rows."""
+def check_call(call: NormCall, config: LaunchConfig) -> None:
+    """Raise ValueError where one launch as `config` says cannot serve the memory of a call."""
+    widest = _widest_access(call.spec, config.vector_bytes, call.alignments)
+    if config.access_bytes > widest:
+        raise ValueError(
+            f"access_bytes is {config.access_bytes}; needs {widest} at most for rows aligned to "
+            f"{call.alignments} bytes (x, out, weight, bias)"
+        )
+    if call.spec.head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim is {call.spec.head_dim}; needs {MAX_HEAD_DIM} at most on a GPU")
     if len(call.axes) > MAX_AXES:
         raise ValueError(
             f"x and out have {len(call.axes)} axes that no common stride joins; "
@@ -186,10 +196,10 @@ def plan(call: NormCall, limits: DeviceLimits = DeviceLimits()) -> LaunchConfig:
         lanes,
         vectors,
         rows_per_block,
-        _access_bytes(spec, vector_bytes, call.alignments),
+        _widest_access(spec, vector_bytes, call.alignments),
     )
     check_config(config, spec, limits)
-    check_rows(call, config)
+    check_call(call, config)
     return config
 
 

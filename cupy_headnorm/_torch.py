@@ -97,13 +97,13 @@ class Torch:
             return self._api.stream(index)
         return self._torch.cuda.current_stream(index).cuda_stream
 
-    def launched(self, owners: tuple[Any, ...], stream: int) -> None:
+    def launched(self, owners: tuple[Any, ...], index: int, stream: int) -> None:
         pass
 
     def wrote(self, out: Any) -> None:
         # Autograd must know, or a later backward uses the overwritten values without an error:
-        # also under no_grad, where torch's own in-place functions tell it too.
-        if not (self._torch.is_inference_mode_enabled() or out.is_inference()):
+        # also where no gradient is recorded, as torch's own in-place functions do.
+        if not out.is_inference():
             self._torch.autograd.graph.increment_version(out)
 
     def to_host(self, x: Any, role: str) -> np.ndarray:
@@ -113,6 +113,6 @@ class Torch:
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
         # NumPy cannot hand bfloat16 to torch, so torch makes the memory and NumPy fills it.
-        host = self._torch.empty(values.shape, dtype=like.owner.dtype)
+        host = self._torch.empty(values.shape, dtype=like.owner.dtype, device="cpu")
         np.copyto(self.view(host, "result").as_numpy(), values)
         return host.to(like.owner.device)

@@ -50,7 +50,8 @@ def rms_norm(
     eps : float, optional
         Added to the mean square before the root; finite, 0 or more. Default: ``1e-6``.
     num_heads : int, optional
-        Needed for flat `x`, unless a weight of shape ``(num_heads, head_dim)`` tells it.
+        Needed for flat `x`, unless a weight of shape ``(num_heads, head_dim)`` tells it. 1 is not
+        checked: heads of one and flat input look the same.
     head_dim : int, optional
         Default: the last axis of a 2-D weight; else that of a flat weight split by `num_heads`;
         else the length of a 1-D weight; else the last axis of `x`.
@@ -254,7 +255,6 @@ def apply(
             raise ValueError("out is read-only; needs a writeable array")
     plan = _planned(opts, x_view, weight_view, bias_view, out_view, stream, config)
     if out is not None:
-        _spec.check_out_layout(out_view.layout)
         inputs = {"x": x_view}
         if held is None:
             inputs.update(weight=weight_view, bias=bias_view)
@@ -274,7 +274,8 @@ def apply(
             bias_view.pointer if bias_view else 0,
             stream,
         )
-        library.launched((x_view.owner, weight, bias), stream)
+        owners = (x_view, weight_view, bias_view) if held is None else (x_view,)
+        library.launched(owners, device.index, stream)
     elif not on_gpu:
         reference.apply(
             plan.call, *(v and v.as_numpy() for v in (x_view, weight_view, bias_view, out_view))
@@ -299,6 +300,7 @@ def _planned(
     plan = _plans.get(key)
     if plan is None:
         call = _spec.describe(opts, *layouts)
+        _spec.check_out_layout(out.layout)
         plan = _Plan(call, _prepared(call, x.layout.device, stream, config))
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()

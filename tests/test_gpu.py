@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+import threading
+import weakref
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from libraries import CuPyLibrary, TorchLibrary
 from oracle import norm as oracle
-from tolerances import assert_alike, assert_close
+from tolerances import RELATIVE, assert_alike, assert_close
 
 import cupy_headnorm
 from cupy_headnorm import CaptureError, HeadNorm, LaunchConfig, _interop, layer_norm, ops, rms_norm
@@ -187,34 +189,79 @@ def test_unload_waits_for_work_in_flight(cupy, spin, rng):
 
 
 def test_another_dlpack_producer_on_the_gpu(cupy, rng):
-    class Producer:
-        """CuPy memory behind nothing but DLPack and a namespace."""
-
-        def __init__(self, array):
-            self.array = array
-
-        def __dlpack__(self, *, stream=None, **options):
-            return self.array.__dlpack__(stream=stream, **options)
-
-        def __dlpack_device__(self):
-            return self.array.__dlpack_device__()
-
-        def __array_namespace__(self):
-            return cupy
-
     values = rng.standard_normal((64, 4, 128)).astype(ml_dtypes.bfloat16)
     x = cupy.asarray(values)
     plain = rms_norm(x).get()
     for stream in (cupy.cuda.Stream.null, cupy.cuda.Stream(non_blocking=True)):
         with stream:
             for _ in range(3):
-                y = rms_norm(Producer(x))
+                y = rms_norm(Another(x, cupy))
             np.testing.assert_array_equal(y.get(), plain)
             stream.synchronize()
-            rms_norm(Producer(x))
+            rms_norm(Another(x, cupy))
             in_flight = len(_interop._DLPACK._in_flight)
             assert in_flight <= 1, "capsules are let go once their kernel has run"
-    assert HeadNorm().forward_reference(Producer(x)).shape == x.shape
+    assert HeadNorm().forward_reference(Another(x, cupy)).shape == x.shape
+
+
+def test_weights_of_another_producer_are_kept_too(cupy, spin, rng):
+    """A producer that exports a temporary: nothing but its capsule keeps the memory."""
+
+    class Temporary(Another):
+        def __dlpack__(self, **options):
+            copy = self.array.copy()
+            self.exported = weakref.ref(copy)
+            return copy.__dlpack__(**options)
+
+    values = cupy.asarray(rng.standard_normal((64, 4, 128)).astype(np.float32))
+    x, weight = Temporary(values, cupy), Temporary(values[0, 0], cupy)
+    rms_norm(x, weight)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        spin(stream)
+        rms_norm(x, weight)
+        assert not stream.done
+        assert x.exported() is not None
+        assert weight.exported() is not None
+        stream.synchronize()
+
+
+def test_a_plan_miss_spares_another_threads_capture(cupy):
+    """Compiling and uploading use no default stream, which would break a blocking stream's."""
+    errors = []
+
+    def other_thread():
+        try:
+            with cupy.cuda.Stream(non_blocking=True) as stream:
+                x = cupy.ones((8, 4, 144), np.float32)
+                captured.wait()
+                HeadNorm(np.ones(144, np.float32)).warmup(x)
+                stream.synchronize()
+        except Exception as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    captured, done = threading.Event(), threading.Event()
+    norm = HeadNorm(np.full(128, 2, np.float32))
+    blocking = cupy.cuda.Stream()
+    with blocking:
+        x = cupy.ones((8, 4, 128), np.float32)
+        norm.warmup(x)
+        thread = threading.Thread(target=other_thread)
+        thread.start()
+        cupy.cuda.Device().synchronize()
+        relaxed = cupy.cuda.runtime.streamCaptureModeRelaxed
+        blocking.begin_capture(mode=relaxed)
+        captured.set()
+        done.wait(60)
+        norm(x, out=x)
+        graph = blocking.end_capture()
+        graph.launch(blocking)
+        blocking.synchronize()
+        thread.join()
+        assert not errors
+        np.testing.assert_allclose(x.get(), 2, rtol=RELATIVE["float32"])
 
 
 def test_managed_memory(cupy, rng):
@@ -426,18 +473,40 @@ def test_apexs_stride(rng):
 
 
 @pytest.mark.two_gpus
-def test_a_device_that_is_not_current(cupy, rng):
+@pytest.mark.parametrize("producer", ["torch", "cupy", "another"])
+def test_a_device_that_is_not_current(cupy, producer, rng):
     if cupy.cuda.runtime.getDeviceCount() < 2:
         pytest.skip("needs a second CUDA device")
     values = rng.standard_normal((16, 4, 128)).astype(np.float32)
     norm = HeadNorm(np.ones(128, np.float32))
-    for x in (torch.from_numpy(values).to("cuda:1"), _on_second(cupy, values)):
-        y = norm(x)
-        host = y.cpu().numpy() if hasattr(y, "cpu") else y.get()
-        assert_alike(host, expected(values))
-        assert cupy.cuda.runtime.getDevice() == 0
-
-
-def _on_second(cupy, values):
     with cupy.cuda.Device(1):
-        return cupy.asarray(values)
+        x = cupy.asarray(values)
+    if producer == "torch":
+        x = torch.from_numpy(values).to("cuda:1")
+    elif producer == "another":
+        x = Another(x, cupy)
+    for _ in range(2):
+        y = norm(x)
+    host = y.cpu().numpy() if producer == "torch" else y.get()
+    assert_alike(host, expected(values))
+    assert cupy.cuda.runtime.getDevice() == 0
+    norm.unload()
+    assert_alike(HeadNorm().forward_reference(values), expected(values))
+
+
+class Another:
+    """CuPy memory behind nothing but DLPack and a namespace."""
+
+    def __init__(self, array, namespace):
+        self.array = array
+        self.namespace = namespace
+
+    def __dlpack__(self, *, stream=None, **options):
+        with self.array.device:
+            return self.array.__dlpack__(stream=stream, **options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+    def __array_namespace__(self):
+        return self.namespace

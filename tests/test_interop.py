@@ -263,7 +263,8 @@ def test_torch_func_transforms_are_refused():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_autograd_learns_that_out_was_written(device):
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_autograd_learns_that_out_was_written(device, mode):
     x = torch.ones(3, 64, device=device)
     leaf = torch.ones(3, 64, device=device, requires_grad=True)
     loss = (leaf * x).sum()
@@ -275,7 +276,8 @@ def test_autograd_learns_that_out_was_written(device):
     # As torch's own in-place functions do, also where no gradient is being recorded.
     y = torch.full((3, 64), 3.0, device=device)
     loss = (leaf * y).sum()
-    with torch.no_grad():
+    mode = torch.no_grad if mode == "no_grad" else torch.inference_mode
+    with mode():
         rms_norm(y, out=y)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -301,6 +303,15 @@ def test_inference_tensors_work():
         x = torch.ones(3, 64)
         rms_norm(x, out=x)
     assert rms_norm(x).shape == (3, 64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_forward_reference_under_a_default_device(device):
+    x = torch.ones(3, 64, device=device)
+    with torch.device("meta" if device == "cpu" else "cuda"):
+        y = HeadNorm(np.ones(64, np.float32)).forward_reference(x)
+    assert y.device.type == device
+    assert_alike(y.cpu().numpy(), cupy_headnorm.reference.rms_norm(np.ones((3, 64), np.float32)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -99,8 +99,9 @@ GOOD = LaunchConfig(16, 16, 1, 8, 16)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vector_bytes": 32}, "vector_bytes is 32; needs 16 bytes at most"),
+        ({"vector_bytes": 32}, "vector_bytes is 32; needs 1, 2, 4 or 8 float16 elements in 16"),
         ({"vector_bytes": 3}, "vector_bytes is 3; needs"),
+        ({"vector_bytes": 12}, "vector_bytes is 12; needs"),
         ({"lanes": 12}, "lanes is 12; needs a power of two up to 1024"),
         ({"lanes": 2048, "rows_per_block": 1}, "lanes is 2048; needs a power of two"),
         ({"vectors_per_lane": 0}, "vectors_per_lane is 0 of 8 elements; needs 1 to 64"),
@@ -118,6 +119,18 @@ def test_a_config_of_ones_own_is_checked(change, message):
     config = LaunchConfig(**{**GOOD.__dict__, **change})
     with pytest.raises(ValueError, match=message):
         _launch.check_config(config, spec, DeviceLimits())
+
+
+def test_a_config_of_ones_own_is_held_to_the_memory():
+    misaligned = call(128, _dtypes.FLOAT16, alignments=(2, 16, 16, 16))
+    with pytest.raises(ValueError, match=r"access_bytes is 16; needs 2 at most for rows aligned"):
+        _launch.check_call(misaligned, GOOD)
+    _launch.check_call(misaligned, LaunchConfig(16, 16, 1, 8, 2))
+
+
+def test_a_row_too_long_to_count_in_32_bits_is_refused():
+    with pytest.raises(ValueError, match="head_dim is 2147483647; needs 2147352576 at most"):
+        _launch.plan(call(2**31 - 1, _dtypes.FLOAT16, 1))
 
 
 def test_division_by_multiplication_is_exact(rng):

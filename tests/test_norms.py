@@ -151,6 +151,18 @@ def test_a_rows_bits_depend_on_the_row_alone(library, kind, head_dim, dtype, rng
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_bits_do_not_depend_on_strides(library, kind, layout, rng):
+    layout = layout.of(library)
+    x = library.lay(library.array(rng.standard_normal(layout.elements).astype(np.float32)), layout)
+    if layout.name.startswith("flat"):
+        x = x.reshape(*layout.shape[:-1], 3, 64)
+    packed = library.array(np.ascontiguousarray(library.host(x)))
+    y, expected = function(kind)(x), function(kind)(packed)
+    np.testing.assert_array_equal(library.host(y), library.host(expected))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_infinities_and_nan_stay_in_their_row(library, kind, bad, dtype, rng):
     x = random(rng, (16, 3, 64), dtype)

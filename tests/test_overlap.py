@@ -66,3 +66,11 @@ def test_as_numpy_is_the_same_memory(dtype):
     again[0, 0] = 99
     assert memory[3, 1] == 99
     assert not as_numpy(view.ctypes.data, of, memory, writeable=False).flags.writeable
+
+
+def test_overlap_is_decided_in_bounded_work():
+    """Strides made to be hard are refused rather than searched for."""
+    hard = Layout(
+        (40, 41, 42, 43), (2 * 30011, 2 * 30029, 2 * 30047, 2 * 30059), _dtypes.FLOAT16, CPU, 2
+    )
+    assert overlaps_itself(hard)
