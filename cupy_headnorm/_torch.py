@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,18 @@ class Torch:
         self._torch = torch
         self._kinds = (torch.Tensor, torch.nn.Parameter)
         self._api = _dlpack.exchange_api(torch.Tensor)
+        # Tensors whose memory is not what they mean, or who have none.
+        self._refusals: tuple[tuple[Callable[[Any], bool], str], ...] = (
+            (torch._C._functorch.is_functorch_wrapped_tensor, "inside a torch.func transform"),
+            (torch._is_functional_tensor, "functional, without memory of its own"),
+            (lambda x: x.layout is not torch.strided, "of layout {x.layout}"),
+            (lambda x: x.is_quantized, "quantized"),
+            (lambda x: x.is_meta, "on the meta device, without memory"),
+            (torch.is_neg, "a lazily negated view (resolve_neg() makes it plain)"),
+            (torch.is_conj, "a lazily conjugated view (resolve_conj() makes it plain)"),
+            (torch._is_zerotensor, "a zero tensor without memory"),
+            (self._is_dual, "a forward-mode AD dual"),
+        )
 
     def view(self, x: Any, role: str) -> ArrayView:
         self._refuse(x, role)
@@ -27,48 +40,21 @@ class Torch:
         return view_of(raw, dtype, role, x, self)
 
     def _refuse(self, x: Any, role: str) -> None:
-        """Refuse tensors whose memory is not what they mean; the exchange API checks nothing."""
+        """Refuse what the exchange API, which checks nothing, would let through."""
         torch = self._torch
         if type(x) not in self._kinds:
             raise TypeError(
                 f"{role} is a {type(x).__name__}, a subclass of torch.Tensor; "
                 "needs a plain tensor or Parameter"
             )
-        if (
-            torch._C._functorch.is_functorch_wrapped_tensor(x)
-            or torch._is_functional_tensor(x)
-            or x.layout is not torch.strided
-            or x.is_quantized
-            or x.is_meta
-            or x.is_neg()
-            or x.is_conj()
-            or x._is_zerotensor()
-            or self._is_dual(x)
-        ):
-            raise TypeError(f"{role} is {self._reason(x)}; needs a strided tensor with memory")
+        for is_refused, what in self._refusals:
+            if is_refused(x):
+                raise TypeError(f"{role} is {what.format(x=x)}; needs a strided tensor with memory")
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{role} requires grad and grad mode is on, but this norm has no backward; "
                 f"needs torch.no_grad() around the call, or {role}.detach()"
             )
-
-    def _reason(self, x: Any) -> str:
-        torch = self._torch
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return "inside a torch.func transform"
-        if torch._is_functional_tensor(x):
-            return "functional, without memory of its own"
-        if x.layout is not torch.strided:
-            return f"of layout {x.layout}"
-        if x.is_quantized:
-            return "quantized"
-        if x.is_meta:
-            return "on the meta device, without memory"
-        if x.is_neg():
-            return "a lazily negated view (resolve_neg() makes it plain)"
-        if x.is_conj():
-            return "a lazily conjugated view (resolve_conj() makes it plain)"
-        return "a zero tensor without memory" if x._is_zerotensor() else "a forward-mode AD dual"
 
     def _is_dual(self, x: Any) -> bool:
         forward_ad = self._torch.autograd.forward_ad
