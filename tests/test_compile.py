@@ -39,8 +39,6 @@ def compiled(spec, config, architecture):
         "-ftz=true",
         "--device-as-default-execution-space",
         "--ptxas-options=-v",
-        "-Werror",
-        "all-warnings",
     )
     try:
         compiler.compileProgram(program, options)
@@ -48,6 +46,8 @@ def compiled(spec, config, architecture):
         pytest.fail(compiler.getProgramLog(program))
     log = compiler.getProgramLog(program)
     compiler.destroyProgram(program)
+    # -Werror would say the same, but NVRTC before 13.5 does not know it.
+    assert "warning" not in log, log
     return log
 
 

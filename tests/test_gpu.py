@@ -336,9 +336,9 @@ def _pieces(x, size=2**27):
 
 
 @pytest.mark.slow
-def test_rows_above_2_to_the_31_on_several_axes(cupy):
+def test_rows_above_2_to_the_32_on_several_axes(cupy):
     """The 64-bit divisions of rows.cuh: an expanded x, per-head weights, one element a row."""
-    tokens, heads = 2**30 + 7, 2
+    tokens, heads = 2**31 + 7, 2  # a row's number does not fit 32 bits
     x = cupy.broadcast_to(cupy.full((1, 1, 1), 3, np.float16), (tokens, heads, 1))
     weight = cupy.asarray(np.array([[1.0], [2.0]], np.float32))
     y = rms_norm(x, weight, eps=0, out=cupy.zeros((tokens, heads, 1), np.float16))
