@@ -57,6 +57,20 @@ class Library(Protocol):
         """Bring `values` to the library and device of `like`."""
 
 
+class Plain:
+    """Defaults for a library whose arrays are written where they lie."""
+
+    def deliver(self, result: Any, like: ArrayView) -> Any:
+        """Return `result`: it is the producer's already."""
+        return result
+
+    def launched(self, owners: tuple[Any, ...], index: int, stream: int) -> None:
+        """Do nothing: the library orders reuse of its memory by its own streams."""
+
+    def wrote(self, out: Any) -> None:
+        """Do nothing: the library keeps no account of writes."""
+
+
 def view_of(
     raw: _dlpack.Tensor, dtype: _dtypes.DType, role: str, owner: Any, library: Library
 ) -> ArrayView:

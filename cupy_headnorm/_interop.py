@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cupy_headnorm import _dlpack, _driver, _dtypes
-from cupy_headnorm._arrays import ArrayView, Library, view_of
+from cupy_headnorm._arrays import ArrayView, Library, Plain, view_of
 from cupy_headnorm._layout import CPU, Device, Layout, alignment_of, dense_like
 from cupy_headnorm._torch import Torch
 
@@ -38,20 +38,7 @@ def import_cupy() -> Any:
     return cupy
 
 
-class _Plain:
-    """Defaults for a library whose arrays are written where they lie."""
-
-    def deliver(self, result: Any, like: ArrayView) -> Any:
-        return result
-
-    def launched(self, owners: tuple[Any, ...], index: int, stream: int) -> None:
-        pass
-
-    def wrote(self, out: Any) -> None:
-        pass
-
-
-class _NumPy(_Plain):
+class _NumPy(Plain):
     name = "numpy"
 
     def view(self, x: Any, role: str) -> ArrayView:
@@ -79,7 +66,7 @@ class _NumPy(_Plain):
         return values
 
 
-class _CuPy(_Plain):
+class _CuPy(Plain):
     name = "cupy"
 
     def view(self, x: Any, role: str) -> ArrayView:

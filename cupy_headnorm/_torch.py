@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from cupy_headnorm import _dlpack, _dtypes
-from cupy_headnorm._arrays import ArrayView, view_of
+from cupy_headnorm._arrays import ArrayView, Plain, view_of
 
 
-class Torch:
+class Torch(Plain):
     """The `Library` of torch."""
 
     name = "torch"
@@ -75,16 +75,10 @@ class Torch:
             return torch.empty_like(view.owner, memory_format=torch.contiguous_format)
         return result
 
-    def deliver(self, result: Any, like: ArrayView) -> Any:
-        return result
-
     def stream(self, index: int) -> int:
         if self._api:
             return self._api.stream(index)
         return self._torch.cuda.current_stream(index).cuda_stream
-
-    def launched(self, owners: tuple[Any, ...], index: int, stream: int) -> None:
-        pass
 
     def wrote(self, out: Any) -> None:
         # Autograd must know, or a later backward uses the overwritten values without an error:

@@ -276,18 +276,21 @@ def _largest_error(norm: HeadNorm, x: np.ndarray, y: np.ndarray, heads_axis: int
     rows = x.astype(wide)
     if x.shape[-1] != head_dim:  # flat
         rows = rows.reshape(*x.shape[:-1], -1, head_dim)
-    shape = [1] * rows.ndim
-    shape[-1] = head_dim
     if norm.kind == "layer":
         rows = rows - rows.mean(-1, keepdims=True)
     exact = rows / np.sqrt((rows * rows).mean(-1, keepdims=True) + norm.eps)
-    for values, offset in ((norm.weight, norm.weight_offset), (norm.bias, None)):
-        if values is None:
-            continue
-        shape[heads_axis] = values.size // head_dim
+
+    def beside_rows(values: np.ndarray) -> np.ndarray:
+        shape = [1] * rows.ndim
         shape[-1] = head_dim
-        values = values.astype(wide).reshape(shape)
-        exact = exact + values if offset is None else exact * (values + offset)
+        if values.size > head_dim:
+            shape[heads_axis] = values.size // head_dim
+        return values.astype(wide).reshape(shape)
+
+    if norm.weight is not None:
+        exact = exact * (beside_rows(norm.weight) + norm.weight_offset)
+    if norm.bias is not None:
+        exact = exact + beside_rows(norm.bias)
     # Where values cancel, the error is that of what cancelled: count from 1/64 of the row's
     # largest value.
     size = np.maximum(np.abs(exact), np.abs(exact).max(-1, keepdims=True) / 64)

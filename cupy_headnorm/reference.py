@@ -227,11 +227,12 @@ def _normalize(call, x, weight, bias, out, blocks, buffers) -> None:
         if mean is not None:
             values = np.subtract(values, mean, out=buffer(0, columns))
         if scale == 1:  # at most 256 squares: einsum adds 8 or more in parallel, in one pass
-            squares = np.einsum("...d,...d->...", values, values)[..., np.newaxis]
+            products = np.einsum("...d,...d->...", values, values)
+            squares = squares + products[..., np.newaxis]
         else:
-            product = np.multiply(values, scale, out=buffer(1, columns))
-            np.multiply(product, values, out=product)
-            squares = squares + np.add.reduce(product, axis=-1, keepdims=True)
+            scaled = np.multiply(values, scale, out=buffer(1, columns))
+            np.multiply(scaled, values, out=scaled)
+            squares = squares + np.add.reduce(scaled, axis=-1, keepdims=True)
     inverse = squares * inverse_scaled_count
     inverse += number(call.eps)
     np.sqrt(inverse, out=inverse)

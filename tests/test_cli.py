@@ -104,6 +104,18 @@ def test_demo_reads_num_heads_as_those_of_x(capsys):
     assert "bfloat16 (2, 4, 128)" in rows(out)["x"]
 
 
+def test_demo_on_a_single_row(tmp_path, capsys):
+    path = tmp_path / "norm.safetensors"
+    HeadNorm(np.full(32, 2, np.float32), np.ones(32, np.float32)).to_safetensors(path, "q_norm")
+    save_file({"q_norm.input": np.arange(32, dtype=np.float32)}, tmp_path / "x.safetensors")
+    code, out, err = in_process(
+        capsys, "demo", path, "--key", "q_norm", "--activations", tmp_path / "x.safetensors"
+    )
+    assert (code, err) == (0, "")
+    assert "float32 (32,)" in rows(out)["x"]
+    assert float(rows(out)["largest error"].split()[0]) < EPS_FLOAT32
+
+
 def test_demo_makes_up_an_x_of_the_right_shape(checkpoint, capsys):
     common = ("demo", checkpoint, "--key", "layer.q_norm", "--tokens", 5, "--on", "cpu")
     code, out, _ = in_process(capsys, *common, "--dtype", "float16")
