@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -35,8 +36,28 @@ class Library(Protocol):
     def view(self, x: Any, role: str) -> ArrayView:
         """Describe `x`; TypeError or ValueError, naming `role`, where it cannot be used."""
 
-    def empty_like(self, view: ArrayView) -> Any:
-        """Return new memory for a result: the last axis has stride 1."""
+    takes_out: bool
+    """Whether a caller may give arrays of it as `out`."""
+    allocates_in_graphs: bool
+    """Whether new memory may be asked for while its stream is captured into a CUDA graph."""
+
+    def glance(self, x: Any) -> tuple[int, tuple[Any, ...]] | None:
+        """
+        Return the address of CUDA memory and all else that a plan depends on, for a look-up.
+
+        The first of the rest is the device's index. None where only `view` can tell, or refuse.
+        Asked of arrays in `_interop.quick` alone.
+        """
+
+    def address(self, x: Any) -> int:
+        """Return the address of a result that the library made."""
+
+    def empty_like(self, view: ArrayView) -> tuple[Any, Callable[[Any], Any] | None]:
+        """
+        Return new memory for a result, and what makes more of it from an array like the viewed one.
+
+        The last axis has stride 1.
+        """
 
     def deliver(self, result: Any, like: ArrayView) -> Any:
         """Turn what `empty_like` gave into the producer's array."""
@@ -47,8 +68,8 @@ class Library(Protocol):
     def launched(self, owners: tuple[Any, ...], index: int, stream: int) -> None:
         """Take note that work reading the memory of `owners` was queued on a device's `stream`."""
 
-    def wrote(self, out: Any) -> None:
-        """Take note that `out`, given by the caller, was written."""
+    def wrote(self, arrays: tuple[Any, ...]) -> None:
+        """Take note that `arrays`, given by the caller, were written."""
 
     def to_host(self, x: Any, role: str) -> np.ndarray:
         """Copy (or view) `x` as a NumPy array; refuses what `view` does, but not gradients."""
@@ -60,6 +81,9 @@ class Library(Protocol):
 class Plain:
     """Defaults for a library whose arrays are written where they lie."""
 
+    takes_out = True
+    allocates_in_graphs = False
+
     def deliver(self, result: Any, like: ArrayView) -> Any:
         """Return `result`: it is the producer's already."""
         return result
@@ -67,7 +91,7 @@ class Plain:
     def launched(self, owners: tuple[Any, ...], index: int, stream: int) -> None:
         """Do nothing: the library orders reuse of its memory by its own streams."""
 
-    def wrote(self, out: Any) -> None:
+    def wrote(self, arrays: tuple[Any, ...]) -> None:
         """Do nothing: the library keeps no account of writes."""
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import struct
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from cupy_headnorm import _driver, _interop, _launch, _source
@@ -67,12 +70,14 @@ def _cache_folder() -> str:
     return os.environ.get("CUPY_CACHE_DIR", default)
 
 
-def macros(spec: NormSpec, config: LaunchConfig) -> dict[str, str]:
-    """Return the ``HN_*`` macros of one specialisation of ``head_norm.cu``."""
+def macros(spec: NormSpec, config: LaunchConfig, axes: int) -> dict[str, str]:
+    """Return the ``HN_*`` macros of one specialisation; `axes` is one of `_launch.AXES`."""
     itemsize = spec.x.itemsize
     name = spec.name
     if config.access_bytes != config.vector_bytes:
         name += f"_access{config.access_bytes}"
+    if axes > 1:
+        name += f"_axes{axes}"
     return {
         "HN_NAME": name,
         "HN_KIND": spec.kind,
@@ -86,14 +91,15 @@ def macros(spec: NormSpec, config: LaunchConfig) -> dict[str, str]:
         "HN_LANES": str(config.lanes),
         "HN_VECTORS": str(config.vectors_per_lane),
         "HN_THREADS": str(config.lanes if config.lanes > _launch.WARP else _launch.GROUP_THREADS),
+        "HN_AXES": str(axes),
     }
 
 
-def compile_options(spec: NormSpec, config: LaunchConfig) -> tuple[str, ...]:
+def compile_options(spec: NormSpec, config: LaunchConfig, axes: int) -> tuple[str, ...]:
     """Return the compiler's options for one specialisation."""
     # Contraction off: a multiply and an add fuse only where the source says so, or two
     # specialisations could round one row differently.
-    return ("--fmad=false", *(f"-D{k}={v}" for k, v in macros(spec, config).items()))
+    return ("--fmad=false", *(f"-D{k}={v}" for k, v in macros(spec, config, axes).items()))
 
 
 class _Axis(ctypes.Structure):
@@ -110,7 +116,7 @@ class _Axis(ctypes.Structure):
     ]
 
 
-def _params_type(real: type) -> type[ctypes.Structure]:
+def _params_type(real: type, axes: int) -> type[ctypes.Structure]:
     class Params(ctypes.Structure):
         """``headnorm::Params``."""
 
@@ -120,7 +126,7 @@ def _params_type(real: type) -> type[ctypes.Structure]:
             ("weight", ctypes.c_uint64),
             ("bias", ctypes.c_uint64),
             ("rows", ctypes.c_int64),
-            ("axis", _Axis * _launch.MAX_AXES),
+            ("axis", _Axis * axes),
             ("axes", ctypes.c_int32),
             ("rows_per_block", ctypes.c_int32),
             ("eps", real),
@@ -130,11 +136,16 @@ def _params_type(real: type) -> type[ctypes.Structure]:
     return Params
 
 
-_PARAMS = {"float32": _params_type(ctypes.c_float), "float64": _params_type(ctypes.c_double)}
+_PARAMS = {
+    (name, axes): _params_type(real, axes)
+    for name, real in (("float32", ctypes.c_float), ("float64", ctypes.c_double))
+    for axes in _launch.AXES
+}
 
 
 def _params(call: NormCall, config: LaunchConfig) -> Any:
-    params = _PARAMS[call.spec.x.accumulate.name]()
+    room = _launch.room_for_axes(len(call.axes))
+    params = _PARAMS[call.spec.x.accumulate.name, room]()
     params.rows = call.rows
     params.rows_per_block = config.rows_per_block
     params.eps = call.eps
@@ -147,16 +158,19 @@ def _params(call: NormCall, config: LaunchConfig) -> Any:
     return params
 
 
+_ADDRESSES = struct.Struct("4Q")
+"""Of x, out, weight and bias: the first fields of ``headnorm::Params``."""
+
+
 class Launch(NamedTuple):
-    """A kernel with everything but its pointers: run it with `run`."""
+    """A kernel with everything but its addresses: `runner` adds those."""
 
     function: int
     """CUfunction, loaded on `device`."""
     blocks: int
     threads: int
-    params: Any
     device: int
-    name: str
+    params: Any
     config: LaunchConfig
 
 
@@ -171,9 +185,7 @@ def limits(index: int) -> DeviceLimits:
     found = _limits.get(index)
     if found is None:
         attributes = _interop.import_cupy().cuda.Device(index).attributes
-        found = _limits[index] = DeviceLimits(
-            attributes["MaxThreadsPerBlock"], attributes["MultiProcessorCount"]
-        )
+        found = _limits[index] = DeviceLimits(attributes["MaxThreadsPerBlock"])
     return found
 
 
@@ -184,98 +196,135 @@ def prepare(call: NormCall, index: int, config: LaunchConfig | None = None) -> L
     else:
         _launch.check_config(config, call.spec, limits(index))
         _launch.check_call(call, config)
-    function = _function(call.spec, config, index)
+    function = _function(call.spec, config, _launch.room_for_axes(len(call.axes)), index)
     return Launch(
         function.ptr,
         config.blocks(call.rows),
         config.threads,
-        _params(call, config),
         index,
-        call.spec.name,
+        _params(call, config),
         config,
     )
 
 
-def _function(spec: NormSpec, config: LaunchConfig, index: int) -> Any:
+def _function(spec: NormSpec, config: LaunchConfig, axes: int, index: int) -> Any:
     # rows_per_block is a run-time argument: every number of rows runs one kernel.
     key = (spec, config.vector_bytes, config.lanes, config.vectors_per_lane, config.access_bytes)
-    key = (*key, index)
+    key = (*key, axes, index)
     function = _functions.get(key)
     if function is None:
         with _compiling:
             function = _functions.get(key)
             if function is None:
-                function = _functions[key] = _compile(spec, config, index)
+                function = _functions[key] = _compile(spec, config, axes, index)
     return function
 
 
-def _compile(spec: NormSpec, config: LaunchConfig, index: int) -> Any:
+def _compile(spec: NormSpec, config: LaunchConfig, axes: int, index: int) -> Any:
     cupy = _interop.import_cupy()
     kernel = cupy.RawKernel(
         _source.pasted("head_norm.cu"),
-        macros(spec, config)["HN_NAME"],
-        options=compile_options(spec, config),
+        macros(spec, config, axes)["HN_NAME"],
+        options=compile_options(spec, config, axes),
     )
-    try:
-        with cupy.cuda.Device(index):
-            function = kernel.kernel
-            # CUDA loads a function lazily, at its first launch, which a capture forbids: launch
-            # it here over no rows.
-            empty = _PARAMS[spec.x.accumulate.name](rows=0, axes=1, rows_per_block=1)
-            empty.axis[0].size = 1
-            stream = _interop.side_stream()
-            _start(function.ptr, 1, config.threads, empty, stream.ptr)
-            stream.synchronize()
-            return function
-    except Exception as error:
-        raise explained(error) from error
+    with explained(), cupy.cuda.Device(index):
+        function = kernel.kernel
+        # CUDA loads a function lazily, at its first launch, which a capture forbids: launch
+        # it here over no rows.
+        empty = _PARAMS[spec.x.accumulate.name, axes](rows=0, axes=1, rows_per_block=1)
+        empty.axis[0].size = 1
+        stream = _interop.side_stream()
+        runner(Launch(function.ptr, 1, config.threads, index, empty, config))(
+            0, 0, 0, 0, stream.ptr
+        )
+        stream.synchronize()
+        return function
 
 
-def explained(error: Exception) -> Exception:
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
     """Turn what CuPy says about a missing piece into our error, with the command that mends it."""
+    try:
+        yield
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:
+        explanation = _explanation(error)
+        if explanation is None:
+            raise
+        raise _driver.GPUUnavailableError(explanation) from error
+
+
+def _explanation(error: Exception) -> str | None:
     found = environment()
     if found.reason:
-        return _driver.GPUUnavailableError(f"{found.reason}; needs: {found.remedy}")
+        return f"{found.reason}; needs: {found.remedy}"
     text = str(error)
     if "cannot open source file" in text or "could not open source file" in text:
-        return _driver.GPUUnavailableError(
+        return (
             f"CUDA headers not found ({text.splitlines()[0]}); needs: {_driver.install_command()}"
         )
     if isinstance(error, OSError):
-        return _driver.GPUUnavailableError(
+        return (
             f"the kernel cache {found.cache or 'of CuPy'} cannot be written ({error}); "
             "needs: CUPY_CACHE_DIR set to a writeable folder"
         )
-    return error
+    return None
 
 
-def _start(function: int, blocks: int, threads: int, params: Any, stream: int) -> None:
-    from cupy.cuda import driver
-
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    driver.launchKernel(
-        function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0
-    )
-
-
-def run(launch: Launch, x: int, out: int, weight: int, bias: int, stream: int) -> None:
-    """Queue `launch` on `stream`, the addresses being those of each array's first element."""
-    runtime = _interop.import_cupy().cuda.runtime
+def over_rows(launch: Launch, rows: int) -> Launch:
+    """Return `launch` over another number of rows, its outermost axis being longer or shorter."""
+    _launch.check_rows(rows, launch.config)
     params = type(launch.params).from_buffer_copy(launch.params)
-    params.x, params.out, params.weight, params.bias = x, out, weight, bias
-    current = runtime.getDevice()
+    params.rows = rows
+    return launch._replace(blocks=launch.config.blocks(rows), params=params)
+
+
+def runner(launch: Launch) -> Callable[[int, int, int, int, int], None]:
+    """
+    Return a function that queues `launch`, for the thread that asks for it.
+
+    Its arguments are the addresses of the first elements of x, out, weight and bias, and a stream.
+    The parameters are packed here, once; a call writes the addresses over the last call's.
+    """
+    from cupy.cuda import driver, runtime
+
+    start, current_device, write = driver.launchKernel, runtime.getDevice, _ADDRESSES.pack_into
+    params = type(launch.params).from_buffer_copy(launch.params)
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    address = ctypes.addressof(arguments)
+    function, blocks, threads, device = launch[:4]
+    only_device = runtime.getDeviceCount() == 1
     ready = _thread.__dict__.setdefault("ready", set())
-    if current == launch.device and current in ready:
-        _start(launch.function, launch.blocks, launch.threads, params, stream)
-        return
-    # A thread's first launch on a device makes the device's context current there.
-    runtime.setDevice(launch.device)
-    ready.add(launch.device)
+    if device not in ready:
+        # A thread's first launch on a device needs the device's context current there.
+        _on_device(device, lambda: None)
+        ready.add(device)
+
+    def run(x: int, out: int, weight: int, bias: int, stream: int) -> None:
+        write(params, 0, x, out, weight, bias)
+        if only_device or current_device() == device:
+            start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
+        else:
+            _on_device(
+                device,
+                lambda: start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0),
+            )
+
+    run.keeps = arguments  # type: ignore[attr-defined]
+    return run
+
+
+def _on_device(index: int, function: Callable[[], None]) -> None:
+    """Run `function` with CUDA device `index` current."""
+    runtime = _interop.import_cupy().cuda.runtime
+    before = runtime.getDevice()
+    runtime.setDevice(index)
     try:
-        _start(launch.function, launch.blocks, launch.threads, params, stream)
+        function()
     finally:
-        if current != launch.device:
-            runtime.setDevice(current)
+        if before != index:
+            runtime.setDevice(before)
 
 
 def refuse_capture(stream: int, what: str) -> None:

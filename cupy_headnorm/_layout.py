@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -51,6 +51,18 @@ class Layout(NamedTuple):
         low = pointer + sum(step for step in steps if step < 0)
         high = pointer + sum(step for step in steps if step > 0)
         return low, high + self.dtype.itemsize
+
+
+class Placed(Protocol):
+    """An array as far as overlap is concerned."""
+
+    @property
+    def pointer(self) -> int:
+        """Address of the first element."""
+
+    @property
+    def layout(self) -> Layout:
+        """Where the others lie."""
 
 
 def alignment_of(pointer: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from cupy_headnorm._dtypes import DType
-from cupy_headnorm._layout import Layout, overlap, overlaps_itself
+from cupy_headnorm._layout import Layout, Placed, overlap, overlaps_itself
 
 DEFAULT_EPS = {"rms": 1e-6, "layer": 1e-5}
 """By kind. Qwen3 and Gemma use 1e-6, torch's and Cohere's LayerNorm 1e-5."""
@@ -150,6 +152,7 @@ class Geometry(NamedTuple):
     """head_dim came from splitting a 1-D weight by num_heads: see `_head_axis`."""
 
 
+@functools.lru_cache(maxsize=1024)
 def geometry(
     num_heads: int | None, head_dim: int | None, weight: Shape | None, bias: Shape | None
 ) -> Geometry:
@@ -348,6 +351,30 @@ def describe(
     )
 
 
+def tokens(
+    opts: NormOptions, x: Layout, weight: Layout | None, bias: Layout | None, out: Layout
+) -> int:
+    """
+    Return the length of the outermost axis that is not 1, if a plan serves any other length too.
+
+    It does where that axis holds no heads and comes outermost in `out`: a kernel then meets the
+    length nowhere but in the number of rows. 0 where it does not.
+    """
+    if 0 in x.shape:
+        return 0
+    lead = next((i for i, n in enumerate(x.shape) if n > 1), len(x.shape) - 1)
+    heads = geometry(opts.num_heads, opts.head_dim, weight and weight.shape, bias and bias.shape)
+    flat = heads.head_dim is not None and x.shape[-1] != heads.head_dim
+    if heads.num_heads not in (None, 1) and not flat and opts.heads_axis % len(x.shape) <= lead:
+        return 0
+    first, end = out._replace(shape=out.shape[lead + 1 :], strides=out.strides[lead + 1 :]).extent(
+        0
+    )
+    if lead == len(x.shape) - 1 or abs(out.strides[lead]) < end - first:
+        return 0
+    return x.shape[lead]
+
+
 def check_out_layout(out: Layout) -> None:
     """Refuse an `out` in which two indices name one byte."""
     if overlaps_itself(out):
@@ -357,7 +384,14 @@ def check_out_layout(out: Layout) -> None:
         )
 
 
-def check_overlap(name: str, pointer: int, layout: Layout, out_pointer: int, out: Layout) -> None:
+def check_overlaps(inputs: Mapping[str, Placed | None], out: Placed) -> None:
+    """Refuse an `out` that shares bytes with an input, unless it is x itself."""
+    for name, array in inputs.items():
+        if array is not None:
+            _check_overlap(name, array.pointer, array.layout, out.pointer, out.layout)
+
+
+def _check_overlap(name: str, pointer: int, layout: Layout, out_pointer: int, out: Layout) -> None:
     """Refuse an `out` that shares bytes with an input, unless it is x itself."""
     if name == "x" and pointer == out_pointer:
         steps = zip(layout.shape, layout.strides, out.strides, strict=True)

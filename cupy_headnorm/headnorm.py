@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from cupy_headnorm import _interop, _kernels, _spec, checkpoint, ops, reference
+from cupy_headnorm import _dispatch, _interop, _kernels, _spec, checkpoint, reference
 from cupy_headnorm._arrays import ArrayView
+from cupy_headnorm._dispatch import Norm, Parameters
 from cupy_headnorm._launch import LaunchConfig
 from cupy_headnorm._layout import CPU, Device
+from cupy_headnorm._torch import untraced
 
 
 class HeadNorm:
@@ -59,6 +61,7 @@ class HeadNorm:
     array([[[0.3651, 0.7303, 1.0954, 1.4606]]], dtype=float32)
     """
 
+    @untraced
     def __init__(
         self,
         weight: Any = None,
@@ -97,6 +100,8 @@ class HeadNorm:
         )
         self._on_host = host
         self._on_device: dict[int, tuple[ArrayView | None, ...]] = {}
+        self._norm = Norm(self._options, self._held)
+        self._norms = {self._options.heads_axis: self._norm}
 
     @classmethod
     def from_safetensors(
@@ -134,6 +139,7 @@ class HeadNorm:
         """Write ``<key>.weight`` and ``<key>.bias``, as they are held, to a new file."""
         checkpoint.write_norm(path, key, self._weight, self._bias)
 
+    @untraced
     def __call__(self, x: Any, /, *, heads_axis: int = -2, out: Any = None) -> Any:
         """
         Normalize `x`; see `cupy_headnorm.rms_norm` for layouts, `out` and errors.
@@ -143,8 +149,10 @@ class HeadNorm:
         array
             Shape, dtype, device and library of `x`; `out` if it was given.
         """
-        return ops.apply(self._along(heads_axis), x, out=out, held=self._held)
+        norm = self._norm if heads_axis == -2 else self._along(heads_axis)
+        return _dispatch.apply(norm, x, None, None, out)
 
+    @untraced
     def forward(
         self,
         hidden_states: Any,
@@ -167,6 +175,7 @@ class HeadNorm:
         result = self(hidden_states)
         return {"hidden_states": result} if intermediates else result
 
+    @untraced
     def forward_reference(
         self,
         hidden_states: Any,
@@ -224,28 +233,27 @@ class HeadNorm:
 
     def load(self, device: Any = None) -> None:
         """Upload to a CUDA device (an index, ``"cuda:1"``, a torch or CuPy device) and wait."""
-        try:
+        with _kernels.explained():
             place = _device(device)
             if place.kind == "cuda":
-                self._loaded(place.index)
-        except (TypeError, ValueError):
-            raise
-        except Exception as error:
-            raise _kernels.explained(error) from error
+                with self._loading:
+                    self._loaded(place.index)
 
     def unload(self) -> None:
         """Wait for the work in flight and free every device copy; the next use uploads again."""
         with self._loading:
             held, self._on_device = self._on_device, {}
+            for norm in self._norms.values():
+                norm.ready = {}
         for index in held:
             _interop.synchronize(index)
 
     def warmup(self, x: Any, /, *, heads_axis: int = -2, out: Any = None) -> None:
         """Load, compile and plan for arrays laid out like `x`, in place and not; `x` stays."""
-        opts = self._along(heads_axis)
+        norm = self._along(heads_axis)
         for target in (None, x) if out is None else (out,):
             try:
-                ops.apply(opts, x, out=target, held=self._held, dry=True)
+                _dispatch.step_by_step(norm, x, out=target, dry=True)
             except (TypeError, ValueError):
                 if target is not x or out is x:
                     raise
@@ -253,7 +261,7 @@ class HeadNorm:
 
     def plan(self, x: Any, /, *, heads_axis: int = -2) -> LaunchConfig:
         """Return the geometry used for `x`, or for its like on an H100 if it is in host memory."""
-        return ops.plan(self._along(heads_axis), x, self._held)
+        return _dispatch.plan(self._along(heads_axis), x)
 
     @property
     def weight(self) -> np.ndarray | None:
@@ -338,32 +346,38 @@ class HeadNorm:
             "rounding": o.rounding,
         }
 
-    def _along(self, heads_axis: int) -> _spec.NormOptions:
-        if heads_axis == -2:
-            return self._options
-        return self._options._replace(heads_axis=_spec.checked_heads_axis(heads_axis))
+    def _along(self, heads_axis: int) -> Norm:
+        axis = _spec.checked_heads_axis(heads_axis)
+        norm = self._norms.get(axis)
+        if norm is None:
+            made = Norm(self._options._replace(heads_axis=axis), self._held)
+            norm = self._norms.setdefault(axis, made)
+        return norm
 
-    def _held(self, x: ArrayView) -> tuple[ArrayView | None, ...]:
+    def _held(self, norm: Norm, x: ArrayView) -> Parameters:
         device = x.layout.device
         if device.kind == "cpu":
-            return self._on_host
-        held = self._on_device.get(device.index)
-        if held is None:
-            stream = x.library.stream(device.index)
-            _kernels.refuse_capture(stream, f"the weight is not on {device} yet")
-            held = self._loaded(device.index)
-        return held
+            return _dispatch.parameters(norm.options, *self._on_host)
+        found = norm.ready.get(device.index)
+        if found is None:
+            if device.index not in self._on_device:
+                stream = x.library.stream(device.index)
+                _kernels.refuse_capture(stream, f"the weight is not on {device} yet")
+            with self._loading:
+                found = _dispatch.parameters(norm.options, *self._loaded(device.index))
+                norm.ready[device.index] = found
+        return found
 
     def _loaded(self, index: int) -> tuple[ArrayView | None, ...]:
-        with self._loading:
-            held = self._on_device.get(index)
-            if held is None:
-                held = tuple(
-                    None if array is None else _interop.upload(array, index)
-                    for array in (self._weight, self._bias)
-                )
-                self._on_device[index] = held
-            return held
+        """Return the parameters on a CUDA device, uploaded if need be, under the lock."""
+        held = self._on_device.get(index)
+        if held is None:
+            held = tuple(
+                None if array is None else _interop.upload(array, index)
+                for array in (self._weight, self._bias)
+            )
+            self._on_device[index] = held
+        return held
 
 
 def _refuse_new_names(ignored: dict[str, Any]) -> None:

@@ -1,19 +1,17 @@
-"""The norms as functions: docstrings and the choice of backend."""
+"""The norms as functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from cupy_headnorm import _interop, _kernels, _launch, _spec, reference
-from cupy_headnorm._arrays import ArrayView
+from cupy_headnorm import _dispatch
 from cupy_headnorm._launch import LaunchConfig
-from cupy_headnorm._layout import Device
-from cupy_headnorm._spec import NormCall, NormOptions
+from cupy_headnorm._torch import untraced
 
 __all__ = ["launch", "layer_norm", "rms_norm"]
 
 
+@untraced
 def rms_norm(
     x,
     weight=None,
@@ -106,7 +104,7 @@ def rms_norm(
     Traceback (most recent call last):
     ValueError: eps is -1.0; needs 0 or more
     """
-    opts = _spec.options(
+    norm = _dispatch.of_options(
         "rms",
         eps=eps,
         num_heads=num_heads,
@@ -115,9 +113,10 @@ def rms_norm(
         weight_offset=weight_offset,
         rounding=rounding,
     )
-    return apply(opts, x, weight, bias, out=out)
+    return _dispatch.apply(norm, x, weight, bias, out)
 
 
+@untraced
 def layer_norm(
     x,
     weight=None,
@@ -168,7 +167,7 @@ def layer_norm(
     >>> layer_norm(np.array([[1.0, 2.0, 3.0]])).round(4)
     array([[-1.2247,  0.    ,  1.2247]])
     """
-    opts = _spec.options(
+    norm = _dispatch.of_options(
         "layer",
         eps=eps,
         num_heads=num_heads,
@@ -177,7 +176,7 @@ def layer_norm(
         weight_offset=weight_offset,
         rounding=rounding,
     )
-    return apply(opts, x, weight, bias, out=out)
+    return _dispatch.apply(norm, x, weight, bias, out)
 
 
 def launch(
@@ -197,138 +196,5 @@ def launch(
     `x` is in CUDA memory; `options` are those of `rms_norm`. Other geometries add in another order,
     so results may differ from those of the library's own choice in the last bit.
     """
-    opts = _spec.options(kind, **options)
-    return apply(opts, x, weight, bias, out=out, config=config)
-
-
-Held = Callable[[ArrayView], tuple[ArrayView | None, ArrayView | None]]
-"""From the view of x to those of a norm's own weight and bias on its device."""
-
-
-class _Plan(NamedTuple):
-    call: NormCall
-    launch: _kernels.Launch | None
-    """None where the reference runs, or nothing."""
-
-
-_plans: dict[tuple[Any, ...], _Plan] = {}
-_MAX_PLANS = 4096
-"""A plan is about 1 KiB; a server that meets more layouts than this starts over."""
-
-
-def apply(
-    opts: NormOptions,
-    x: Any,
-    weight: Any = None,
-    bias: Any = None,
-    *,
-    out: Any = None,
-    held: Held | None = None,
-    config: LaunchConfig | None = None,
-    dry: bool = False,
-) -> Any:
-    """
-    Run a norm on any array, with a weight beside it or one `held` by a HeadNorm.
-
-    `dry` stops short of the arithmetic, with all prepared for it.
-    """
-    x_view = _interop.view(x, "x")
-    library, device = x_view.library, x_view.layout.device
-    on_gpu = device.kind == "cuda"
-    if on_gpu:
-        _interop.import_cupy()
-    stream = library.stream(device.index) if on_gpu else 0
-    if held is None:
-        weight_view = None if weight is None else _interop.view_beside(x_view, weight, "weight")
-        bias_view = None if bias is None else _interop.view_beside(x_view, bias, "bias")
-    else:
-        weight_view, bias_view = held(x_view)
-    if out is None:
-        if on_gpu and library.name != "torch":
-            _kernels.refuse_capture(stream, "a result without out would be allocated")
-        result = library.empty_like(x_view)
-        out_view = _interop.view(result, "out")
-    else:
-        result = out
-        out_view = _interop.view_beside(x_view, out, "out")
-        if not out_view.writeable:
-            raise ValueError("out is read-only; needs a writeable array")
-    plan = _planned(opts, x_view, weight_view, bias_view, out_view, stream, config)
-    if out is not None:
-        inputs = {"x": x_view}
-        if held is None:
-            inputs.update(weight=weight_view, bias=bias_view)
-        for name, view in inputs.items():
-            if view is not None:
-                _spec.check_overlap(
-                    name, view.pointer, view.layout, out_view.pointer, out_view.layout
-                )
-    if dry:
-        return None
-    if plan.launch is not None:
-        _kernels.run(
-            plan.launch,
-            x_view.pointer,
-            out_view.pointer,
-            weight_view.pointer if weight_view else 0,
-            bias_view.pointer if bias_view else 0,
-            stream,
-        )
-        owners = (x_view, weight_view, bias_view) if held is None else (x_view,)
-        library.launched(owners, device.index, stream)
-    elif not on_gpu:
-        reference.apply(
-            plan.call, *(v and v.as_numpy() for v in (x_view, weight_view, bias_view, out_view))
-        )
-    if out is None:
-        return library.deliver(result, x_view)
-    library.wrote(out)
-    return out
-
-
-def _planned(
-    opts: NormOptions,
-    x: ArrayView,
-    weight: ArrayView | None,
-    bias: ArrayView | None,
-    out: ArrayView,
-    stream: int,
-    config: LaunchConfig | None,
-) -> _Plan:
-    layouts = (x.layout, weight and weight.layout, bias and bias.layout, out.layout)
-    key = (opts, config, *layouts)
-    plan = _plans.get(key)
-    if plan is None:
-        call = _spec.describe(opts, *layouts)
-        _spec.check_out_layout(out.layout)
-        plan = _Plan(call, _prepared(call, x.layout.device, stream, config))
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
-    return plan
-
-
-def _prepared(
-    call: NormCall, device: Device, stream: int, config: LaunchConfig | None
-) -> _kernels.Launch | None:
-    if device.kind == "cpu":
-        if config is not None:
-            raise ValueError("x is in host memory; a launch configuration needs CUDA memory")
-        return None
-    if call.rows == 0:
-        return None
-    _kernels.refuse_capture(stream, "this layout is not planned yet")
-    return _kernels.prepare(call, device.index, config)
-
-
-def plan(opts: NormOptions, x: Any, held: Held) -> LaunchConfig:
-    """Return the geometry for a result laid out like `x`; that of an H100 for host memory."""
-    x_view = _interop.view(x, "x")
-    device = x_view.layout.device
-    weight, bias = held(x_view)
-    call = _spec.describe(
-        opts, x_view.layout, weight and weight.layout, bias and bias.layout, x_view.layout
-    )
-    if device.kind == "cpu":
-        return _launch.plan(call)
-    return _launch.plan(call, _kernels.limits(device.index))
+    norm = _dispatch.of_options(kind, **options)
+    return _dispatch.step_by_step(norm, x, weight, bias, out, config=config)

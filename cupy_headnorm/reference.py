@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from cupy_headnorm import _dtypes, _spec
-from cupy_headnorm._layout import dense_like, layout_of
+from cupy_headnorm._layout import Layout, dense_like, layout_of
 from cupy_headnorm._spec import NormCall, RowAxis
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -80,6 +81,11 @@ def layer_norm(
     return _norm(opts, x, weight, bias, out)
 
 
+class _Placed(NamedTuple):
+    pointer: int
+    layout: Layout
+
+
 def _norm(opts, x, weight, bias, out):
     arrays = {"x": x, "weight": weight, "bias": bias, "out": out}
     layouts = {}
@@ -99,15 +105,11 @@ def _norm(opts, x, weight, bias, out):
         raise ValueError("out is read-only; needs a writeable array")
     call = _spec.describe(opts, **layouts)
     _spec.check_out_layout(layouts["out"])
-    for name in ("x", "weight", "bias"):
-        if arrays[name] is not None:
-            _spec.check_overlap(
-                name,
-                arrays[name].ctypes.data,
-                layouts[name],
-                out.ctypes.data,
-                layouts["out"],
-            )
+    inputs = {
+        name: None if arrays[name] is None else _Placed(arrays[name].ctypes.data, layouts[name])
+        for name in ("x", "weight", "bias")
+    }
+    _spec.check_overlaps(inputs, _Placed(out.ctypes.data, layouts["out"]))
     apply(call, x, weight, bias, out)
     return out
 

@@ -8,10 +8,11 @@
 //   HN_HEAD_DIM  elements a row
 //   HN_VEC, HN_ACCESS, HN_LANES, HN_VECTORS   geometry, see headnorm/norm.cuh
 //   HN_THREADS   threads a block at most
+//   HN_AXES      axes of the grid of rows at most
 #include "headnorm/norm.cuh"
 
 extern "C" __global__ void __launch_bounds__(HN_THREADS, 1)
-    HN_NAME(const __grid_constant__ headnorm::Params<headnorm::Accumulate<HN_X>::type> p) {
+    HN_NAME(const __grid_constant__ headnorm::Params<headnorm::Accumulate<HN_X>::type, HN_AXES> p) {
   using namespace headnorm;
   using G = Geometry<HN_HEAD_DIM, HN_VEC, HN_ACCESS, HN_LANES, HN_VECTORS>;
   static_assert(HN_THREADS % kWarp == 0, "shuffles need whole warps");

@@ -26,7 +26,7 @@ def nvrtc():
     return nvrtc
 
 
-def compiled(spec, config, architecture):
+def compiled(spec, config, architecture, axes=_launch.AXES[0]):
     """Return the compiler's log, in which ptxas reports each kernel."""
     compiler = nvrtc()
     from cupy._core.core import assemble_cupy_compiler_options
@@ -34,7 +34,7 @@ def compiled(spec, config, architecture):
     program = compiler.createProgram(_source.pasted("head_norm.cu"), "head_norm.cu", (), ())
     options = (
         *assemble_cupy_compiler_options(()),
-        *_kernels.compile_options(spec, config),
+        *_kernels.compile_options(spec, config, axes),
         f"-arch=sm_{architecture}",
         "-ftz=true",
         "--device-as-default-execution-space",
@@ -68,12 +68,13 @@ def pytest_generate_tests(metafunc):
 @pytest.mark.parametrize("spec", covering_specs(), ids=lambda spec: spec.name)
 def test_compiles_without_spills(spec, architecture, request):
     aligned, misaligned = configs(spec)
-    chosen = [aligned]
+    one_axis, *more_axes = _launch.AXES
+    chosen = [(aligned, one_axis)]
     if request.config.getoption("--all-architectures") or architecture == 90:
-        chosen += [misaligned] if misaligned != aligned else []
-    for config in chosen:
-        log = compiled(spec, config, architecture)
-        assert _kernels.macros(spec, config)["HN_NAME"] in log
+        chosen += [(misaligned, axes) for axes in more_axes]
+    for config, axes in chosen:
+        log = compiled(spec, config, architecture, axes)
+        assert _kernels.macros(spec, config, axes)["HN_NAME"] in log
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         assert spills == [("0", "0")], log
 

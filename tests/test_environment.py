@@ -35,6 +35,12 @@ def test_the_makefile_asks_without_anything_installed():
     assert done.stdout == expected
 
 
+def explained(error):
+    with pytest.raises((type(error), GPUUnavailableError)) as caught, _kernels.explained():
+        raise error
+    return caught.value
+
+
 @pytest.fixture
 def cupy():
     return pytest.importorskip("cupy")
@@ -47,7 +53,7 @@ def test_no_nvrtc(cupy, monkeypatch):
     monkeypatch.setattr(cupy.cuda.nvrtc, "getVersion", missing)
     found = _kernels.environment()
     assert found.reason == "NVRTC does not load (CuPy failed to load libnvrtc.so.13)"
-    error = _kernels.explained(RuntimeError("whatever CuPy says"))
+    error = explained(RuntimeError("whatever CuPy says"))
     assert isinstance(error, GPUUnavailableError)
     assert "NVRTC does not load" in str(error)
     assert "pip install -e " in str(error)
@@ -56,7 +62,7 @@ def test_no_nvrtc(cupy, monkeypatch):
 def test_no_headers(monkeypatch):
     monkeypatch.setattr(_kernels, "environment", lambda: EMPTY)
     text = 'scalar.cuh(5): catastrophic error: cannot open source file "cuda_bf16.h"\n  more'
-    error = _kernels.explained(RuntimeError(text))
+    error = explained(RuntimeError(text))
     assert isinstance(error, GPUUnavailableError)
     assert "CUDA headers not found (scalar.cuh(5): catastrophic error: cannot open" in str(error)
     assert "pip install -e " in str(error)
@@ -64,7 +70,7 @@ def test_no_headers(monkeypatch):
 
 def test_a_cache_that_cannot_be_written(monkeypatch):
     monkeypatch.setattr(_kernels, "environment", lambda: EMPTY)
-    error = _kernels.explained(PermissionError(13, "Permission denied", "/cache/x"))
+    error = explained(PermissionError(13, "Permission denied", "/cache/x"))
     assert isinstance(error, GPUUnavailableError)
     assert "the kernel cache /cache cannot be written" in str(error)
     assert "CUPY_CACHE_DIR set to a writeable folder" in str(error)
@@ -73,7 +79,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch):
 def test_other_errors_stay_as_they_are(monkeypatch):
     monkeypatch.setattr(_kernels, "environment", lambda: EMPTY)
     error = RuntimeError("a bug in a kernel")
-    assert _kernels.explained(error) is error
+    assert explained(error) is error
 
 
 def run(code, **environment):

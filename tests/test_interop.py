@@ -196,7 +196,8 @@ def fake():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        yield torch.ones(3, 64)
+        tensor = torch.ones(3, 64)
+    yield tensor
 
 
 KINDS = {

@@ -51,7 +51,8 @@ def test_a_kernels_name_says_its_specialisation():
     spec = NormSpec("layer", FLOAT32, None, BFLOAT16, 80, "before_weight")
     assert spec.name == "head_norm_layer_f32_unweighted_bias_bf16_d80_before_weight"
     config = _launch.LaunchConfig(16, 16, 1, 8, 4)
-    assert _kernels.macros(spec, config)["HN_NAME"].endswith("_access4")
+    assert _kernels.macros(spec, config, 1)["HN_NAME"].endswith("_access4")
+    assert _kernels.macros(spec, config, 8)["HN_NAME"].endswith("_access4_axes8")
 
 
 def test_params_lie_as_in_rows_cuh():
@@ -59,8 +60,7 @@ def test_params_lie_as_in_rows_cuh():
     text = (_source.kernels_folder() / "include/headnorm/rows.cuh").read_text()
     struct = re.search(r"struct Params \{(.*?)\n\};", text, re.DOTALL).group(1)
     fields = re.findall(r"(\w+)(?:\[kMaxAxes\])?;", struct)
-    assert fields == [name for name, _ in _kernels._PARAMS["float32"]._fields_]
+    assert fields == [name for name, _ in _kernels._PARAMS["float32", 3]._fields_]
     axis = re.search(r"struct RowAxis \{(.*?)\n\};", text, re.DOTALL).group(1)
     fields = re.findall(r"(?:long long|unsigned int) (\w+);", axis)
     assert fields == [name for name, _ in _kernels._Axis._fields_]
-    assert f"kMaxAxes = {_launch.MAX_AXES};" in text

@@ -79,8 +79,9 @@ __device__ __forceinline__ void load_parameters(Vec<W, G::kVec>& vec, const W* r
   }
 }
 
-template <Kind kKind, Rounding kRounding, typename T, typename W, typename B, typename G>
-__device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::type>& p,
+template <Kind kKind, Rounding kRounding, typename T, typename W, typename B, typename G,
+          int kMaxAxes>
+__device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::type, kMaxAxes>& p,
                                          const RowPlace& place, int lane, bool row_exists) {
   using Acc = typename Accumulate<T>::type;
   constexpr Acc kScale = static_cast<Acc>(sum_scale(G::kHeadDim));

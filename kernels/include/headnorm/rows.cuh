@@ -4,8 +4,6 @@
 
 namespace headnorm {
 
-inline constexpr int kMaxAxes = 8;
-
 // One axis of the grid of rows. Strides are in bytes and may be zero or negative: a weight shared
 // by all heads is one whose stride along the heads is zero.
 struct RowAxis {
@@ -21,7 +19,7 @@ struct RowAxis {
 };
 
 // A call's run-time arguments. The host fills this struct as it stands.
-template <typename Acc>
+template <typename Acc, int kMaxAxes>
 struct Params {
   const char* x;
   char* out;
@@ -49,10 +47,12 @@ struct RowPlace {
   }
 };
 
-template <typename Acc>
-__device__ __forceinline__ RowPlace place_of(const Params<Acc>& p, long long row) {
+template <typename Acc, int kMaxAxes>
+__device__ __forceinline__ RowPlace place_of(const Params<Acc, kMaxAxes>& p, long long row) {
   RowPlace place;
-  if (p.rows <= 0x7fffffffLL) {
+  if (kMaxAxes == 1 || p.axes == 1) {
+    place.step(p.axis[0], row);  // an index known to the compiler: no look-up before the first load
+  } else if (p.rows <= 0x7fffffffLL) {
     unsigned int rest = static_cast<unsigned int>(row);
     for (int a = 0; a + 1 < p.axes; ++a) {
       const unsigned int quotient =

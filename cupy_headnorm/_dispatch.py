@@ -1,0 +1,412 @@
+"""
+One call from array to array.
+
+`apply` runs a call whose like this thread has run before: look at the arrays, look the call up,
+launch. Everything else goes step by step: views, checks, a plan, and the call is remembered.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from cupy_headnorm import _interop, _kernels, _launch, _spec, reference
+from cupy_headnorm._arrays import ArrayView, Library
+from cupy_headnorm._launch import LaunchConfig
+from cupy_headnorm._layout import Device
+from cupy_headnorm._spec import NormCall, NormOptions
+from cupy_headnorm._torch import untraced
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Weight and bias in one memory."""
+
+    token: object
+    """Stands for the options and the parameters' layouts: equal for all that share their plans."""
+    weight_address: int
+    bias_address: int
+    views: tuple[ArrayView | None, ArrayView | None] = (None, None)
+
+
+_tokens: dict[tuple[Any, ...], object] = {}
+
+
+def parameters(
+    options: NormOptions, weight: ArrayView | None, bias: ArrayView | None
+) -> Parameters:
+    """Bind views of a weight and a bias to the options they are used with."""
+    layouts = (options, weight and weight.layout, bias and bias.layout)
+    # An object hashes by its address, in a tenth of the time of what it stands for.
+    token = _tokens.setdefault(layouts, object())
+    return Parameters(
+        token, weight.pointer if weight else 0, bias.pointer if bias else 0, (weight, bias)
+    )
+
+
+class Norm:
+    """Checked options and, for a norm that holds its parameters, the way to them."""
+
+    __slots__ = ("held", "options", "ready")
+
+    def __init__(
+        self, options: NormOptions, held: Callable[[Norm, ArrayView], Parameters] | None = None
+    ) -> None:
+        self.options = options
+        self.held = held
+        self.ready: dict[int, Parameters] = {}
+        """Those on CUDA devices, by index. `held` fills it."""
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _of_options(kind: str, **options: Any) -> Norm:
+    return Norm(_spec.options(kind, **options))
+
+
+@untraced
+def of_options(kind: str, **options: Any) -> Norm:
+    """Return the norm of a function's arguments, which are checked once."""
+    try:
+        return _of_options(kind, **options)
+    except TypeError:  # one cannot be hashed, or is refused
+        pass
+    return Norm(_spec.options(kind, **options))
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call that this thread has run before."""
+
+    run: Callable[[int, int, int, int, int], None]
+    """Launches, from the addresses of x, out, weight and bias, and a stream."""
+    make: Callable[[Any], Any] | None
+    """Makes the result, where none is given."""
+    reach: tuple[tuple[int, int], ...]
+    """Of x, out, and a function's weight and bias: first byte and byte after the last, from the
+    address."""
+    alignment: int
+    """That the result's address needs, where none is given."""
+
+
+class _Family(NamedTuple):
+    """A call whose like over any other number of tokens can be derived from it."""
+
+    call: _Call
+    launch: _kernels.Launch
+    tokens: int
+    steps: tuple[int, int]
+    """Bytes from one token to the next in x and out."""
+    out_key: tuple[Any, ...]
+    """Of the result."""
+
+
+_quick = _interop.quick
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.calls: dict[tuple[Any, ...], _Call] = {}
+        self.families: dict[tuple[Any, ...], _Family] = {}
+
+
+_thread = _Thread()
+_MAX_CALLS = 1024
+"""Of one thread; it starts over when it meets more. One takes 2.2 KiB."""
+
+
+@untraced
+def apply(norm: Norm, x: Any, weight: Any = None, bias: Any = None, out: Any = None) -> Any:
+    """Run a norm on any array, with a weight beside it or the one it holds."""
+    library = _quick.get(type(x))
+    if library is None or (seen := library.glance(x)) is None:
+        return step_by_step(norm, x, weight, bias, out)
+    x_address, x_key = seen
+    if norm.held is None:
+        parameters = _glance_parameters(norm, library, weight, bias)
+    else:
+        parameters = norm.ready.get(x_key[0])
+    if parameters is None:
+        return step_by_step(norm, x, weight, bias, out)
+    if out is x:
+        out_address, out_key = x_address, x_key
+        key = (parameters.token, x_key)
+    elif out is None:
+        if not library.allocates_in_graphs:
+            _refuse_allocation(library.stream(x_key[0]))
+        out_address, out_key = 0, None
+        key = (parameters.token, x_key, None)
+    else:
+        seen = library.glance(out) if _quick.get(type(out)) is library else None
+        if seen is None:
+            return step_by_step(norm, x, weight, bias, out)
+        out_address, out_key = seen
+        key = (parameters.token, x_key, out_key)
+    call = _thread.calls.get(key) or _of_other_length(library, key, x, x_key, out_key)
+    if call is None:
+        return step_by_step(norm, x, weight, bias, out)
+    if out is None:
+        result = call.make(x)
+        out_address = library.address(result)
+        if out_address & (call.alignment - 1):
+            return step_by_step(norm, x, weight, bias, result)
+    elif (out is not x or norm.held is None) and _may_overlap(
+        call, x_address, out_address, parameters, in_place=out_key == x_key
+    ):
+        return step_by_step(norm, x, weight, bias, out)
+    call.run(
+        x_address,
+        out_address,
+        parameters.weight_address,
+        parameters.bias_address,
+        library.stream(x_key[0]),
+    )
+    if out is None:
+        return result
+    library.wrote((out,))
+    return out
+
+
+def _glance_parameters(norm: Norm, library: Library, weight: Any, bias: Any) -> Parameters | None:
+    """Look at a function's weight and bias; None where they need more than a look."""
+    weight_seen = bias_seen = (0, None)
+    if weight is not None:
+        known = _quick.get(type(weight)) is library
+        weight_seen = library.glance(weight) if known else None
+    if bias is not None:
+        known = _quick.get(type(bias)) is library
+        bias_seen = library.glance(bias) if known else None
+    if weight_seen is None or bias_seen is None:
+        return None
+    token = (norm.options, weight_seen[1], bias_seen[1])
+    return Parameters(token, weight_seen[0], bias_seen[0])
+
+
+def _may_overlap(call: _Call, x: int, out: int, parameters: Parameters, *, in_place: bool) -> bool:
+    """Tell whether an input and `out` may share bytes, other than x and out in place."""
+    of_x, of_out, of_weight, of_bias = call.reach
+    weight, bias = parameters.weight_address, parameters.bias_address
+    first, end = out + of_out[0], out + of_out[1]
+    return (
+        (x + of_x[0] < end and first < x + of_x[1] and not (in_place and x == out))
+        or (weight + of_weight[0] < end and first < weight + of_weight[1])
+        or (bias + of_bias[0] < end and first < bias + of_bias[1])
+    )
+
+
+def _family_key(
+    token: object, x_key: tuple[Any, ...], out_key: tuple[Any, ...] | None
+) -> tuple[int, tuple[Any, ...]]:
+    """Split the outermost length that is not 1 from all else that is seen of a call."""
+    index, shape, strides, *rest = x_key
+    lead = 0
+    while shape[lead] == 1 and lead < len(shape) - 1:
+        lead += 1
+    if out_key is not None:
+        out_index, out_shape, out_strides, *out_rest = out_key
+        out_key = (out_index, out_shape == shape, out_strides[lead:], *out_rest)
+    key = (token, index, len(shape), shape[lead + 1 :], strides[lead:], *rest, out_key)
+    return shape[lead], key
+
+
+def _of_other_length(
+    library: Library,
+    key: tuple[Any, ...],
+    x: Any,
+    x_key: tuple[Any, ...],
+    out_key: tuple[Any, ...] | None,
+) -> _Call | None:
+    """Derive a call from one that differs in the number of tokens alone, and remember it."""
+    if len(x_key[1]) < 2:
+        return None
+    token = key[0]
+    tokens, family_key = _family_key(token, x_key, out_key)
+    family = _thread.families.get(family_key)
+    if family is None or tokens < 2:
+        return None
+    if out_key is None:
+        # What its library makes of x decides the strides: look, before they are relied on.
+        seen = library.glance(family.call.make(x))
+        if seen is None or _family_key(token, x_key, seen[1])[1][-1] != family.out_key:
+            return None
+    launch = _kernels.over_rows(family.launch, family.launch.params.rows // family.tokens * tokens)
+    more = tokens - family.tokens
+    grown = tuple(
+        (first + more * min(step, 0), end + more * max(step, 0))
+        for (first, end), step in zip(family.call.reach, family.steps, strict=False)
+    )
+    reach = (*grown, *family.call.reach[2:])
+    call = replace(family.call, run=_kernels.runner(launch), reach=reach)
+    _store(_thread.calls, key, call)
+    return call
+
+
+def _store(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
+    if len(cache) >= _MAX_CALLS:
+        cache.clear()
+    cache[key] = value
+
+
+def _refuse_allocation(stream: int) -> None:
+    """Raise CaptureError where a new result would come from a pool that knows nothing of graphs."""
+    _kernels.refuse_capture(stream, "a result without out would be allocated")
+
+
+class _Plan(NamedTuple):
+    call: NormCall
+    launch: _kernels.Launch | None
+    """None where the reference runs, or nothing."""
+
+
+_plans: dict[tuple[Any, ...], _Plan] = {}
+"""Those of all threads."""
+
+
+def step_by_step(
+    norm: Norm,
+    x: Any,
+    weight: Any = None,
+    bias: Any = None,
+    out: Any = None,
+    *,
+    config: LaunchConfig | None = None,
+    dry: bool = False,
+) -> Any:
+    """
+    Run a norm with every check, plan it where that is new, and remember the call.
+
+    `dry` stops short of the arithmetic, with all prepared for it.
+    """
+    x_view = _interop.view(x, "x")
+    library, device = x_view.library, x_view.layout.device
+    on_gpu = device.kind == "cuda"
+    if on_gpu:
+        _interop.import_cupy()
+    stream = library.stream(device.index) if on_gpu else 0
+    inputs = {"x": x_view}
+    if norm.held is None:
+        for name, array in (("weight", weight), ("bias", bias)):
+            inputs[name] = None if array is None else _interop.view_beside(x_view, array, name)
+        weight_view, bias_view = inputs["weight"], inputs["bias"]
+    else:
+        weight_view, bias_view = norm.held(norm, x_view).views
+    make = None
+    if out is None:
+        if on_gpu and not library.allocates_in_graphs:
+            _refuse_allocation(stream)
+        result, make = library.empty_like(x_view)
+        out_view = _interop.view(result, "out")
+    elif out is x and library.takes_out:
+        out_view = x_view
+    else:
+        out_view = _interop.view_beside(x_view, out, "out")
+    if out is not None and not out_view.writeable:
+        raise ValueError("out is read-only; needs a writeable array")
+    plan = _planned(norm.options, x_view, weight_view, bias_view, out_view, stream, config)
+    if out is not None:
+        _spec.check_overlaps(inputs, out_view)
+    if plan.launch is not None:
+        run = _kernels.runner(plan.launch)
+        if config is None:
+            views = (x_view, out_view, weight_view, bias_view)
+            _remember(norm, (x, weight, bias, out), views, plan.launch, run, make)
+    if dry:
+        return None
+    if plan.launch is not None:
+        addresses = (view.pointer if view else 0 for view in (weight_view, bias_view))
+        run(x_view.pointer, out_view.pointer, *addresses, stream)
+        library.launched(tuple(inputs.values()), device.index, stream)
+    elif not on_gpu:
+        reference.apply(
+            plan.call, *(v and v.as_numpy() for v in (x_view, weight_view, bias_view, out_view))
+        )
+    if out is None:
+        return library.deliver(result, x_view)
+    library.wrote((out,))
+    return out
+
+
+def _remember(
+    norm: Norm,
+    arrays: tuple[Any, Any, Any, Any],
+    views: tuple[ArrayView | None, ...],
+    launch: _kernels.Launch,
+    run: Callable[[int, int, int, int, int], None],
+    make: Callable[[Any], Any] | None,
+) -> None:
+    """Let `apply` find this call, if a glance at its arrays tells that it is the same again."""
+    x, weight, bias, out = arrays
+    x_view, out_view, *_ = views
+    library = _interop.quick.get(type(x))
+    if library is None or (out is not None and _interop.quick.get(type(out)) is not library):
+        return
+    seen, out_seen = library.glance(x), library.glance(out_view.owner)
+    if seen is None or out_seen is None:
+        return
+    if norm.held is None:
+        found = _glance_parameters(norm, library, weight, bias)
+    else:
+        found = norm.ready.get(seen[1][0])
+    if found is None:
+        return
+    token, x_key, out_key = found.token, seen[1], out_seen[1]
+    reach = tuple((0, 0) if view is None else view.layout.extent(0) for view in views)
+    call = _Call(run, make, reach, out_view.layout.alignment)
+    key = (token, x_key) if out is x else (token, x_key, None if out is None else out_key)
+    _store(_thread.calls, key, call)
+    layouts = tuple(view and view.layout for view in views)
+    tokens = _spec.tokens(norm.options, layouts[0], *layouts[2:], layouts[1])
+    if tokens:
+        key = _family_key(token, x_key, None if out is None else out_key)[1]
+        lead = x_view.layout.shape.index(tokens)
+        steps = (x_view.layout.strides[lead], out_view.layout.strides[lead])
+        result_key = _family_key(token, x_key, out_key)[1][-1]
+        _store(_thread.families, key, _Family(call, launch, tokens, steps, result_key))
+
+
+def _planned(
+    options: NormOptions,
+    x: ArrayView,
+    weight: ArrayView | None,
+    bias: ArrayView | None,
+    out: ArrayView,
+    stream: int,
+    config: LaunchConfig | None,
+) -> _Plan:
+    layouts = (x.layout, weight and weight.layout, bias and bias.layout, out.layout)
+    key = (options, config, *layouts)
+    plan = _plans.get(key)
+    if plan is None:
+        call = _spec.describe(options, *layouts)
+        _spec.check_out_layout(out.layout)
+        plan = _Plan(call, _prepared(call, x.layout.device, stream, config))
+        _store(_plans, key, plan)
+    return plan
+
+
+def _prepared(
+    call: NormCall, device: Device, stream: int, config: LaunchConfig | None
+) -> _kernels.Launch | None:
+    if device.kind == "cpu":
+        if config is not None:
+            raise ValueError("x is in host memory; a launch configuration needs CUDA memory")
+        return None
+    if call.rows == 0:
+        return None
+    _kernels.refuse_capture(stream, "this layout is not planned yet")
+    return _kernels.prepare(call, device.index, config)
+
+
+def plan(norm: Norm, x: Any) -> LaunchConfig:
+    """Return the geometry for a result laid out like `x`; that of an H100 for host memory."""
+    x_view = _interop.view(x, "x")
+    device = x_view.layout.device
+    weight, bias = norm.held(norm, x_view).views
+    call = _spec.describe(
+        norm.options, x_view.layout, weight and weight.layout, bias and bias.layout, x_view.layout
+    )
+    if device.kind == "cpu":
+        return _launch.plan(call)
+    return _launch.plan(call, _kernels.limits(device.index))

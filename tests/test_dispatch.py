@@ -1,0 +1,390 @@
+"""
+What a second call looks at, and what it trusts: the path of a call that ran before.
+
+The path belongs to CUDA memory. Here host memory stands in for it, behind torch's own tensors and
+our own adapter, and the reference for the kernel; tests/test_gpu.py has the real ones.
+"""
+
+import threading
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from cupy_headnorm import HeadNorm, _dispatch, _interop, _kernels, layer_norm, reference, rms_norm
+from cupy_headnorm._layout import Device, as_numpy
+from cupy_headnorm._spec import NormCall
+
+torch = pytest.importorskip("torch")
+CUDA = Device("cuda", 0)
+
+
+class HostAsCuda(type(_interop.library_of(torch.empty(0), "x"))):
+    """torch's adapter, for which host memory is that of a GPU."""
+
+    def __init__(self, torch):
+        super().__init__(torch)
+        self.stream = lambda index: 7
+        read = self.glance
+
+        def glance(x):
+            # The tensor's own answers, but for where it lies.
+            stand_in = SimpleNamespace(
+                is_cuda=True,
+                is_neg=x.is_neg,
+                requires_grad=x.requires_grad,
+                data_ptr=x.data_ptr,
+                get_device=lambda: 0,
+                shape=x.shape,
+                stride=x.stride,
+                dtype=x.dtype,
+            )
+            return read(stand_in)
+
+        self.glance = glance
+
+    def view(self, x, role):
+        view = super().view(x, role)
+        return view._replace(layout=view.layout._replace(device=CUDA))
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Stand in for the GPU, and list the shapes of x that went step by step."""
+    library = HostAsCuda(torch)
+    for kind in (torch.Tensor, torch.nn.Parameter):
+        monkeypatch.setitem(_interop.quick, kind, library)
+        monkeypatch.setitem(_interop._found, kind, library)
+    monkeypatch.setattr(_interop, "import_cupy", lambda: None)
+    monkeypatch.setattr(_interop, "upload", lambda array, _: _on_device(_interop.view(array, "x")))
+    monkeypatch.setattr(_interop, "synchronize", lambda index: None)
+    monkeypatch.setattr(_kernels, "refuse_capture", lambda stream, what: None)
+    monkeypatch.setattr(
+        _kernels, "prepare", lambda call, *_: Launch(SimpleNamespace(rows=call.rows), call)
+    )
+    monkeypatch.setattr(_kernels, "over_rows", over_rows)
+    monkeypatch.setattr(_kernels, "runner", lambda launch: Runner(launch.call))
+    monkeypatch.setattr(_dispatch, "_thread", _dispatch._Thread())
+    monkeypatch.setattr(_dispatch, "_plans", {})
+    shapes = []
+    step_by_step = _dispatch.step_by_step
+
+    def listing(norm, x, *arguments, **options):
+        shapes.append(tuple(x.shape))
+        return step_by_step(norm, x, *arguments, **options)
+
+    monkeypatch.setattr(_dispatch, "step_by_step", listing)
+    return shapes
+
+
+class Launch(NamedTuple):
+    params: SimpleNamespace
+    call: NormCall
+
+
+def over_rows(launch, rows):
+    """As the kernel does: it meets the outermost length in the number of rows alone."""
+    outermost, *inner = launch.call.axes
+    outermost = outermost._replace(size=outermost.size * rows // launch.call.rows)
+    call = launch.call._replace(axes=(outermost, *inner), rows=rows)
+    return Launch(SimpleNamespace(rows=rows), call)
+
+
+def _on_device(view):
+    return view._replace(layout=view.layout._replace(device=CUDA))
+
+
+class Runner:
+    """Does what the kernel does with the same addresses and the same grid of rows."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, x, out, weight, bias, stream):
+        assert stream == 7
+        spec = self.call.spec
+
+        def rows(address, dtype, strides):
+            layout = SimpleNamespace(
+                size=1,
+                shape=(*(axis.size for axis in self.call.axes), spec.head_dim),
+                strides=(*strides, dtype.itemsize),
+                dtype=dtype,
+            )
+            return as_numpy(address, layout, None, writeable=True)
+
+        axes = self.call.axes
+        parameters = [
+            rows(address, dtype, [getattr(axis, name) for axis in axes]) if dtype else None
+            for name, address, dtype in (
+                ("weight", weight, spec.weight),
+                ("bias", bias, spec.bias),
+            )
+        ]
+        reference.apply(
+            self.call,
+            rows(x, spec.x, [axis.x for axis in axes]),
+            *parameters,
+            rows(out, spec.x, [axis.out for axis in axes]),
+        )
+
+
+def tensor(rng, *shape, dtype=torch.float32):
+    return torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(dtype)
+
+
+def expected(x, *parameters, norm=reference.rms_norm, **options):
+    return norm(x.numpy(), *(p.numpy() for p in parameters), **options)
+
+
+def test_the_second_call_only_looks(slow, rng):
+    weight = tensor(rng, 4, 64)
+    norm = HeadNorm(weight)
+    for calls in range(3):
+        x, y = tensor(rng, 5, 4, 64), torch.empty(5, 4, 64)
+        right = expected(x, weight)
+        np.testing.assert_array_equal(norm(x), right)
+        np.testing.assert_array_equal(norm(x, out=y), right)
+        norm(x, out=x)
+        np.testing.assert_array_equal(x, right)
+        # In place is known from out of place: only addresses differ.
+        assert len(slow) == 2, f"step by step again in round {calls}"
+
+
+def test_functions_are_remembered_too(slow, rng):
+    for _ in range(3):
+        x, weight, bias = tensor(rng, 5, 4, 64), tensor(rng, 4, 64), tensor(rng, 64)
+        np.testing.assert_array_equal(rms_norm(x, weight), expected(x, weight))
+        np.testing.assert_array_equal(
+            layer_norm(x, weight, bias), expected(x, weight, bias, norm=reference.layer_norm)
+        )
+        assert len(slow) == 2
+
+
+def test_options_of_a_function_make_it_another(slow, rng):
+    x = tensor(rng, 5, 4, 64)
+    for eps in (1e-6, 1.0, 1e-6, 1.0):
+        np.testing.assert_array_equal(rms_norm(x, eps=eps), expected(x, eps=eps))
+    assert len(slow) == 2
+
+
+LAYOUTS = {
+    "contiguous": lambda n, rng: tensor(rng, n, 4, 64),
+    "batch of one": lambda n, rng: tensor(rng, 1, n, 4, 64),
+    "slice of packed": lambda n, rng: tensor(rng, n, 6, 64)[:, 1:5],
+    "slice of a batch of one": lambda n, rng: tensor(rng, 1, n, 6, 64)[:, :, :4],
+    "flat": lambda n, rng: tensor(rng, n, 256),
+    "flat slice": lambda n, rng: tensor(rng, n, 512)[:, 256:],
+    "expanded": lambda n, rng: tensor(rng, 1, 4, 64).expand(n, 4, 64),
+    "every other token": lambda n, rng: tensor(rng, 2 * n, 4, 64)[::2],
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "out"),
+    [
+        (layout, out)
+        for layout in LAYOUTS
+        for out in ("new", "in place", "given")
+        if (layout, out) != ("expanded", "in place")  # it has no place for each result
+    ],
+)
+def test_another_number_of_tokens_is_no_new_plan(slow, rng, layout, out):
+    weight, bias = tensor(rng, 4, 64), tensor(rng, 64)
+    norm = HeadNorm(weight, bias, kind="layer")
+    for tokens in (7, 3, 20, 2, 7):
+        x = LAYOUTS[layout](tokens, rng)
+        right = expected(x, weight, bias, norm=reference.layer_norm, num_heads=4, head_dim=64)
+        target = {"new": None, "in place": x, "given": torch.empty(x.shape)}[out]
+        np.testing.assert_array_equal(norm(x, out=target), right)
+    assert len(slow) == 1
+
+
+def test_lengths_that_are_not_outermost(slow, rng):
+    weight = tensor(rng, 64)
+    norm = HeadNorm(weight)
+    for length in (3, 5, 3, 5):
+        for x in (
+            tensor(rng, 2, length, 4, 64),  # sequences in a batch
+            tensor(rng, 2, 4, length, 64).transpose(1, 2),
+            tensor(rng, 4, length, 64).transpose(0, 1),  # tokens first, heads outermost in memory
+            tensor(rng, 4, 9, 64)[:, :length].transpose(0, 1),
+            tensor(rng, length, 1, 64).expand(length, 4, 64),
+        ):
+            np.testing.assert_array_equal(norm(x), expected(x, weight))
+
+
+def test_heads_first_layouts_are_told_apart(slow, rng):
+    """The outermost axis may be that of the heads: then its length is no number of tokens."""
+    weight = tensor(rng, 4, 64)
+    norm = HeadNorm(weight)
+    for tokens in (5, 9):
+        x = tensor(rng, 4, tokens, 64)
+        right = expected(x, weight, heads_axis=-3)
+        np.testing.assert_array_equal(norm(x, heads_axis=-3), right)
+        np.testing.assert_array_equal(norm(x[None], heads_axis=-3)[0], right)
+        np.testing.assert_array_equal(norm(x, heads_axis=0), right)
+    with pytest.raises(ValueError, match="3 heads on axis -3; needs num_heads=4"):
+        norm(tensor(rng, 3, 5, 64), heads_axis=-3)
+    with pytest.raises(ValueError, match="3 heads on axis -2; needs num_heads=4"):
+        norm(tensor(rng, 1, 3, 64))
+
+
+def test_one_token_and_none_after_many(slow, rng):
+    weight = tensor(rng, 64)
+    norm = HeadNorm(weight)
+    for tokens in (6, 1, 0, 6, 1, 0):
+        x = tensor(rng, tokens, 4, 64)
+        np.testing.assert_array_equal(norm(x), expected(x, weight))
+
+
+def test_what_the_first_call_refuses_the_second_does_too(slow, rng):
+    x, y = tensor(rng, 8, 4, 64), torch.empty(8, 4, 64)
+    norm = HeadNorm(tensor(rng, 64))
+    weight = tensor(rng, 64)
+    with torch.no_grad():
+        norm(x), norm(x, out=y), norm(x, out=x), rms_norm(x, weight), rms_norm(x, weight, out=y)
+    requires_grad = x.clone().requires_grad_()
+    for call in (norm, lambda t: norm(x, out=t), lambda t: norm(t, out=y)):
+        with pytest.raises(ValueError, match="requires grad and grad mode is on"):
+            call(requires_grad)
+        with pytest.raises(TypeError, match="a lazily negated view"):
+            call(torch._neg_view(x))
+        with pytest.raises(TypeError, match="a Subclass, a subclass of torch.Tensor"):
+            call(x.as_subclass(Subclass))
+    with pytest.raises(ValueError, match="weight requires grad"):
+        rms_norm(x, weight.clone().requires_grad_())
+    with pytest.raises(ValueError, match="x has shape"):
+        norm(tensor(rng, 8, 4, 32))
+    with pytest.raises(TypeError, match="out has dtype float16"):
+        norm(x, out=y.half())
+    with pytest.raises(TypeError, match="out is a ndarray"):
+        norm(x, out=y.numpy())
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_overlap_is_looked_for_at_every_call(slow, rng):
+    memory = tensor(rng, 12, 4, 64)
+    norm = HeadNorm()
+    norm(memory[:4], out=memory[8:])
+    known = len(slow)
+    with pytest.raises(ValueError, match="out overlaps x in part"):
+        norm(memory[:4], out=memory[2:6])
+    with pytest.raises(ValueError, match="out overlaps x in part"):
+        norm(memory[2:6], out=memory[:4])
+    right = expected(memory[:4])
+    norm(memory[:4], out=memory[4:8])  # side by side is apart
+    np.testing.assert_array_equal(memory[4:8], right)
+    norm(memory[:4], out=memory[:4])  # other objects, one place
+    np.testing.assert_array_equal(memory[:4], right)
+    assert len(slow) == known + 2
+    x, parameters = tensor(rng, 4, 64), tensor(rng, 2, 64)
+    rms_norm(x, parameters[0], parameters[1], out=torch.empty(4, 64))
+    known = len(slow)
+    for which in range(2):
+        out = torch.empty(6, 64)
+        shared = [out[0], parameters[0]] if which == 0 else [parameters[0], out[0]]
+        with pytest.raises(ValueError, match=f"out overlaps {('weight', 'bias')[which]}; needs"):
+            rms_norm(x, *shared, out=out[:4])
+    assert len(slow) == known + 2
+
+
+def test_interleaved_slices_are_told_apart_exactly(slow, rng):
+    packed = tensor(rng, 5, 6, 64)
+    queries, keys = packed[:, :2], packed[:, 2:4]
+    norm = HeadNorm()
+    for _ in range(2):
+        right = expected(queries)
+        norm(queries, out=keys)
+        np.testing.assert_array_equal(keys, right)
+    with pytest.raises(ValueError, match="out overlaps x in part"):
+        norm(packed[:, :2], out=packed[:, 1:3])
+
+
+def test_versions_count_every_write(slow, rng):
+    x, y = tensor(rng, 5, 4, 64), torch.empty(5, 4, 64)
+    norm = HeadNorm()
+    for n in range(1, 4):
+        norm(x, out=x)
+        with torch.no_grad():
+            norm(x, out=y)
+        assert (x._version, y._version) == (n, n)
+    assert norm(x)._version == 0
+
+
+def test_norms_that_agree_share_their_plans_and_keep_their_weights(slow, rng):
+    x = tensor(rng, 5, 4, 64)
+    for _ in range(3):
+        weight = tensor(rng, 64)
+        np.testing.assert_array_equal(HeadNorm(weight)(x), expected(x, weight))
+    # A norm's first call uploads its weight; the plan is there.
+    assert len(_dispatch._plans) == 1
+    assert len(_dispatch._thread.calls) == 1
+
+
+def test_unload_and_load_again(slow, rng):
+    x, weight = tensor(rng, 5, 4, 64), tensor(rng, 64)
+    norm = HeadNorm(weight)
+    for _ in range(2):
+        for _ in range(2):
+            np.testing.assert_array_equal(norm(x), expected(x, weight))
+        norm.unload()
+        assert not norm._norm.ready
+
+
+def test_a_warmed_call_only_looks(slow, rng):
+    norm = HeadNorm(tensor(rng, 64))
+    x = tensor(rng, 5, 4, 64)
+    before = x.clone()
+    norm.warmup(x)
+    assert torch.equal(x, before)
+    known = len(slow)
+    norm(x), norm(x, out=x)
+    assert len(slow) == known
+
+
+def test_the_cache_is_bounded(slow, rng, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_MAX_CALLS", 4)
+    norm = HeadNorm()
+    for heads in range(1, 12):
+        x = tensor(rng, 1, heads, 3, 64)
+        np.testing.assert_array_equal(norm(x), expected(x))
+        sizes = [len(_dispatch._thread.calls), len(_dispatch._thread.families)]
+        assert max(*sizes, len(_dispatch._plans)) <= 4
+
+
+def test_threads_have_parameters_of_their_own(slow, rng):
+    """A call writes addresses into its parameters; two threads in one call must not share them."""
+    norm, x = HeadNorm(), tensor(rng, 5, 4, 64)
+    norm(x)
+    here = _dispatch._thread.calls
+    there = []
+
+    def other():
+        norm(x)
+        there.append(_dispatch._thread.calls)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert here.keys() == there[0].keys()
+    assert all(here[key].run is not there[0][key].run for key in here)
+
+
+def test_tracing_and_modes_go_step_by_step(slow, rng):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    norm, x = HeadNorm(), tensor(rng, 5, 4, 64)
+    norm(x)
+    with FlopCounterMode(display=False):
+        np.testing.assert_array_equal(norm(x), expected(x))
+    assert len(slow) == 2
+    with torch.device("cpu"):  # a function mode that looks on
+        norm(x)
+    assert len(slow) == 2
+    with pytest.raises(TypeError, match="traced by torch.jit.trace"):
+        torch.jit.trace(lambda t: norm(t), x)
