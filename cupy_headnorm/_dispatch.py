@@ -144,11 +144,14 @@ def apply(norm: Norm, x: Any, weight: Any = None, bias: Any = None, out: Any = N
             return step_by_step(norm, x, weight, bias, out)
         out_address, out_key = seen
         key = (parameters.token, x_key, out_key)
-    call = _thread.calls.get(key) or _of_other_length(library, key, x, x_key, out_key)
+    call, result = _thread.calls.get(key), None
     if call is None:
-        return step_by_step(norm, x, weight, bias, out)
+        call, result = _of_other_length(library, key, x, x_key, out_key)
+        if call is None:
+            return step_by_step(norm, x, weight, bias, out)
     if out is None:
-        result = call.make(x)
+        if result is None:
+            result = call.make(x)
         out_address = library.address(result)
         if out_address & (call.alignment - 1):
             return step_by_step(norm, x, weight, bias, result)
@@ -217,21 +220,30 @@ def _of_other_length(
     x: Any,
     x_key: tuple[Any, ...],
     out_key: tuple[Any, ...] | None,
-) -> _Call | None:
-    """Derive a call from one that differs in the number of tokens alone, and remember it."""
+) -> tuple[_Call | None, Any]:
+    """
+    Derive a call from one that differs in the number of tokens alone, and remember it.
+
+    Returns it, and the result that was made on the way where none is given.
+    """
     if len(x_key[1]) < 2:
-        return None
+        return None, None
     token = key[0]
     tokens, family_key = _family_key(token, x_key, out_key)
     family = _thread.families.get(family_key)
     if family is None or tokens < 2:
-        return None
+        return None, None
+    rows = family.launch.params.rows // family.tokens * tokens
+    launch = _kernels.over_rows(family.launch, rows)
+    if launch is None:
+        return None, None
+    result = None
     if out_key is None:
         # What its library makes of x decides the strides: look, before they are relied on.
-        seen = library.glance(family.call.make(x))
+        result = family.call.make(x)
+        seen = library.glance(result)
         if seen is None or _family_key(token, x_key, seen[1])[1][-1] != family.out_key:
-            return None
-    launch = _kernels.over_rows(family.launch, family.launch.params.rows // family.tokens * tokens)
+            return None, None
     more = tokens - family.tokens
     grown = tuple(
         (first + more * min(step, 0), end + more * max(step, 0))
@@ -240,7 +252,7 @@ def _of_other_length(
     reach = (*grown, *family.call.reach[2:])
     call = replace(family.call, run=_kernels.runner(launch), reach=reach)
     _store(_thread.calls, key, call)
-    return call
+    return call, result
 
 
 def _store(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:

@@ -98,19 +98,14 @@ class _CuPy(Plain):
             result = dense_like(view.owner, cupy.empty_like)
         if not result.flags.c_contiguous:
             return result, lambda x: self.empty_like(self.view(x, "x"))[0]
-        new, shape, dtype, current_device = (
-            cupy.ndarray,
-            result.shape,
-            result.dtype,
-            self._current_device,
-        )
+        new, dtype, current_device = cupy.ndarray, result.dtype, self._current_device
 
-        def another(_: Any) -> Any:
+        def another(x: Any) -> Any:
             # On an H100's host: cupy.ndarray 2.1 us, cupy.empty 2.5, cupy.empty_like 4.8.
             if current_device() == index:
-                return new(shape, dtype)
+                return new(x.shape, dtype)
             with cupy.cuda.Device(index):
-                return new(shape, dtype)
+                return new(x.shape, dtype)
 
         return result, another
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from cupy_headnorm import _driver, _interop, _launch, _source
-from cupy_headnorm._launch import DeviceLimits, LaunchConfig
-from cupy_headnorm._spec import NormCall, NormSpec
+from cupy_headnorm._launch import DeviceLimits, LaunchConfig, Memory
+from cupy_headnorm._spec import NormCall, NormSpec, RowAxis
 
 
 class CaptureError(RuntimeError):
@@ -70,14 +70,20 @@ def _cache_folder() -> str:
     return os.environ.get("CUPY_CACHE_DIR", default)
 
 
-def macros(spec: NormSpec, config: LaunchConfig, axes: int) -> dict[str, str]:
-    """Return the ``HN_*`` macros of one specialisation; `axes` is one of `_launch.AXES`."""
+def macros(spec: NormSpec, config: LaunchConfig, memory: Memory) -> dict[str, str]:
+    """Return the ``HN_*`` macros of one specialisation of ``head_norm.cu``."""
     itemsize = spec.x.itemsize
+    vector = config.vector_bytes // itemsize
+    shared_block = config.lanes <= _launch.WARP
+    values = vector * config.vectors_per_lane
+    capped = shared_block and not spec.bias and values <= _launch.GROUP_BLOCKS_VALUES
     name = spec.name
     if config.access_bytes != config.vector_bytes:
         name += f"_access{config.access_bytes}"
-    if axes > 1:
-        name += f"_axes{axes}"
+    if (spec.weight or spec.bias) and memory.parameter_access != vector:
+        name += f"_parameter_access{memory.parameter_access}"
+    if memory.axes > 1:
+        name += f"_axes{memory.axes}"
     return {
         "HN_NAME": name,
         "HN_KIND": spec.kind,
@@ -86,20 +92,22 @@ def macros(spec: NormSpec, config: LaunchConfig, axes: int) -> dict[str, str]:
         "HN_WEIGHT": spec.weight.cuda if spec.weight else "headnorm::None",
         "HN_BIAS": spec.bias.cuda if spec.bias else "headnorm::None",
         "HN_HEAD_DIM": str(spec.head_dim),
-        "HN_VEC": str(config.vector_bytes // itemsize),
+        "HN_VEC": str(vector),
         "HN_ACCESS": str(config.access_bytes // itemsize),
+        "HN_PARAMETER_ACCESS": str(memory.parameter_access),
         "HN_LANES": str(config.lanes),
         "HN_VECTORS": str(config.vectors_per_lane),
-        "HN_THREADS": str(config.lanes if config.lanes > _launch.WARP else _launch.GROUP_THREADS),
-        "HN_AXES": str(axes),
+        "HN_THREADS": str(_launch.GROUP_THREADS if shared_block else config.lanes),
+        "HN_BLOCKS": str(_launch.GROUP_BLOCKS if capped else 1),
+        "HN_AXES": str(memory.axes),
     }
 
 
-def compile_options(spec: NormSpec, config: LaunchConfig, axes: int) -> tuple[str, ...]:
+def compile_options(spec: NormSpec, config: LaunchConfig, memory: Memory) -> tuple[str, ...]:
     """Return the compiler's options for one specialisation."""
     # Contraction off: a multiply and an add fuse only where the source says so, or two
     # specialisations could round one row differently.
-    return ("--fmad=false", *(f"-D{k}={v}" for k, v in macros(spec, config, axes).items()))
+    return ("--fmad=false", *(f"-D{k}={v}" for k, v in macros(spec, config, memory).items()))
 
 
 class _Axis(ctypes.Structure):
@@ -127,7 +135,6 @@ def _params_type(real: type, axes: int) -> type[ctypes.Structure]:
             ("bias", ctypes.c_uint64),
             ("rows", ctypes.c_int64),
             ("axis", _Axis * axes),
-            ("axes", ctypes.c_int32),
             ("rows_per_block", ctypes.c_int32),
             ("eps", real),
             ("weight_offset", real),
@@ -144,14 +151,14 @@ _PARAMS = {
 
 
 def _params(call: NormCall, config: LaunchConfig) -> Any:
-    room = _launch.room_for_axes(len(call.axes))
+    room = _launch.memory(call, config).axes
     params = _PARAMS[call.spec.x.accumulate.name, room]()
     params.rows = call.rows
     params.rows_per_block = config.rows_per_block
     params.eps = call.eps
     params.weight_offset = call.weight_offset
-    params.axes = len(call.axes)
-    for place, axis in zip(params.axis, reversed(call.axes), strict=False):
+    unneeded = [RowAxis(1, 0, 0, 0, 0)] * (room - len(call.axes))
+    for place, axis in zip(params.axis, (*unneeded, *reversed(call.axes)), strict=True):
         divider = _launch.division(axis.size) if axis.size < 2**31 else (0, 0)
         place.size, place.x, place.out, place.weight, place.bias = axis
         place.multiplier, place.shift = divider
@@ -196,7 +203,7 @@ def prepare(call: NormCall, index: int, config: LaunchConfig | None = None) -> L
     else:
         _launch.check_config(config, call.spec, limits(index))
         _launch.check_call(call, config)
-    function = _function(call.spec, config, _launch.room_for_axes(len(call.axes)), index)
+    function = _function(call.spec, config, _launch.memory(call, config), index)
     return Launch(
         function.ptr,
         config.blocks(call.rows),
@@ -207,32 +214,33 @@ def prepare(call: NormCall, index: int, config: LaunchConfig | None = None) -> L
     )
 
 
-def _function(spec: NormSpec, config: LaunchConfig, axes: int, index: int) -> Any:
+def _function(spec: NormSpec, config: LaunchConfig, memory: Memory, index: int) -> Any:
     # rows_per_block is a run-time argument: every number of rows runs one kernel.
     key = (spec, config.vector_bytes, config.lanes, config.vectors_per_lane, config.access_bytes)
-    key = (*key, axes, index)
+    key = (*key, memory, index)
     function = _functions.get(key)
     if function is None:
         with _compiling:
             function = _functions.get(key)
             if function is None:
-                function = _functions[key] = _compile(spec, config, axes, index)
+                function = _functions[key] = _compile(spec, config, memory, index)
     return function
 
 
-def _compile(spec: NormSpec, config: LaunchConfig, axes: int, index: int) -> Any:
+def _compile(spec: NormSpec, config: LaunchConfig, memory: Memory, index: int) -> Any:
     cupy = _interop.import_cupy()
     kernel = cupy.RawKernel(
         _source.pasted("head_norm.cu"),
-        macros(spec, config, axes)["HN_NAME"],
-        options=compile_options(spec, config, axes),
+        macros(spec, config, memory)["HN_NAME"],
+        options=compile_options(spec, config, memory),
     )
     with explained(), cupy.cuda.Device(index):
         function = kernel.kernel
         # CUDA loads a function lazily, at its first launch, which a capture forbids: launch
         # it here over no rows.
-        empty = _PARAMS[spec.x.accumulate.name, axes](rows=0, axes=1, rows_per_block=1)
-        empty.axis[0].size = 1
+        empty = _PARAMS[spec.x.accumulate.name, memory.axes](rows=0, rows_per_block=1)
+        for axis in empty.axis:
+            axis.size = 1
         stream = _interop.side_stream()
         runner(Launch(function.ptr, 1, config.threads, index, empty, config))(
             0, 0, 0, 0, stream.ptr
@@ -272,8 +280,14 @@ def _explanation(error: Exception) -> str | None:
     return None
 
 
-def over_rows(launch: Launch, rows: int) -> Launch:
-    """Return `launch` over another number of rows, its outermost axis being longer or shorter."""
+def over_rows(launch: Launch, rows: int) -> Launch | None:
+    """
+    Return `launch` over another number of rows, its outermost axis being longer or shorter.
+
+    None where that takes another kernel.
+    """
+    if len(launch.params.axis) == _launch.AXES[1] and rows > _launch.MAX_FEW_ROWS:
+        return None
     _launch.check_rows(rows, launch.config)
     params = type(launch.params).from_buffer_copy(launch.params)
     params.rows = rows

@@ -10,13 +10,20 @@ from cupy_headnorm._spec import NormCall, NormSpec
 WARP = 32
 GROUP_THREADS = 256
 """Threads a block at most where rows share it; the kernels are compiled for this bound."""
+GROUP_BLOCKS = 5
+"""Of such blocks a multiprocessor has room for as many, which leaves a thread 48 registers. Layer,
+bfloat16, head_dim 160, 64 MB, H100: 1.00 of copy speed, without the cap 0.96."""
+GROUP_BLOCKS_VALUES = 12
+"""Values a lane at most for that, and no bias: with more the compiler spills."""
 MAX_BLOCKS = 2**31 - 1
 MAX_HEAD_DIM = 2**31 - 2**17
 """The kernels count inside a row in 32 bits, up to a tile past its end."""
 AXES = (1, 3, 8)
-"""Axes of the grid of rows that a kernel may be compiled for. Contiguous arrays have 1, slices of
-model tensors 3 at most, and room costs: 1 token x 32 heads x 128, bfloat16, H100: 1.42 us with room
-for 8, 1.38 for 3, 1.36 for 1; 64 tokens 2.48, 2.39, 2.32."""
+"""Axes of the grid of rows that kernels are compiled for; 3 as kFewAxes in headnorm/rows.cuh.
+Contiguous arrays have 1, slices of model tensors 3 at most. Fewer are faster: 1 token x 32 heads x
+128, bfloat16, H100: 1.42 us with room for 8, 1.38 for 3, 1.36 for 1; 64 tokens 2.48, 2.39, 2.32."""
+MAX_FEW_ROWS = 2**31 - 1
+"""With the 3 axes of a slice. The 8 count rows in 64 bits."""
 
 SHARED_ROW_BYTES = 1024
 """Up to here rows share a block. One block per row is bound by block launch, at about 1.66 rows
@@ -113,13 +120,13 @@ def _vectors(head_dim: int, vector: int, lanes: int) -> int:
     return -(-head_dim // (vector * lanes))
 
 
-def _widest_access(spec: NormSpec, vector_bytes: int, alignments: tuple[int, ...]) -> int:
-    """Return the widest access that every array's alignment allows, in bytes of x."""
-    itemsize = spec.x.itemsize
-    access = vector_bytes // itemsize
-    names = ("x", "out", "weight", "bias")
-    dtypes = (spec.x, spec.x, spec.weight, spec.bias)
-    for name, dtype, alignment in zip(names, dtypes, alignments, strict=True):
+def _widest_access(call: NormCall, vector: int, names: tuple[str, str]) -> int:
+    """Return the most elements at once that the named arrays' alignment allows, up to a vector."""
+    spec = call.spec
+    dtypes = {"x": spec.x, "out": spec.x, "weight": spec.weight, "bias": spec.bias}
+    alignments = dict(zip(dtypes, call.alignments, strict=True))
+    for name in names:
+        dtype, alignment = dtypes[name], alignments[name]
         if dtype is None:
             continue
         if alignment < dtype.itemsize:
@@ -127,9 +134,9 @@ def _widest_access(spec: NormSpec, vector_bytes: int, alignments: tuple[int, ...
                 f"{name} has rows aligned to {alignment} bytes; needs {dtype.itemsize}, "
                 f"the size of its {dtype} elements"
             )
-        while min(access * dtype.itemsize, 16) > alignment:
-            access //= 2
-    return access * itemsize
+        while min(vector * dtype.itemsize, 16) > alignment:
+            vector //= 2
+    return vector
 
 
 def check_config(config: LaunchConfig, spec: NormSpec, limits: DeviceLimits) -> None:
@@ -163,11 +170,12 @@ def check_config(config: LaunchConfig, spec: NormSpec, limits: DeviceLimits) -> 
 
 def check_call(call: NormCall, config: LaunchConfig) -> None:
     """Raise ValueError where one launch as `config` says cannot serve the memory of a call."""
-    widest = _widest_access(call.spec, config.vector_bytes, call.alignments)
+    itemsize = call.spec.x.itemsize
+    widest = itemsize * _widest_access(call, config.vector_bytes // itemsize, ("x", "out"))
     if config.access_bytes > widest:
         raise ValueError(
             f"access_bytes is {config.access_bytes}; needs {widest} at most for rows aligned to "
-            f"{call.alignments} bytes (x, out, weight, bias)"
+            f"{call.alignments[:2]} bytes (x, out)"
         )
     if call.spec.head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim is {call.spec.head_dim}; needs {MAX_HEAD_DIM} at most on a GPU")
@@ -179,9 +187,21 @@ def check_call(call: NormCall, config: LaunchConfig) -> None:
     check_rows(call.rows, config)
 
 
-def room_for_axes(count: int) -> int:
-    """Return the least of `AXES` that `count` axes fit."""
-    return next(room for room in AXES if count <= room)
+class Memory(NamedTuple):
+    """What a kernel is compiled for beside the spec and the geometry: how the arrays lie."""
+
+    axes: int
+    """One of `AXES`."""
+    parameter_access: int
+    """Elements of weight and bias moved by one load."""
+
+
+def memory(call: NormCall, config: LaunchConfig) -> Memory:
+    """Say which kernel serves the memory of a call."""
+    few_rows = call.rows <= MAX_FEW_ROWS
+    axes = next(n for n in AXES if len(call.axes) <= n and (n != AXES[1] or few_rows))
+    vector = config.vector_bytes // call.spec.x.itemsize
+    return Memory(axes, _widest_access(call, vector, ("weight", "bias")))
 
 
 def check_rows(rows: int, config: LaunchConfig) -> None:
@@ -205,7 +225,7 @@ def plan(call: NormCall, limits: DeviceLimits = DeviceLimits()) -> LaunchConfig:
         lanes,
         vectors,
         rows_per_block,
-        _widest_access(spec, vector_bytes, call.alignments),
+        spec.x.itemsize * _widest_access(call, vector_bytes // spec.x.itemsize, ("x", "out")),
     )
     check_config(config, spec, limits)
     check_call(call, config)

@@ -93,13 +93,7 @@ class HeadNorm:
         if weight is None and weight_offset != 0:
             raise ValueError(f"weight_offset is {weight_offset}; needs a weight to be added to")
         self._source: tuple[str, str] | None = None
-        self._loading = threading.Lock()
-        host = tuple(
-            None if array is None else _interop.view(array, name)
-            for name, array in (("weight", self._weight), ("bias", self._bias))
-        )
-        self._on_host = host
-        self._on_device: dict[int, tuple[ArrayView | None, ...]] = {}
+        self._held = _Held(self._weight, self._bias)
         self._norm = Norm(self._options, self._held)
         self._norms = {self._options.heads_axis: self._norm}
 
@@ -236,17 +230,11 @@ class HeadNorm:
         with _kernels.explained():
             place = _device(device)
             if place.kind == "cuda":
-                with self._loading:
-                    self._loaded(place.index)
+                self._held.load(place.index)
 
     def unload(self) -> None:
         """Wait for the work in flight and free every device copy; the next use uploads again."""
-        with self._loading:
-            held, self._on_device = self._on_device, {}
-            for norm in self._norms.values():
-                norm.ready = {}
-        for index in held:
-            _interop.synchronize(index)
+        self._held.unload()
 
     def warmup(self, x: Any, /, *, heads_axis: int = -2, out: Any = None) -> None:
         """Load, compile and plan for arrays laid out like `x`, in place and not; `x` stays."""
@@ -354,30 +342,65 @@ class HeadNorm:
             norm = self._norms.setdefault(axis, made)
         return norm
 
-    def _held(self, norm: Norm, x: ArrayView) -> Parameters:
+
+class _Held:
+    """
+    A norm's weight and bias in each memory where they were needed.
+
+    No norm is referred to from here: one that is let go is freed at once, and with it its memory.
+    A collector could do that at any moment, of another thread's graph capture too, which CUDA
+    forbids.
+    """
+
+    def __init__(self, weight: np.ndarray | None, bias: np.ndarray | None) -> None:
+        self._arrays = (weight, bias)
+        self._on_host = tuple(
+            None if array is None else _interop.view(array, name)
+            for array, name in ((weight, "weight"), (bias, "bias"))
+        )
+        self._lock = threading.Lock()
+        self.on_device: dict[int, tuple[ArrayView | None, ...]] = {}
+        self._ready: list[dict[int, Parameters]] = []
+
+    def __call__(self, norm: Norm, x: ArrayView) -> Parameters:
         device = x.layout.device
         if device.kind == "cpu":
             return _dispatch.parameters(norm.options, *self._on_host)
         found = norm.ready.get(device.index)
         if found is None:
-            if device.index not in self._on_device:
+            if device.index not in self.on_device:
                 stream = x.library.stream(device.index)
                 _kernels.refuse_capture(stream, f"the weight is not on {device} yet")
-            with self._loading:
+            with self._lock:
                 found = _dispatch.parameters(norm.options, *self._loaded(device.index))
                 norm.ready[device.index] = found
+                if not any(ready is norm.ready for ready in self._ready):
+                    self._ready.append(norm.ready)
         return found
 
     def _loaded(self, index: int) -> tuple[ArrayView | None, ...]:
-        """Return the parameters on a CUDA device, uploaded if need be, under the lock."""
-        held = self._on_device.get(index)
+        """Return the arrays on a CUDA device, uploaded if need be, under the lock."""
+        held = self.on_device.get(index)
         if held is None:
             held = tuple(
-                None if array is None else _interop.upload(array, index)
-                for array in (self._weight, self._bias)
+                None if array is None else _interop.upload(array, index) for array in self._arrays
             )
-            self._on_device[index] = held
+            self.on_device[index] = held
         return held
+
+    def load(self, index: int) -> None:
+        """Upload to a CUDA device, once."""
+        with self._lock:
+            self._loaded(index)
+
+    def unload(self) -> None:
+        """Wait for the work in flight and free every device copy."""
+        with self._lock:
+            held, self.on_device = self.on_device, {}
+            for ready in self._ready:
+                ready.clear()
+        for index in held:
+            _interop.synchronize(index)
 
 
 def _refuse_new_names(ignored: dict[str, Any]) -> None:

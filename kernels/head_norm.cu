@@ -6,15 +6,22 @@
 //   HN_ROUNDING  once or before_weight
 //   HN_X, HN_WEIGHT, HN_BIAS   element types; headnorm::None for an absent weight or bias
 //   HN_HEAD_DIM  elements a row
-//   HN_VEC, HN_ACCESS, HN_LANES, HN_VECTORS   geometry, see headnorm/norm.cuh
+//   HN_VEC, HN_ACCESS, HN_PARAMETER_ACCESS, HN_LANES, HN_VECTORS   geometry, see headnorm/norm.cuh
 //   HN_THREADS   threads a block at most
-//   HN_AXES      axes of the grid of rows at most
+//   HN_BLOCKS    such blocks that a multiprocessor must have room for: caps the registers
+//   HN_AXES      axes of the grid of rows, see headnorm/rows.cuh
 #include "headnorm/norm.cuh"
 
-extern "C" __global__ void __launch_bounds__(HN_THREADS, 1)
+#if __CUDA_ARCH__ < 800  // a multiprocessor holds no more than 1,024 threads
+#undef HN_BLOCKS
+#define HN_BLOCKS 1
+#endif
+
+extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
     HN_NAME(const __grid_constant__ headnorm::Params<headnorm::Accumulate<HN_X>::type, HN_AXES> p) {
   using namespace headnorm;
-  using G = Geometry<HN_HEAD_DIM, HN_VEC, HN_ACCESS, HN_LANES, HN_VECTORS>;
+  using G = Geometry<HN_HEAD_DIM, HN_VEC, HN_ACCESS, HN_PARAMETER_ACCESS, HN_LANES, HN_VECTORS,
+                     HN_THREADS>;
   static_assert(HN_THREADS % kWarp == 0, "shuffles need whole warps");
   static_assert(HN_THREADS >= HN_LANES, "a row's lanes lie in one block");
   // No thread leaves early: all lanes of a warp must reach the shuffles, all threads the barriers.

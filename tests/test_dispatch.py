@@ -2,17 +2,32 @@
 What a second call looks at, and what it trusts: the path of a call that ran before.
 
 The path belongs to CUDA memory. Here host memory stands in for it, behind torch's own tensors and
-our own adapter, and the reference for the kernel; tests/test_gpu.py has the real ones.
+our own adapter, and the reference for the kernel; tests/test_streams.py has the real ones.
 """
 
+import ctypes
+import gc
+import itertools
 import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from cupy_headnorm import HeadNorm, _dispatch, _interop, _kernels, layer_norm, reference, rms_norm
+from cupy_headnorm import (
+    CaptureError,
+    HeadNorm,
+    _dispatch,
+    _interop,
+    _kernels,
+    layer_norm,
+    reference,
+    rms_norm,
+)
 from cupy_headnorm._layout import Device, as_numpy
 from cupy_headnorm._spec import NormCall
 
@@ -388,3 +403,189 @@ def test_tracing_and_modes_go_step_by_step(slow, rng):
     assert len(slow) == 2
     with pytest.raises(TypeError, match="traced by torch.jit.trace"):
         torch.jit.trace(lambda t: norm(t), x)
+
+
+def test_every_path_asks_for_the_stream_of_now(slow, rng, monkeypatch):
+    streams = []
+    monkeypatch.setattr(
+        _kernels,
+        "runner",
+        lambda launch: lambda x, out, weight, bias, stream: streams.append(stream),
+    )
+    now = iter(range(100, 200))
+    monkeypatch.setattr(_interop.quick[torch.Tensor], "stream", lambda index: next(now))
+    norm, weight = HeadNorm(tensor(rng, 64)), tensor(rng, 64)
+    norm(tensor(rng, 5, 4, 64)), rms_norm(tensor(rng, 5, 4, 64), weight)
+    calls = (norm, lambda x: norm(x, out=x), lambda x: rms_norm(x, weight))
+    for call, tokens in itertools.product(calls, (5, 5, 7, 7)):
+        asked = next(now)
+        call(tensor(rng, tokens, 4, 64))
+        assert streams[-1] > asked
+
+
+def test_what_would_be_lost_is_refused_when_it_is_known(slow, rng):
+    """Transforms hand a norm tensors of layouts that it remembers, without memory behind them."""
+    norm, weight = HeadNorm(), tensor(rng, 64)
+    x = tensor(rng, 8, 4, 64)
+    calls = (norm, lambda t: norm(t, out=t), lambda t: rms_norm(t, weight))
+    for call in calls:
+        call(x.clone()), call(x[0].clone())
+    known = len(slow)
+    for call, (trace, message) in itertools.product(calls, LOST):
+        with pytest.raises(TypeError, match=message):
+            trace(call, x)
+    for call in calls:
+        np.testing.assert_array_equal(call(x.clone()), call(x.clone()))
+    assert len(slow) == known + len(calls) * len(LOST)
+
+
+def _dual(call, x):
+    with torch.autograd.forward_ad.dual_level():
+        call(torch.autograd.forward_ad.make_dual(x, x))
+
+
+LOST = (
+    (lambda call, x: torch.func.vmap(lambda t: call(t))(x), "inside a torch.func transform"),
+    (
+        lambda call, x: torch.func.grad(lambda t: call(t).sum())(x),
+        "inside a torch.func transform",
+    ),
+    (_dual, "a forward-mode AD dual"),
+    (lambda call, x: call(torch._to_functional_tensor(x)), "functional, without memory"),
+    (lambda call, x: call(x.to_sparse()), "of layout torch.sparse_coo"),
+    (lambda call, x: call(x.to("meta")), "on the meta device"),
+)
+
+
+def test_a_new_result_is_refused_in_a_capture_on_every_path(slow, rng, monkeypatch):
+    """That of a library whose pool knows nothing of graphs, as CuPy's."""
+    monkeypatch.setattr(_interop.quick[torch.Tensor], "allocates_in_graphs", False)
+    norm = HeadNorm(tensor(rng, 64))
+    x = tensor(rng, 5, 4, 64)
+    norm(x), norm(x.clone(), out=x.clone())
+
+    def refuse(stream, what):
+        raise CaptureError(what)
+
+    monkeypatch.setattr(_kernels, "refuse_capture", refuse)
+    for tokens in (5, 7):
+        x = tensor(rng, tokens, 4, 64)
+        with pytest.raises(CaptureError, match="a result without out would be allocated"):
+            norm(x)
+        right = reference.rms_norm(x.numpy(), norm.weight)
+        np.testing.assert_array_equal(norm(x, out=x), right)
+    with pytest.raises(CaptureError, match="this layout is not planned yet"):
+        norm(x[None], out=x[None])
+
+
+def test_another_alignment_is_another_plan(slow, rng):
+    norm = HeadNorm(tensor(rng, 64))
+    values = tensor(rng, 5, 4, 64, dtype=torch.float16)
+
+    def shifted(by):
+        x = torch.empty(values.numel() + 16, dtype=torch.float16)
+        x = x[by : by + values.numel()].view(values.shape)
+        return x.copy_(values)
+
+    right = norm(shifted(0))
+    for number, shifts in enumerate([(0, 0), (0, 1), (1, 0), (4, 2)], 1):
+        for further in (0, 0, 8):
+            x, out = (shifted(by + further) for by in shifts)
+            np.testing.assert_array_equal(norm(x, out=out), right)
+            assert len(slow) == 1 + number
+
+
+def test_calls_go_with_their_thread(slow, rng):
+    norm, x = HeadNorm(), tensor(rng, 5, 4, 64)
+
+    def other():
+        norm(x)
+        return [weakref.ref(call.run) for call in _dispatch._thread.calls.values()]
+
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as pool:
+            (run,) = pool.submit(other).result()
+        gc.collect()
+        assert run() is None
+    assert len(_dispatch._plans) == 1
+
+
+class Launches:
+    """CUDA for `_kernels.runner`: two devices, 1 current, and what is launched on which."""
+
+    def __init__(self, monkeypatch, count=2):
+        cupy = pytest.importorskip("cupy", exc_type=ImportError)
+        self.current = 1
+        self.found = []
+        self.broken = False
+        runtime, driver = cupy.cuda.runtime, cupy.cuda.driver
+        monkeypatch.setattr(_kernels, "_thread", threading.local())
+        monkeypatch.setattr(runtime, "getDeviceCount", lambda: count)
+        monkeypatch.setattr(runtime, "getDevice", lambda: self.current)
+        monkeypatch.setattr(runtime, "setDevice", lambda i: setattr(self, "current", i))
+        monkeypatch.setattr(driver, "launchKernel", self._launch)
+
+    def _launch(self, function, *grid_and_block):
+        *_, stream, arguments, _ = grid_and_block
+        time.sleep(1e-4)  # others run here: what they share is overwritten
+        if self.broken:
+            raise RuntimeError("the launch failed")
+        params = ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[0]
+        addresses = tuple((ctypes.c_uint64 * 4).from_address(params))
+        self.found.append((self.current, stream, addresses))
+
+    @staticmethod
+    def on(device):
+        params = _kernels._PARAMS["float32", 1](rows=3)
+        return _kernels.Launch(1, 2, 32, device, params, None)
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_the_device_of_the_arrays_is_current_while_launching(device, monkeypatch):
+    cuda = Launches(monkeypatch)
+    run = _kernels.runner(cuda.on(device))
+    assert cuda.current == 1
+    run(10, 20, 30, 40, 7)
+    assert cuda.found == [(device, 7, (10, 20, 30, 40))]
+    assert cuda.current == 1
+    cuda.broken = True
+    with pytest.raises(RuntimeError, match="the launch failed"):
+        run(10, 20, 30, 40, 7)
+    assert cuda.current == 1
+
+
+def test_a_threads_first_launch_makes_the_context_current(monkeypatch):
+    """Also where there is one device, and later launches do not ask which is current."""
+    cuda = Launches(monkeypatch, count=1)
+    cuda.current = 0
+    chosen = []
+    monkeypatch.setattr(cuda_runtime(), "setDevice", chosen.append)
+    launch = cuda.on(0)
+    _kernels.runner(launch), _kernels.runner(launch)
+    assert chosen == [0]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(_kernels.runner, launch).result()(1, 2, 3, 4, 7)
+    assert chosen == [0, 0]
+
+
+def cuda_runtime():
+    import cupy
+
+    return cupy.cuda.runtime
+
+
+def test_runners_of_one_launch_share_nothing(monkeypatch):
+    cuda = Launches(monkeypatch)
+    launch = cuda.on(1)
+
+    def work(number):
+        run = _kernels.runner(launch)
+        for n in range(20):
+            run(number, n, number, n, number)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert len(cuda.found) == 80
+    for _, stream, addresses in cuda.found:
+        assert addresses == (stream, addresses[1], stream, addresses[1])
+    assert launch.params.x == 0

@@ -198,10 +198,10 @@ def test_load_unload_and_use_again(library, parameters, rng):
     x = library.array(random(rng, (5, 3, 64), FLOAT32))
     expected = library.host(norm(x))
     norm.unload()
-    assert norm._on_device == {}
+    assert norm._held.on_device == {}
     np.testing.assert_array_equal(library.host(norm(x)), expected)
     norm.load("cuda" if library.on_gpu else "cpu")
-    assert bool(norm._on_device) == library.on_gpu
+    assert bool(norm._held.on_device) == library.on_gpu
     norm.unload()
     norm.unload()
 
@@ -210,7 +210,7 @@ def test_load_without_a_gpu_says_what_is_missing():
     if not cupy_headnorm.environment().reason:
         norm = HeadNorm(np.ones(64, np.float32))
         norm.load(np.int64(0))
-        assert 0 in norm._on_device
+        assert 0 in norm._held.on_device
         return
     for device in (None, 0, "cuda", "cuda:0"):
         with pytest.raises(cupy_headnorm.GPUUnavailableError, match=r"; needs: "):

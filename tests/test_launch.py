@@ -70,11 +70,19 @@ def test_access_is_as_wide_as_the_alignment(alignment):
     assert config.vector_bytes == 16
 
 
-def test_a_wider_weight_narrows_the_access_only_below_its_own_alignment():
-    wide = call(128, _dtypes.FLOAT16, alignments=(16, 16, 16, 16), weight=_dtypes.FLOAT64)
-    assert _launch.plan(wide).access_bytes == 16
-    narrow = call(128, _dtypes.FLOAT16, alignments=(16, 16, 8, 16), weight=_dtypes.FLOAT64)
-    assert _launch.plan(narrow).access_bytes == 2
+@pytest.mark.parametrize(("alignment", "elements"), [(16, 8), (8, 1)])
+def test_a_parameter_is_read_as_wide_as_its_own_alignment(alignment, elements):
+    wide = call(128, _dtypes.FLOAT16, alignments=(16, 16, alignment, 16), weight=_dtypes.FLOAT64)
+    config = _launch.plan(wide)
+    assert config.access_bytes == 16
+    assert _launch.memory(wide, config).parameter_access == elements
+
+
+def test_many_rows_on_several_axes_take_the_kernel_that_counts_in_64_bits():
+    few = (RowAxis(10, 64, 64, 0, 0), RowAxis(10, 6, 6, 0, 0))
+    for axes, rows, room in ((few[:1], 2**31, 1), (few, 2**31 - 1, 3), (few, 2**31, 8)):
+        many = call(1, _dtypes.FLOAT16, rows, axes=axes)
+        assert _launch.memory(many, _launch.plan(many)).axes == room
 
 
 def test_memory_not_aligned_to_its_elements_is_refused():

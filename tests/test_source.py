@@ -13,7 +13,14 @@ def test_every_own_header_is_pasted_once():
     text = _source.pasted("head_norm.cu")
     assert '#include "headnorm' not in text
     headers = sorted(p.name for p in (_source.kernels_folder() / "include/headnorm").iterdir())
-    assert headers == ["norm.cuh", "reduce.cuh", "rows.cuh", "scalar.cuh", "vec.cuh"]
+    assert headers == [
+        "geometry.cuh",
+        "norm.cuh",
+        "reduce.cuh",
+        "rows.cuh",
+        "scalar.cuh",
+        "vec.cuh",
+    ]
     for header in headers:
         assert text.count(f'#line 1 "include/headnorm/{header}"') == 1
 
@@ -32,7 +39,7 @@ def test_line_numbers_point_into_the_real_files():
             assert real[number - 1] == line, (name, number)
             checked.add(name)
         number += 1
-    assert len(checked) == 6
+    assert len(checked) == 7
 
 
 def test_missing_kernels_are_named(monkeypatch, tmp_path):
@@ -51,15 +58,18 @@ def test_a_kernels_name_says_its_specialisation():
     spec = NormSpec("layer", FLOAT32, None, BFLOAT16, 80, "before_weight")
     assert spec.name == "head_norm_layer_f32_unweighted_bias_bf16_d80_before_weight"
     config = _launch.LaunchConfig(16, 16, 1, 8, 4)
-    assert _kernels.macros(spec, config, 1)["HN_NAME"].endswith("_access4")
-    assert _kernels.macros(spec, config, 8)["HN_NAME"].endswith("_access4_axes8")
+    one_axis, more = _launch.Memory(1, 4), _launch.Memory(8, 2)
+    assert _kernels.macros(spec, config, one_axis)["HN_NAME"].endswith("_access4")
+    assert _kernels.macros(spec, config, more)["HN_NAME"].endswith(
+        "_access4_parameter_access2_axes8"
+    )
 
 
 def test_params_lie_as_in_rows_cuh():
     """ctypes follows C's layout rules; the order and the width of the fields are ours to keep."""
     text = (_source.kernels_folder() / "include/headnorm/rows.cuh").read_text()
     struct = re.search(r"struct Params \{(.*?)\n\};", text, re.DOTALL).group(1)
-    fields = re.findall(r"(\w+)(?:\[kMaxAxes\])?;", struct)
+    fields = re.findall(r"(\w+)(?:\[kAxes\])?;", struct)
     assert fields == [name for name, _ in _kernels._PARAMS["float32", 3]._fields_]
     axis = re.search(r"struct RowAxis \{(.*?)\n\};", text, re.DOTALL).group(1)
     fields = re.findall(r"(?:long long|unsigned int) (\w+);", axis)

@@ -2,6 +2,7 @@
 #ifndef HEADNORM_NORM_CUH
 #define HEADNORM_NORM_CUH
 
+#include "headnorm/geometry.cuh"
 #include "headnorm/reduce.cuh"
 #include "headnorm/rows.cuh"
 #include "headnorm/scalar.cuh"
@@ -16,32 +17,6 @@ enum class Kind { rms, layer };
 //   before_weight  R(R(n) w + b)
 enum class Rounding { once, before_weight };
 
-// Which lane owns which elements: vector j of tile t of lane l starts at element
-// ((t * kVectors + j) * kLanes + l) * kVec. A row that fits in registers is one tile:
-//
-//   kVec 2, kLanes 4, kVectors 2, head_dim 14
-//   element   0 1   2 3   4 5   6 7   8 9   10 11  12 13
-//   lane        0     1     2     3     0     1      2
-//   vector      0     0     0     0     1     1      1
-template <int kHeadDimT, int kVecT, int kAccessT, int kLanesT, int kVectorsT>
-struct Geometry {
-  static constexpr int kHeadDim = kHeadDimT;
-  static constexpr int kVec = kVecT;
-  static constexpr int kAccess = kAccessT;
-  static constexpr int kLanes = kLanesT;
-  static constexpr int kVectors = kVectorsT;
-  static constexpr int kTile = kVec * kLanes * kVectors;
-  static constexpr int kTiles = (kHeadDim - 1) / kTile + 1;
-  static_assert(kHeadDim >= 1, "a row has elements");
-  static_assert(kHeadDim % kVec == 0, "a vector lies wholly inside or outside the row");
-  static_assert(kHeadDim <= 0x7fffffff - kTile, "32-bit offsets inside a row");
-  static constexpr bool kEveryLaneFull = kHeadDim % kTile == 0;
-
-  static __device__ __forceinline__ int first_element(int tile, int vector, int lane) {
-    return ((tile * kVectors + vector) * kLanes + lane) * kVec;
-  }
-};
-
 // A power of two near 1 / head_dim. Scaling by it is exact and keeps a sum of head_dim squares of
 // values up to 1e18 inside float32's range.
 constexpr double sum_scale(int head_dim) {
@@ -54,14 +29,11 @@ constexpr double sum_scale(int head_dim) {
 
 template <typename G, typename T, typename Acc>
 __device__ __forceinline__ void load_tile(Acc (&value)[G::kVectors][G::kVec], const T* row,
-                                          int tile, int lane, bool row_exists) {
+                                          int tile, const Mover<T, G>& mover) {
 #pragma unroll
   for (int j = 0; j < G::kVectors; ++j) {
-    const int first = G::first_element(tile, j, lane);
     Vec<T, G::kVec> vec = {};
-    if (row_exists && (G::kEveryLaneFull || first < G::kHeadDim)) {
-      vec.template load<G::kAccess>(row + first);
-    }
+    mover.load(vec, row, tile, j);
 #pragma unroll
     for (int i = 0; i < G::kVec; ++i) {
       value[j][i] = widen<Acc>(vec.element[i]);
@@ -73,21 +45,23 @@ template <typename G, typename W>
 __device__ __forceinline__ void load_parameters(Vec<W, G::kVec>& vec, const W* row, int first,
                                                 bool row_exists) {
   if constexpr (kPresent<W>) {
-    if (row_exists && (G::kEveryLaneFull || first < G::kHeadDim)) {
-      vec.template load<G::kAccess>(row + first);
+    if (row_exists && G::inside(first)) {
+      vec.template load<G::kParameterAccess>(row + first);
     }
   }
 }
 
-template <Kind kKind, Rounding kRounding, typename T, typename W, typename B, typename G,
-          int kMaxAxes>
-__device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::type, kMaxAxes>& p,
+template <Kind kKind, Rounding kRounding, typename T, typename W, typename B, typename G, int kAxes>
+__device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::type, kAxes>& p,
                                          const RowPlace& place, int lane, bool row_exists) {
   using Acc = typename Accumulate<T>::type;
   constexpr Acc kScale = static_cast<Acc>(sum_scale(G::kHeadDim));
   constexpr Acc kInverseCount = static_cast<Acc>(1.0 / G::kHeadDim);
   constexpr Acc kInverseScaledCount = static_cast<Acc>(1.0 / G::kHeadDim / sum_scale(G::kHeadDim));
   __shared__ Acc partial[2][kWarp];
+  constexpr int kStageBytes = Mover<T, G>::kStaged ? G::kThreads * G::kVec * sizeof(T) : 1;
+  __shared__ alignas(16) unsigned char stage[kStageBytes];
+  const Mover<T, G> mover{reinterpret_cast<T*>(stage), lane, row_exists};
 
   // x and out may be one array, so nothing here may promise the compiler that they are not.
   const T* x = reinterpret_cast<const T*>(p.x + place.x);
@@ -101,10 +75,14 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
   Vec<W, G::kVec> weights[G::kVectors];
   Vec<B, G::kVec> biases[G::kVectors];
   // Weights are fetched together with x where registers allow: then nothing waits for them later.
+  // Layer holds them over two sums, and is better off with more rows at a time: bfloat16, 64 MB,
+  // H100, share of a copy with late / early weights: head_dim 192 0.98 / 0.97, 512 0.98 / 0.97.
+  // Rows of narrower vectors are not: head_dim 72 0.94 / 1.00, 100 0.81 / 0.97.
   constexpr int kParameterBytes = (kPresent<W> ? sizeof(W) : 0) + (kPresent<B> ? sizeof(B) : 0);
-  constexpr bool kEarly = kOneTile && G::kVectors * G::kVec * kParameterBytes <= 64;
+  constexpr int kEarlyBytes = kKind == Kind::layer && G::kVec * sizeof(T) == 16 ? 16 : 64;
+  constexpr bool kEarly = kOneTile && G::kVectors * G::kVec * kParameterBytes <= kEarlyBytes;
   if constexpr (kOneTile) {
-    load_tile<G>(value, x, 0, lane, row_exists);
+    load_tile<G>(value, x, 0, mover);
   }
   if constexpr (kEarly) {
 #pragma unroll
@@ -120,7 +98,7 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
 #pragma unroll 1
     for (int tile = 0; tile < G::kTiles; ++tile) {
       if constexpr (!kOneTile) {
-        load_tile<G>(value, x, tile, lane, row_exists);
+        load_tile<G>(value, x, tile, mover);
       }
 #pragma unroll
       for (int j = 0; j < G::kVectors; ++j) {
@@ -137,13 +115,12 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
 #pragma unroll 1
   for (int tile = 0; tile < G::kTiles; ++tile) {
     if constexpr (!kOneTile) {
-      load_tile<G>(value, x, tile, lane, row_exists);
+      load_tile<G>(value, x, tile, mover);
     }
 #pragma unroll
     for (int j = 0; j < G::kVectors; ++j) {
       // Slots past the row hold zeros; less the mean they would not be.
-      const bool inside =
-          kKind == Kind::rms || G::kEveryLaneFull || G::first_element(tile, j, lane) < G::kHeadDim;
+      const bool inside = kKind == Kind::rms || G::inside(G::first_element(tile, j, lane));
 #pragma unroll
       for (int i = 0; i < G::kVec; ++i) {
         const Acc centred = inside ? value[j][i] - mean : Acc(0);
@@ -157,7 +134,7 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
 #pragma unroll 1
   for (int tile = 0; tile < G::kTiles; ++tile) {
     if constexpr (!kOneTile) {
-      load_tile<G>(value, x, tile, lane, row_exists);
+      load_tile<G>(value, x, tile, mover);
     }
 #pragma unroll
     for (int j = 0; j < G::kVectors; ++j) {
@@ -181,9 +158,7 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
         }
         vec.element[i] = Round<T>::from(y);
       }
-      if (row_exists && (G::kEveryLaneFull || first < G::kHeadDim)) {
-        vec.template store<G::kAccess>(out + first);
-      }
+      mover.store(vec, out, tile, j);
     }
   }
 }

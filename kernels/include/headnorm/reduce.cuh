@@ -20,6 +20,16 @@ __device__ __forceinline__ Acc warp_sum(Acc value) {
   return value;
 }
 
+// Waits until the lanes of a row see each other's writes to shared memory.
+template <int kLanes>
+__device__ __forceinline__ void row_barrier() {
+  if constexpr (kLanes <= kWarp) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
 // Sums over the kLanes neighbouring threads that share a row: within a warp, or over the whole
 // block. `partial` holds one value a warp and is written once in a kernel, so that no second
 // barrier is needed: each reduction brings its own.

@@ -4,6 +4,8 @@
 
 namespace headnorm {
 
+inline constexpr int kFewAxes = 3;
+
 // One axis of the grid of rows. Strides are in bytes and may be zero or negative: a weight shared
 // by all heads is one whose stride along the heads is zero.
 struct RowAxis {
@@ -19,15 +21,14 @@ struct RowAxis {
 };
 
 // A call's run-time arguments. The host fills this struct as it stands.
-template <typename Acc, int kMaxAxes>
+template <typename Acc, int kAxes>
 struct Params {
   const char* x;
   char* out;
   const char* weight;
   const char* bias;
   long long rows;
-  RowAxis axis[kMaxAxes];  // innermost first
-  int axes;
+  RowAxis axis[kAxes];  // innermost first
   int rows_per_block;
   Acc eps;
   Acc weight_offset;
@@ -47,28 +48,32 @@ struct RowPlace {
   }
 };
 
-template <typename Acc, int kMaxAxes>
-__device__ __forceinline__ RowPlace place_of(const Params<Acc, kMaxAxes>& p, long long row) {
+// With kFewAxes or fewer there are exactly kAxes, those that are not needed innermost and of size
+// 1, and fewer than 2^31 rows unless one axis is all: then every index here is known to the
+// compiler, and no 64-bit division takes registers from the rows.
+template <typename Acc, int kAxes>
+__device__ __forceinline__ RowPlace place_of(const Params<Acc, kAxes>& p, long long row) {
   RowPlace place;
-  if (kMaxAxes == 1 || p.axes == 1) {
-    place.step(p.axis[0], row);  // an index known to the compiler: no look-up before the first load
-  } else if (p.rows <= 0x7fffffffLL) {
+  if constexpr (kAxes == 1) {
+    place.step(p.axis[0], row);
+  } else if constexpr (kAxes <= kFewAxes) {
     unsigned int rest = static_cast<unsigned int>(row);
-    for (int a = 0; a + 1 < p.axes; ++a) {
+#pragma unroll
+    for (int a = 0; a + 1 < kAxes; ++a) {
       const unsigned int quotient =
           (__umulhi(rest, p.axis[a].multiplier) + rest) >> p.axis[a].shift;
       place.step(p.axis[a], rest - quotient * static_cast<unsigned int>(p.axis[a].size));
       rest = quotient;
     }
-    place.step(p.axis[p.axes - 1], rest);
+    place.step(p.axis[kAxes - 1], rest);
   } else {
     long long rest = row;
-    for (int a = 0; a + 1 < p.axes; ++a) {
+    for (int a = 0; a + 1 < kAxes; ++a) {
       const long long quotient = rest / p.axis[a].size;
       place.step(p.axis[a], rest - quotient * p.axis[a].size);
       rest = quotient;
     }
-    place.step(p.axis[p.axes - 1], rest);
+    place.step(p.axis[kAxes - 1], rest);
   }
   return place;
 }
