@@ -1,204 +1,252 @@
 """
-Measures norms as a share of a copy of the same bytes, on the GPU or, without one, on the host.
+``python -m cupy_headnorm bench``: our norm beside a copy of the same bytes and its peers.
 
-On the GPU a time is the median over replays of a graph of calls that walk through buffers larger
-than the L2, so that neither launching nor the cache is in the number. The ceiling is the better of
-a device-to-device copy and an in-place multiply of as many contiguous bytes.
+`_timing` has the clocks, `_providers` all that is timed, `_costs` what there is beside device time,
+`_targets` the numbers to reach, `_bench_report` tables, files and plots.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import importlib.metadata
 import itertools
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import math
+import platform
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from cupy_headnorm import _bench_report, _costs, _dtypes, _kernels, _providers, _spec, _targets
+from cupy_headnorm._bench_report import Results
+from cupy_headnorm._providers import CEILINGS, LAYOUTS, OURS, PROVIDERS, Case
+from cupy_headnorm._timing import Timer, timer
+from cupy_headnorm._version import __version__
 
-from cupy_headnorm import _dtypes, _kernels, ops
-from cupy_headnorm.headnorm import HeadNorm
-
-_ROTATION_BYTES = 512 * 1024 * 1024
-"""Of all buffers together: ten times an H100's L2."""
-_REPLAYS = 9
-
-LAYOUTS = ("contiguous", "in-place", "packed-qkv", "packed-qkv-in-place")
-
-
-class Case(NamedTuple):
-    """One thing to measure."""
-
-    tokens: int
-    num_heads: int
-    head_dim: int
-    dtype: str
-    kind: str
-    layout: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes read and written: x once, the result once."""
-        itemsize = _dtypes.from_name(self.dtype, "dtype").itemsize
-        return 2 * self.tokens * self.num_heads * self.head_dim * itemsize
+Ceilings = dict[tuple[int, str], dict[str, float]]
+"""Microseconds of the ceilings' providers by bytes and dtype."""
 
 
-class Timing(NamedTuple):
-    """Microseconds a call, of a norm and of the ceiling."""
-
-    norm: float
-    ceiling: float
-
-    @property
-    def share(self) -> float:
-        """How much of copy speed the norm reaches."""
-        return self.ceiling / self.norm
+def count(text: str) -> int:
+    """Read an argument that is 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is given; needs 1 or more")
+    return number
 
 
-class Gpu:
-    """Times calls on a stream of its own."""
-
-    name = "cupy"
-
-    def __init__(self) -> None:
-        import cupy
-
-        self.xp = cupy
-        self._stream = cupy.cuda.Stream(non_blocking=True)
-
-    def __enter__(self) -> Gpu:
-        self._stream.__enter__()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._stream.__exit__(*raised)
-
-    def rotation(self, nbytes: int) -> int:
-        """Return how many sets of `nbytes` are larger than the L2 together."""
-        return int(np.clip(_ROTATION_BYTES // max(nbytes, 1), 2, 64))
-
-    def microseconds(self, call: Callable[[int], object], buffers: int) -> float:
-        """Return the device time of ``call(i)``, i walking through the buffers."""
-        stream, cuda = self._stream, self.xp.cuda
-        count = max(buffers, 12)
-        for i in range(buffers):
-            call(i)
-        stream.synchronize()
-        stream.begin_capture()
-        for i in range(count):
-            call(i % buffers)
-        graph = stream.end_capture()
-        graph.launch(stream)
-        times = []
-        for _ in range(_REPLAYS):
-            start, stop = cuda.Event(), cuda.Event()
-            start.record(stream)
-            graph.launch(stream)
-            stop.record(stream)
-            stop.synchronize()
-            times.append(cuda.get_elapsed_time(start, stop) * 1e3 / count)
-        return statistics.median(times)
-
-    def copy(self, to: Any, source: Any) -> None:
-        """Copy contiguous bytes with the driver's own copy."""
-        device_to_device = 3  # cudaMemcpyDeviceToDevice
-        self.xp.cuda.runtime.memcpyAsync(
-            to.data.ptr, source.data.ptr, source.nbytes, device_to_device, self._stream.ptr
-        )
+def _size(text: str) -> float:
+    size = float(text)
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{size} is given; needs a finite number above 0")
+    return size
 
 
-class Host:
-    """Times calls by the clock."""
-
-    name = "numpy"
-    xp = np
-
-    def __enter__(self) -> Host:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        pass
-
-    def rotation(self, nbytes: int) -> int:
-        """Return how many sets of buffers to walk through."""
-        return 2
-
-    def microseconds(self, call: Callable[[int], object], buffers: int) -> float:
-        """Return the time of ``call(i)``, i walking through the buffers."""
-        call(0)
-        times = []
-        for i in range(_REPLAYS):
-            start = time.perf_counter()
-            call(i % buffers)
-            times.append((time.perf_counter() - start) * 1e6)
-        return statistics.median(times)
-
-    def copy(self, to: Any, source: Any) -> None:
-        """Copy an array."""
-        np.copyto(to, source)
-
-
-def backend() -> Gpu | Host:
-    """Return the GPU's timer where a GPU can be used, else the host's."""
-    return Host() if _kernels.environment().reason else Gpu()
-
-
-def time_norm(norm: HeadNorm, x: np.ndarray, on: Gpu | Host, heads_axis: int = -2) -> Timing:
-    """Time `norm` out of place on copies of `x`."""
-    with on:
-        buffers = on.rotation(2 * x.nbytes)
-        inputs = [on.xp.array(x) for _ in range(buffers)]
-        results = [on.xp.empty_like(v) for v in inputs]
-        spent = on.microseconds(
-            lambda i: norm(inputs[i], heads_axis=heads_axis, out=results[i]), buffers
-        )
-        return Timing(spent, _ceiling(on, inputs, results))
-
-
-def _ceiling(on: Gpu | Host, inputs: list[Any], results: list[Any]) -> float:
-    buffers = len(inputs)
-    one = inputs[0].dtype.type(1)
-    return min(
-        on.microseconds(lambda i: on.copy(results[i], inputs[i]), buffers),
-        on.microseconds(lambda i: on.xp.multiply(inputs[i], one, out=inputs[i]), buffers),
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `run` reads."""
+    dtypes = [dtype.name for dtype in _dtypes.DTYPES]
+    parser.add_argument("--tokens", type=count, nargs="+", default=[1, 64, 1024, 8192])
+    parser.add_argument("--megabytes", type=_size, help="size of x, instead of --tokens")
+    parser.add_argument("--num-heads", type=count, nargs="+", default=[32])
+    parser.add_argument("--head-dim", type=count, nargs="+", default=[128])
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"])
+    kinds = tuple(_spec.DEFAULT_EPS)
+    parser.add_argument("--kind", nargs="+", choices=kinds, default=["rms"])
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["contiguous"])
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        metavar="NAME",
+        help=f"default: all found of {', '.join(PROVIDERS)}",
     )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--host", action="store_true", help="host times, first calls, imports alone")
+    what.add_argument(
+        "--suite",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="FOLDER",
+        help="all of a fixed set, held against the numbers to reach, into FOLDER/<device>.json",
+    )
+    what.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FILE",
+        help="read a file of --json or --suite instead of measuring",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as .png or .svg")
 
 
-def measure(case: Case, on: Gpu | Host) -> Timing:
-    """Time the norm that `case` describes."""
-    dtype = _dtypes.from_name(case.dtype, "dtype").numpy
-    xp = on.xp
+def run(chosen: argparse.Namespace, command: str) -> None:
+    """Measure, or read, what was `chosen`; print it, write it, draw it."""
+    console = _bench_report.console()
+    _check_places(chosen)
+    if chosen.source is not None:
+        results = _bench_report.read(chosen.source)
+    else:
+        results = _measured(chosen, command, console)
+    _bench_report.show(results, console)
+    files = [] if chosen.json is None else [chosen.json]
+    if chosen.suite is not None:
+        files.append(chosen.suite / f"{_slug(results['device'])}.json")
+    for path in files:
+        _bench_report.write(results, path)
+        console.print(f"\nwritten to {path}", markup=False)
+    if chosen.plot is not None:
+        _bench_report.plot(results, chosen.plot)
+
+
+def _check_places(chosen: argparse.Namespace) -> None:
+    """Raise before minutes are spent on results that could not be written."""
+    for name, folder in (
+        ("suite", chosen.suite),
+        ("json", chosen.json and chosen.json.parent),
+        ("plot", chosen.plot and chosen.plot.parent),
+    ):
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"--{name} would write to {folder}; needs a folder that is there")
+    if chosen.plot is not None:
+        _bench_report.check_plot(chosen.plot)
+
+
+def _slug(device: str) -> str:
+    """Turn ``NVIDIA H100 80GB HBM3`` into ``h100-80gb-hbm3``."""
+    words = re.findall(r"[a-z0-9]+", device.lower())
+    return "-".join(word for word in words if word != "nvidia")
+
+
+def _device_and_versions() -> tuple[str, dict[str, str]]:
+    found = _kernels.environment()
+    device = platform.processor() or platform.machine()
+    if found.devices:
+        device = found.devices[0].split(",")[0]
+    else:
+        info = Path("/proc/cpuinfo")
+        model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+        device = model.group(1) if model else device
+    versions = {"cupy_headnorm": __version__, "python": platform.python_version()}
+    for package in ("numpy", "torch", "triton", "transformers", "liger-kernel"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    versions.update(cupy=found.cupy, nvrtc=found.nvrtc, driver=found.driver)
+    return device, {name: version for name, version in versions.items() if version}
+
+
+def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results:
+    from rich.progress import track
+
+    on = timer()
+    names, unavailable = _providers.find(on, chosen.providers)
+    device, versions = _device_and_versions()
+    results = {
+        "device": device,
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        # Without the folder: results are published.
+        "command": command if chosen.suite is None else "python -m cupy_headnorm bench --suite",
+        "timer": on.name,
+        "timings": [],
+        "host": [],
+        "once": {},
+        "targets": [],
+        "unavailable": unavailable,
+    }
+    ceilings: Ceilings = {}
+    steps: list[Callable[[], None]] = []
+    for case, providers in [] if chosen.host else _chosen_cases(chosen, on):
+        wanted = names if providers is None else [n for n in names if n in providers]
+        steps.append(partial(_time, results, case, wanted, on, ceilings))
+    steps.append(partial(_host, results, names, on))
+    if on.name != "numpy":
+        steps.append(lambda: results["once"].update(_costs.plan_misses(on)))
+    if chosen.host or chosen.suite is not None:
+        if on.name != "numpy":
+            steps.append(lambda: results["once"].update(_costs.first_calls()))
+        steps.append(lambda: results["once"].update(_costs.import_times()))
+    if chosen.suite is not None:
+        steps.append(lambda: results["once"].update(_costs.gpu_memory(on)))
+        steps.append(lambda: results["once"].update(_costs.reference_costs()))
+    # A thread that redraws the bar would take its time from the calls.
+    shown = {"transient": True, "auto_refresh": False, "disable": not console.is_terminal}
+    for step in track(steps, "measuring", console=console, **shown):
+        step()
+    if chosen.suite is not None:
+        results["targets"] = _targets.judge(results)
+    return results
+
+
+def _time(results: Results, case: Case, names: list[str], on: Timer, ceilings: Ceilings) -> None:
+    results["timings"] += measure(case, names, on, ceilings, results["unavailable"])
+
+
+def _host(results: Results, names: list[str], on: Timer) -> None:
+    results["host"], failed = _costs.host_times(on, names)
+    results["unavailable"] = failed | results["unavailable"]
+
+
+def measure(
+    case: Case, names: list[str], on: Timer, ceilings: Ceilings, unavailable: dict[str, str]
+) -> list[dict[str, Any]]:
+    """
+    Time providers on one case and return a row for each.
+
+    Ceilings are measured once and kept. A peer that raises or that disagrees with us gets no row
+    but an entry in `unavailable`; one that cannot work in place is left out where it would have to.
+    """
+    spent = {}
     with on:
-        buffers = on.rotation(case.nbytes)
-        shape = (case.tokens, case.num_heads, case.head_dim)
-        random = np.random.default_rng(0)
-        values = xp.asarray(random.standard_normal(shape, np.float32).astype(dtype))
-        plain = [xp.array(values) for _ in range(buffers)]
-        others = [xp.empty_like(v) for v in plain]
-        inputs, results = plain, others
-        if case.layout.startswith("packed-qkv"):
-            # 4 query heads to a key and a value head, as in Qwen3-8B: the slice of the queries.
-            packed = case.num_heads + 2 * max(1, case.num_heads // 4)
-            inputs = [xp.empty((case.tokens, packed, case.head_dim), dtype) for _ in plain]
-            inputs = [v[:, : case.num_heads] for v in inputs]
-            for v in inputs:
-                v[...] = values
-        if case.layout.endswith("in-place"):
-            results = inputs
-        weight = xp.asarray(random.standard_normal(case.head_dim, np.float32).astype(dtype))
-        norm = {"rms": ops.rms_norm, "layer": ops.layer_norm}[case.kind]
-        spent = on.microseconds(lambda i: norm(inputs[i], weight, out=results[i]), buffers)
-        return Timing(spent, _ceiling(on, plain, others))
+        work = _providers.prepare(case, on)
+        buffers = len(work.plain)
+        key = (case.nbytes, case.dtype)
+        if key not in ceilings:
+            ceilings[key] = {
+                name: on.microseconds(PROVIDERS[name].build(work), buffers) for name in CEILINGS
+            }
+        for name in names:
+            provider = PROVIDERS[name]
+            if name in CEILINGS:
+                spent[name] = ceilings[key][name]
+            elif provider.in_place or not case.in_place:
+                try:
+                    call = provider.build(work)
+                    reason = _providers.disagreement(call, work)
+                    if reason:
+                        unavailable.setdefault(name, reason)
+                    else:
+                        spent[name] = on.microseconds(call, buffers)
+                except Exception as error:
+                    if name in OURS:
+                        raise
+                    reason = f"{_providers.one_line(error)} at {case}"
+                    unavailable.setdefault(name, reason)
+    ceiling = min(ceilings[key].values())
+    return [
+        {
+            **case._asdict(),
+            "provider": name,
+            "microseconds": round(microseconds, 3),
+            "gigabytes_per_second": round(case.nbytes / microseconds / 1e3, 1),
+            "share": round(ceiling / microseconds, 4),
+        }
+        for name, microseconds in spent.items()
+    ]
 
 
 def cases(
-    tokens: list[int],
-    heads: list[int],
-    head_dims: list[int],
-    dtypes: list[str],
-    kinds: list[str],
-    layouts: list[str],
-    megabytes: float | None,
+    tokens: Iterable[int],
+    heads: Iterable[int],
+    head_dims: Iterable[int],
+    dtypes: Iterable[str],
+    kinds: Iterable[str],
+    layouts: Iterable[str],
+    megabytes: float | None = None,
 ) -> Iterator[Case]:
     """Yield every combination; `megabytes` sets the tokens so that x has that many."""
     for num_heads, head_dim, dtype, kind, layout in itertools.product(
@@ -207,42 +255,43 @@ def cases(
         itemsize = _dtypes.from_name(dtype, "dtype").itemsize
         row = num_heads * head_dim * itemsize
         counts = tokens if megabytes is None else [max(1, int(megabytes * 1e6 / row))]
-        for count in counts:
-            yield Case(count, num_heads, head_dim, dtype, kind, layout)
+        for number in counts:
+            yield Case(number, num_heads, head_dim, dtype, kind, layout)
 
 
-def report(to_measure: list[Case], on: Gpu | Host, where: str) -> None:
-    """Measure every case, with a progress bar, and print a table."""
-    from rich.console import Console
-    from rich.progress import track
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120  # a file or a pipe is not 80 columns wide
-    console.print(f"{where}; copy: GB/s of the better of a copy and an in-place multiply")
-    table = Table(box=None)
-    for column in (
-        "tokens x heads x dim",
-        "dtype",
-        "kind",
-        "layout",
-        "us",
-        "GB/s",
-        "copy",
-        "share",
+def _chosen_cases(chosen: argparse.Namespace, on: Timer) -> Iterator[tuple[Case, list[str] | None]]:
+    if chosen.suite is not None:
+        yield from suite(on)
+        return
+    for case in cases(
+        chosen.tokens,
+        chosen.num_heads,
+        chosen.head_dim,
+        chosen.dtype,
+        chosen.kind,
+        chosen.layout,
+        chosen.megabytes,
     ):
-        table.add_column(column, justify="right", no_wrap=True)
-    for case in track(to_measure, "measuring", console=console, transient=True):
-        timing = measure(case, on)
-        table.add_row(
-            f"{case.tokens} x {case.num_heads} x {case.head_dim}",
-            case.dtype,
-            case.kind,
-            case.layout,
-            f"{timing.norm:.2f}",
-            f"{case.nbytes / timing.norm / 1e3:,.0f}",
-            f"{case.nbytes / timing.ceiling / 1e3:,.0f}",
-            f"{timing.share:.3f}",
-        )
-    console.print(table)
+        yield case, None
+
+
+def suite(on: Timer) -> Iterator[tuple[Case, list[str] | None]]:
+    """Yield the fixed set of cases, each with its providers; None is all that were found."""
+    one = ([32], [128], ["bfloat16"])
+    if on.name == "numpy":
+        for case in cases([1, 16, 256, 4096], *one, ["rms", "layer"], ["contiguous"]):
+            yield case, None
+        return
+    for case in cases([4**i for i in range(7)] + [8192, 32768], *one, ["rms"], ["contiguous"]):
+        yield case, None
+    for case in cases([1, 8192], *one, ["layer"], ["contiguous"]):
+        yield case, None
+    every = ["float16", "bfloat16", "float32"]
+    for head_dims, dtypes, kinds, layouts in (
+        (_targets.PLAIN, every, ["rms", "layer"], LAYOUTS[:-1]),
+        (_targets.UNEVEN, every[:2], ["rms", "layer"], ["contiguous"]),
+        (_targets.ODD, every, ["rms"], ["contiguous"]),
+        ((64, 128, 256), every, ["rms"], ["misaligned"]),
+    ):
+        for case in cases([], [32], head_dims, dtypes, kinds, layouts, megabytes=64):
+            yield case, ["ours"]

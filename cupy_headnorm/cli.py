@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from cupy_headnorm import _driver, _dtypes, _kernels, _spec, bench, checkpoint
+from cupy_headnorm import _driver, _dtypes, _kernels, _spec, _timing, bench, checkpoint
 from cupy_headnorm._version import __version__
 from cupy_headnorm.headnorm import HeadNorm
 
@@ -32,7 +33,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; an error is one line on stderr and exit code 2."""
-    chosen = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    chosen = _parser().parse_args(given)
+    chosen.command = f"python -m cupy_headnorm {shlex.join(given)}"
     try:
         chosen.run(chosen)
         sys.stdout.flush()
@@ -47,20 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cupy_headnorm: {message}", file=sys.stderr)
         return 2
     return 0
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{count} is given; needs 1 or more")
-    return count
-
-
-def _size(text: str) -> float:
-    size = float(text)
-    if not 0 < size < float("inf"):
-        raise argparse.ArgumentTypeError(f"{size} is given; needs a finite number above 0")
-    return size
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--eps", type=float, help="default: 1e-6 for rms, 1e-5 for layer")
     demo.add_argument("--rounding", choices=_spec.ROUNDINGS)
     demo.add_argument("--weight-offset", type=float, default=0.0, help="1 for Gemma 3")
-    demo.add_argument("--num-heads", type=_count, help="heads of x")
-    demo.add_argument("--head-dim", type=_count, help="default: the weight's last axis")
+    demo.add_argument("--num-heads", type=bench.count, help="heads of x")
+    demo.add_argument("--head-dim", type=bench.count, help="default: the weight's last axis")
     demo.add_argument("--heads-axis", type=int, default=-2)
     demo.add_argument("--tokens", type=int, help="tokens of the random x")
     demo.add_argument(
@@ -98,17 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, devices, what works and what to install")
     info.set_defaults(run=_info)
 
-    measure = commands.add_parser("bench", help="speed as a share of a copy of the same bytes")
+    measure = commands.add_parser("bench", help="speed beside a copy of the same bytes and peers")
     measure.set_defaults(run=_bench)
-    measure.add_argument("--tokens", type=_count, nargs="+", default=[1, 64, 1024, 8192])
-    measure.add_argument("--megabytes", type=_size, help="size of x, instead of --tokens")
-    measure.add_argument("--num-heads", type=_count, nargs="+", default=[32])
-    measure.add_argument("--head-dim", type=_count, nargs="+", default=[128])
-    names = [dtype.name for dtype in _dtypes.DTYPES]
-    measure.add_argument("--dtype", nargs="+", choices=names, default=["bfloat16"])
-    kinds = tuple(_spec.DEFAULT_EPS)
-    measure.add_argument("--kind", nargs="+", choices=kinds, default=["rms"])
-    measure.add_argument("--layout", nargs="+", choices=bench.LAYOUTS, default=["contiguous"])
+    bench.add_arguments(measure)
     return parser
 
 
@@ -184,7 +165,7 @@ def _demo(chosen: argparse.Namespace) -> None:
         wrong = int(np.count_nonzero(y != recorded))
         share = f"{100 * wrong / max(y.size, 1):.4f} %"
         rows.append(("mismatches", f"{wrong} of {y.size} ({share}) against the recorded output"))
-    timing = bench.time_norm(norm, x, on, chosen.heads_axis)
+    timing = _timing.time_norm(norm, x, on, chosen.heads_axis)
     moved = 2 * x.nbytes
     rows.append(("time", f"{timing.norm:.2f} us, {moved / timing.norm / 1e3:,.1f} GB/s"))
     rows.append(("share of a copy", f"{timing.share:.2f} of the speed of a copy of {moved} bytes"))
@@ -196,9 +177,9 @@ def _place(wanted: str) -> tuple[Any, str]:
     if wanted == "gpu" and found.reason:
         raise _driver.GPUUnavailableError(f"{found.reason}; needs: {found.remedy}")
     if wanted != "cpu" and not found.reason:
-        return bench.backend(), f"GPU kernel, since CuPy {found.cupy} sees {found.devices[0]}"
+        return _timing.backend(), f"GPU kernel, since CuPy {found.cupy} sees {found.devices[0]}"
     why = "as asked" if wanted == "cpu" else found.reason
-    return bench.Host(), f"NumPy reference on the CPU: {why}"
+    return _timing.Host(), f"NumPy reference on the CPU: {why}"
 
 
 def _load(chosen: argparse.Namespace) -> HeadNorm:
@@ -299,21 +280,4 @@ def _largest_error(norm: HeadNorm, x: np.ndarray, y: np.ndarray, heads_axis: int
 
 
 def _bench(chosen: argparse.Namespace) -> None:
-    try:
-        import rich  # noqa: F401
-    except ImportError as error:
-        remedy = _driver.install_command("bench")
-        raise RuntimeError(f"the table needs rich: {remedy}") from error
-    on, where = _place("auto")
-    to_measure = list(
-        bench.cases(
-            chosen.tokens,
-            chosen.num_heads,
-            chosen.head_dim,
-            chosen.dtype,
-            chosen.kind,
-            chosen.layout,
-            chosen.megabytes,
-        )
-    )
-    bench.report(to_measure, on, where)
+    bench.run(chosen, chosen.command)

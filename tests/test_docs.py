@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import cupy_headnorm
+from cupy_headnorm import _bench_report, _costs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,6 +46,49 @@ def test_readmes_commands_are_targets_and_links_lead_somewhere():
         assert f"\n{target}:" in makefile
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / link).exists()
+
+
+# The rows of README's table: provider, its label there, its host calls.
+SPEED = [
+    ("copy", "device copy", []),
+    ("ours", "**ours**", [("", _costs.TORCH_NEW), ("in place ", _costs.TORCH_IN_PLACE)]),
+    ("compile", "transformers, `torch.compile`", [("", "transformers, torch.compile")]),
+    ("liger", "Liger", [("", "Liger")]),
+    ("functional", "`F.rms_norm`", [("", _costs.FUNCTIONAL)]),
+    ("eager", "transformers, eager", [("", "transformers, eager")]),
+]
+
+
+def in_short(microseconds):
+    return f"{microseconds:.3g}" if microseconds < 100 else f"{microseconds:,.0f}"
+
+
+def speed_rows(results):
+    case = _costs.HOST_CASE
+    device = {
+        (row["provider"], row["tokens"]): row["microseconds"]
+        for row in results["timings"]
+        if all(row[name] == getattr(case, name) for name in case._fields if name != "tokens")
+    }
+    host = {row["call"]: row["microseconds"] for row in results["host"]}
+    for provider, label, calls in SPEED:
+        cells = [in_short(device[provider, tokens]) for tokens in (1, 64, 1024, 8192)]
+        cells.append(", ".join(said + in_short(host[call]) for said, call in calls))
+        yield f"| {label} | {' | '.join(cells)} |"
+
+
+def test_readmes_figure_and_table_are_of_the_committed_results():
+    section = README.partition("## How fast\n")[2].partition("\n## ")[0]
+    (figure,) = re.findall(r"!\[[^]]*\]\((.*)\)", section)
+    results = _bench_report.read((ROOT / figure).with_suffix(".json"))
+    stamp = f"{results['device']}, {results['date'][:10]}"
+    assert f"{stamp}, `{results['command']}`" in section
+    assert f"bench --from {Path(figure).with_suffix('.json')} --plot {figure}" in section
+    drawn = (ROOT / figure).read_text()
+    for text in [stamp, *(f"{row['microseconds']:.1f}" for row in results["host"])]:
+        assert f"<!-- {text} -->" in drawn, "draw the figure again, with README's command"
+    rows = "\n".join(speed_rows(results))
+    assert rows in section, f"README's table should say:\n{rows}"
 
 
 def test_make_help_lists_every_target():

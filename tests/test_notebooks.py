@@ -1,10 +1,14 @@
 """Every notebook runs from top to bottom, without a GPU too, and is kept without outputs."""
 
+import json
+import re
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+RESULTS = sorted((Path(__file__).resolve().parent.parent / "notebooks/results").glob("*.json"))
 
 
 @pytest.mark.slow
@@ -38,4 +42,17 @@ def test_notebook_is_kept_without_outputs(path):
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["1-first-norm"]
+    stems = [path.stem for path in NOTEBOOKS]
+    assert stems == ["1-first-norm", "3-inside-the-kernel", "4-measuring"]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+def test_results_say_what_made_them(path):
+    results = json.loads(path.read_text())
+    assert results["device"].startswith("NVIDIA ")
+    assert results["timer"] in ("torch", "cupy")
+    assert datetime.fromisoformat(results["date"]).tzinfo is not None
+    assert results["versions"]["cupy_headnorm"]
+    # A command that everyone can give: no folder of whoever measured.
+    assert not set(results["command"].split()) & {"cd", "&&", ";"}
+    assert not any(word.startswith(("/", "~")) for word in re.split("[ =]", results["command"]))

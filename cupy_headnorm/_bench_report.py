@@ -1,0 +1,244 @@
+"""
+The results of a bench: as tables, as a file and as a plot.
+
+Results are a dict of plain lists, strings and numbers:
+
+- ``device``: name of the GPU or processor; ``date``: ISO 8601; ``command``: what was run.
+- ``timer``: whose arrays were timed, ``torch`` or ``cupy`` on a GPU, ``numpy`` on the host.
+- ``versions``: name to version of all that has a part in the numbers.
+- ``timings``: a list of ``tokens``, ``num_heads``, ``head_dim``, ``dtype``, ``kind``, ``layout``,
+  ``provider``, ``microseconds`` (device time a call), ``gigabytes_per_second`` (x read once, the
+  result written once) and ``share`` of the ceiling, the better of a copy and an in-place multiply.
+- ``host``: a list of ``call`` and ``microseconds`` of the host for one token.
+- ``once``: name to number; the name ends in the unit.
+- ``targets``: a list of ``what``, ``needed``, ``measured``, ``where`` and ``met``.
+- ``unavailable``: provider to the reason why it was not measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from cupy_headnorm import _driver
+from cupy_headnorm._providers import CEILINGS, OURS, PROVIDERS, Case
+from cupy_headnorm._targets import case_of
+
+Results = dict[str, Any]
+
+_KEYS = ("device", "date", "command", "timer", "versions", "timings", "host", "once", "unavailable")
+
+# Okabe and Ito's colours, told apart by every kind of eye; ours is the vermilion.
+_COLOURS = {
+    "ours": "#D55E00",
+    "ours-row": "#E69F00",
+    "naive": "#999999",
+    "functional": "#0072B2",
+    "eager": "#CC79A7",
+    "compile": "#009E73",
+    "liger": "#56B4E9",
+}
+
+
+def console() -> Any:
+    """Return rich's console; RuntimeError, with the command that mends it, without rich."""
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        remedy = _driver.install_command("bench")
+        raise RuntimeError(f"the table needs rich: {remedy}") from error
+    made = Console(highlight=False)
+    if not made.is_terminal:
+        made.width = 120  # a file or a pipe is not 80 columns wide
+    return made
+
+
+def _table(*columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None)
+    for number, column in enumerate(columns):
+        text = number == 0 or column == "where"
+        table.add_column(column, justify="left" if text else "right", overflow="fold")
+    return table
+
+
+def show(results: Results, on: Any) -> None:
+    """Print what was measured on a console."""
+    on.print(f"{results['device']}, {results['date']}", markup=False)
+    told = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    on.print(told, markup=False)
+    if results["timings"]:
+        on.print("\nDevice time; share: of the better of a copy and an in-place multiply")
+        on.print(_timings(results["timings"]))
+    for name, reason in results["unavailable"].items():
+        on.print(f"{_label(name)}: not available: {reason}", markup=False)
+    if results["host"]:
+        on.print("\nHost time a call, 1 token")
+        table = _table("call", "us")
+        for row in sorted(results["host"], key=lambda row: row["microseconds"]):
+            table.add_row(row["call"], f"{row['microseconds']:,.2f}")
+        on.print(table)
+    if results["once"]:
+        on.print()
+        table = _table("once", "")
+        for name, value in results["once"].items():
+            table.add_row(name.replace("_", " "), f"{value:,}")
+        on.print(table)
+    if results.get("targets"):
+        on.print("\nNumbers to reach: the worst of each")
+        on.print(_targets(results["targets"]))
+
+
+def _label(provider: str) -> str:
+    return PROVIDERS[provider].label if provider in PROVIDERS else provider
+
+
+def _timings(timings: list[dict[str, Any]]) -> Any:
+    table = _table(
+        "tokens x heads x dim", "dtype", "kind", "layout", "provider", "us", "GB/s", "share"
+    )
+    before = None
+    for timing in timings:
+        case = case_of(timing)
+        size = f"{case.tokens} x {case.num_heads} x {case.head_dim}"
+        shown = ("", "", "", "") if case == before else (size, *case[3:])
+        before = case
+        table.add_row(
+            *shown,
+            _label(timing["provider"]),
+            f"{timing['microseconds']:,.2f}",
+            f"{timing['gigabytes_per_second']:,.1f}",
+            f"{timing['share']:.3f}",
+        )
+    return table
+
+
+def _targets(targets: list[dict[str, Any]]) -> Any:
+    table = _table("what", "needed", "measured", "", "where")
+    verdicts = {True: "met", False: "[bold red]missed[/]", None: "not measured"}
+    for row in targets:
+        measured = "" if row["measured"] is None else f"{row['measured']:g}"
+        table.add_row(
+            row["what"], row["needed"], measured, verdicts[row["met"]], row["where"] or ""
+        )
+    return table
+
+
+def write(results: Results, path: Path) -> None:
+    """Write results as JSON."""
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> Results:
+    """
+    Read results that `write` wrote.
+
+    Raises
+    ------
+    ValueError
+        The file holds something else.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); needs a file of --json") from error
+    missing = [key for key in _KEYS if not isinstance(results, dict) or key not in results]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}; needs a file of --json or --suite")
+    return results
+
+
+def check_plot(path: Path) -> None:
+    """Raise, before anything is measured, where `plot` could not write `path`."""
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"--plot is {path}; needs a name that ends in .png or .svg")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        remedy = _driver.install_command("bench")
+        raise RuntimeError(f"--plot needs matplotlib: {remedy}") from error
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw bandwidth against tokens, with the ceiling, and the host's time of each call."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    case, lines = _lines(results["timings"])
+    drawings = [draw for draw, has in ((_bandwidth, lines), (_bars, results["host"])) if has]
+    if not drawings:
+        raise ValueError("the results hold neither device nor host times; needs one to plot")
+    with rc_context({"font.size": 11, "svg.hashsalt": "cupy-headnorm"}):
+        figure = Figure(figsize=(6.2 * len(drawings), 4.6), layout="constrained", dpi=150)
+        for number, draw in enumerate(drawings):
+            axes = figure.add_subplot(1, len(drawings), number + 1)
+            axes.spines[["top", "right"]].set_visible(False)
+            draw(axes, case, lines, results["host"])
+        figure.suptitle(f"{results['device']}, {results['date'][:10]}")
+        # Without a date in the file, equal results make equal files.
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _lines(timings: list[dict[str, Any]]) -> tuple[Case | None, dict[str, list[tuple[int, float]]]]:
+    """Return the case that was timed at the most numbers of tokens, and its points by provider."""
+    groups: dict[Case, list[dict[str, Any]]] = defaultdict(list)
+    for timing in timings:
+        groups[case_of(timing)._replace(tokens=0)].append(timing)
+    if not groups:
+        return None, {}
+    case = max(groups, key=lambda c: len({t["tokens"] for t in groups[c]}))
+    providers = Counter(timing["tokens"] for timing in groups[case])
+    points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    ceiling = {}
+    # The largest share last: it says the most exactly what it is a share of.
+    for timing in sorted(groups[case], key=lambda t: (t["tokens"], t["share"])):
+        tokens, speed = timing["tokens"], timing["gigabytes_per_second"]
+        if providers[tokens] == 1 < max(providers.values()):
+            continue  # measured for a number to reach, not to compare
+        ceiling[tokens] = speed / max(timing["share"], 1e-4)
+        points[timing["provider"]].append((tokens, speed))
+    lines = {n: points[n] for n in PROVIDERS if n in points and n not in CEILINGS}
+    return case, lines | {"ceiling": list(ceiling.items())}
+
+
+def _bandwidth(axes: Any, case: Any, lines: dict[str, list[Any]], host: Any) -> None:
+    for name, points in lines.items():
+        tokens, speeds = zip(*points, strict=True)
+        style = {"color": _COLOURS.get(name, "#000000"), "linewidth": 1.4, "marker": "o"}
+        style.update(markersize=3.5, label=_label(name), zorder=2)
+        if name == "ours":
+            style.update(linewidth=3, markersize=6, zorder=4)
+        elif name == "ceiling":
+            style.update(linestyle="--", marker="", label="copy or multiply", zorder=3)
+        axes.plot(tokens, speeds, **style)
+    counts = sorted({tokens for points in lines.values() for tokens, _ in points})
+    axes.set_xscale("log", base=2)
+    # Every second of many: labels of neighbours would touch.
+    shown = counts if len(counts) < 7 else counts[::2]
+    axes.set_xticks(shown, [f"{count:,}" for count in shown])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("GB/s, read and written")
+    size = f"{case.num_heads} heads x {case.head_dim}"
+    axes.set_title(f"Bandwidth: {case.kind}, {case.dtype}, {size}", fontsize=11)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _bars(axes: Any, case: Any, lines: Any, host: list[dict[str, Any]]) -> None:
+    rows = sorted(host, key=lambda row: -row["microseconds"])
+    ours = [row["call"].startswith(OURS[0]) for row in rows]
+    colours = [_COLOURS["ours"] if own else "#999999" for own in ours]
+    bars = axes.barh(
+        [row["call"] for row in rows], [row["microseconds"] for row in rows], color=colours
+    )
+    axes.bar_label(bars, [f"{row['microseconds']:.1f}" for row in rows], padding=3, fontsize=9)
+    for label, own in zip(axes.get_yticklabels(), ours, strict=True):
+        label.set_fontweight("bold" if own else "normal")
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    axes.margins(x=0.12)
+    axes.set_xlabel("microseconds")
+    axes.set_title("Host time a call, 1 token", fontsize=11)

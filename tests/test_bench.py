@@ -1,0 +1,483 @@
+"""The bench: what it measures, refuses, writes and draws. Never how fast."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cupy_headnorm import _costs, _providers, _targets, _timing, bench, cli
+from cupy_headnorm._providers import PROVIDERS, Case, Provider
+
+pytest.importorskip("rich")
+
+CASE = Case(3, 2, 64, "float16", "rms", "contiguous")
+FIELDS = {*Case._fields, "provider", "microseconds", "gigabytes_per_second", "share"}
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Measure on the host, fast, where there is a GPU too."""
+    monkeypatch.setattr(bench, "timer", _timing.Host)
+    monkeypatch.setattr(_costs, "_CALLS", 2)
+    monkeypatch.setattr(_timing, "_HOST_SECONDS", 0.001)
+
+
+class TorchHost(_timing.Host):
+    """Stands in for torch on a GPU: torch tensors in inference mode, but the host's clock."""
+
+    name = "torch"
+
+    def __init__(self):
+        import torch
+
+        self.torch, self.mode = torch, torch.inference_mode(False)
+
+    def __enter__(self):
+        self.mode = self.torch.inference_mode()
+        self.mode.__enter__()
+        return self
+
+    def __exit__(self, *raised):
+        self.mode.__exit__(*raised)
+
+    def array(self, values):
+        return _timing.as_torch(values).clone()
+
+    def empty(self, shape, dtype):
+        return self.torch.empty(shape, dtype=getattr(self.torch, dtype.name))
+
+    def copy(self, to, source):
+        to.copy_(source)
+
+    def multiply(self, array):
+        array.mul_(1)
+
+
+def run(capsys, *arguments):
+    code = cli.main(["bench", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def timing(case, provider, microseconds=1.0, share=1.0):
+    return {
+        **case._asdict(),
+        "provider": provider,
+        "microseconds": microseconds,
+        "gigabytes_per_second": 1000.0,
+        "share": share,
+    }
+
+
+def made_up(**parts):
+    empty = {"timings": [], "host": [], "once": {}, "targets": [], "unavailable": {}}
+    head = {"device": "NVIDIA Made Up 1", "versions": {}, "date": "2026-01-02", "command": "bench"}
+    return {**head, "timer": "torch", **empty, **parts}
+
+
+def test_the_command_without_a_gpu_writes_a_table_and_json(tmp_path):
+    file = tmp_path / "results.json"
+    arguments = ["--tokens", "1", "2", "--num-heads", "2", "--head-dim", "64", "--json", str(file)]
+    done = subprocess.run(
+        [sys.executable, "-m", "cupy_headnorm", "bench", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("2 x 2 x 64") == 1
+    results = json.loads(file.read_text())
+    assert results["command"].startswith("python -m cupy_headnorm bench --tokens 1 2 ")
+    assert results["versions"]["numpy"] == np.__version__
+    assert results["date"].startswith("20")
+    assert results["targets"] == []
+    pytest.importorskip("torch")
+    names = ["copy", "multiply", "ours", "naive", "functional"]
+    assert [t["provider"] for t in results["timings"]] == names * 2
+    for row in results["timings"]:
+        assert set(row) == FIELDS
+        assert row["microseconds"] > 0
+        assert row["share"] >= 0
+        moved = 2 * row["tokens"] * 2 * 64 * 2 / row["microseconds"] / 1e3
+        assert row["gigabytes_per_second"] == pytest.approx(moved, rel=0.01, abs=0.06)
+    calls = {row["call"] for row in results["host"]}
+    assert {
+        "ours, in place on NumPy",
+        "ours, new result on torch, host memory",
+        "F.rms_norm",
+    } <= calls
+    for label in ("device copy", "naive NumPy", "ours, in place on NumPy"):
+        assert label in done.stdout
+
+
+def test_importing_the_package_leaves_the_bench_alone():
+    code = (
+        "import sys, cupy_headnorm; print([m for m in sys.modules if 'bench' in m or '_tim' in m])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "cupy_headnorm" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--providers", "ours", "magic"], "provider 'magic' is not known; needs one of copy, "),
+        (["--suite", "/nowhere"], "--suite would write to /nowhere; needs a folder that is there"),
+        (["--json", "/nowhere/a.json"], "--json would write to /nowhere; needs a folder"),
+        (["--plot", "/nowhere/a.svg"], "--plot would write to /nowhere; needs a folder"),
+        (["--plot", "a.pdf"], "--plot is a.pdf; needs a name that ends in .png or .svg"),
+        (["--from", "/nowhere"], "No such file"),
+    ],
+)
+def test_errors(arguments, message, capsys, host):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is no JSON"), ("{}", "has no device"), ("[]", "has no device")]
+)
+def test_from_another_file(text, message, tmp_path, capsys):
+    file = tmp_path / "other.json"
+    file.write_text(text)
+    code, _, err = run(capsys, "--from", file)
+    assert code == 2
+    assert message in err
+    assert "needs a file of --json" in err
+
+
+@pytest.mark.parametrize(
+    ("library", "option"), [("rich", "--host"), ("matplotlib", "--plot=a.png")]
+)
+def test_a_missing_library_is_named_with_its_remedy(library, option, monkeypatch, capsys, host):
+    for name in [name for name in sys.modules if name.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    code, _, err = run(capsys, option)
+    assert code == 2
+    assert f"needs {library}: pip install " in err
+    assert "[bench]" in err
+
+
+def test_providers_can_be_chosen_and_the_missing_say_why(capsys, host, tmp_path):
+    file = tmp_path / "results.json"
+    code, out, _ = run(
+        capsys, "--tokens", 2, "--num-heads", 2, "--head-dim", 64, "--json", file,
+        "--providers", "ours", "ours-row",
+    )  # fmt: skip
+    assert code == 0
+    results = json.loads(file.read_text())
+    assert {t["provider"] for t in results["timings"]} == {"ours"}
+    assert results["unavailable"] == {"ours-row": "runs on a GPU only"}
+    assert "ours, one block per row: not available: runs on a GPU only" in out
+
+
+def test_a_provider_whose_library_is_not_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    found, unavailable = _providers.find(SimpleNamespace(name="torch"))
+    assert "ours" in found
+    assert "liger" not in found
+    assert unavailable["liger"].endswith("needs: pip install liger-kernel")
+    assert "naive" not in unavailable  # it belongs to the host
+    _, unavailable = _providers.find(SimpleNamespace(name="cupy"), ["functional"])
+    assert unavailable["functional"]
+
+
+def test_host_alone(capsys, host, monkeypatch, tmp_path):
+    monkeypatch.setattr(_costs, "_in_new_process", lambda code, *_, **__: float("numpy" in code))
+    file = tmp_path / "results.json"
+    code, out, _ = run(capsys, "--host", "--json", file)
+    results = json.loads(file.read_text())
+    assert (code, results["timings"]) == (0, [])
+    assert results["once"]["import_milliseconds"] == 0
+    assert results["once"]["import_beside_numpy_milliseconds"] == 1
+    assert "import milliseconds" in out
+
+
+def test_code_in_a_new_process(tmp_path):
+    assert _costs._in_new_process(_costs._IMPORT, str(tmp_path)) > 0
+    with pytest.raises(RuntimeError, match="a new process failed: .*ZeroDivisionError"):
+        _costs._in_new_process("1 / 0", str(tmp_path))
+
+
+def test_peers_that_raise_or_disagree_get_no_row(monkeypatch):
+    def shifted(work):
+        return lambda i: work.norm(work.inputs[i]) * np.float16(1.5)
+
+    def raising(work):
+        raise OSError("no   such\nthing")
+
+    monkeypatch.setitem(PROVIDERS, "shifted", Provider("shifted", shifted, ("numpy",)))
+    monkeypatch.setitem(PROVIDERS, "raising", Provider("raising", raising, ("numpy",)))
+    unavailable = {}
+    rows = bench.measure(CASE, ["ours", "shifted", "raising"], _timing.Host(), {}, unavailable)
+    assert [row["provider"] for row in rows] == ["ours"]
+    assert unavailable["raising"] == f"OSError: no such thing at {CASE}"
+    assert unavailable["shifted"].startswith("disagrees with ours by 0.5 of")
+    monkeypatch.setitem(PROVIDERS, "ours", PROVIDERS["ours"]._replace(build=raising))
+    with pytest.raises(OSError, match="no   such"):
+        bench.measure(CASE, ["ours"], _timing.Host(), {}, {})
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("layout", _providers.LAYOUTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_peers_agree_on_torch_tensors(kind, layout, dtype, host):
+    pytest.importorskip("transformers")
+    case = Case(5, 4, 48, dtype, kind, layout)
+    unavailable = {}
+    names = ["copy", "multiply", "ours", "functional", "eager"]
+    rows = bench.measure(case, names, TorchHost(), {}, unavailable)
+    assert unavailable == {}
+    # Peers return memory of their own, so in place there are none.
+    assert [row["provider"] for row in rows] == (names[:3] if case.in_place else names)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_whole_array_expression_agrees(kind, dtype, host):
+    unavailable = {}
+    case = Case(5, 4, 48, dtype, kind, "misaligned")
+    rows = bench.measure(case, ["naive"], _timing.Host(), {}, unavailable)
+    assert (len(rows), unavailable) == (1, {})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_misaligned_rows_start_one_element_behind_a_boundary(dtype):
+    case = Case(3, 2, 64, dtype, "rms", "misaligned")
+    work = _providers.prepare(case, _timing.Host())
+    for x, result in zip(work.inputs, work.results, strict=True):
+        offset = x.ctypes.data - x.base.ctypes.data
+        assert offset == x.itemsize
+        assert all(stride % 16 == 0 for stride in x.strides[:2])
+        assert result.flags.c_contiguous
+
+
+def test_inputs_are_random_and_the_same_for_every_buffer():
+    case = Case(300, 32, 128, "float32", "rms", "packed-qkv")  # more than a block of randoms
+    work = _providers.prepare(case, _timing.Host())
+    first, second = work.inputs
+    assert np.array_equal(first, second)
+    assert not np.shares_memory(first, second)
+    assert np.count_nonzero(first) == first.size
+    assert len(np.unique(first[:100])) > 400_000
+    assert work.results[0].shape == first.shape
+
+
+def test_ceilings_are_measured_once(monkeypatch, host):
+    ceilings = {(CASE.nbytes, "float16"): {"copy": 5.0, "multiply": 2.0}}
+    rows = bench.measure(CASE, ["copy", "ours"], _timing.Host(), ceilings, {})
+    assert rows[0]["microseconds"] == 5
+    assert rows[0]["share"] == 0.4
+    assert rows[1]["share"] == pytest.approx(2 / rows[1]["microseconds"], abs=1e-4)
+
+
+def test_the_suite_writes_a_file_named_for_the_device(capsys, host, monkeypatch, tmp_path):
+    tiny = [(CASE, None), (CASE._replace(layout="in-place"), ["ours"])]
+    monkeypatch.setattr(bench, "suite", lambda on: iter(tiny))
+    monkeypatch.setattr(bench, "_device_and_versions", lambda: ("NVIDIA Made Up (1)", {}))
+    monkeypatch.setattr(_costs, "_in_new_process", lambda code, *_, **__: 500.0)
+    small = _costs.reference_costs
+    monkeypatch.setattr(_costs, "reference_costs", lambda: small(tokens=64))
+    code, out, err = run(capsys, "--suite", tmp_path)
+    assert (code, err) == (0, "")
+    results = json.loads((tmp_path / "made-up-1.json").read_text())
+    assert results["command"] == "python -m cupy_headnorm bench --suite"
+    layouts = [(t["layout"], t["provider"]) for t in results["timings"]]
+    assert ("in-place", "ours") in layouts
+    assert ("in-place", "copy") not in layouts
+    assert ("contiguous", "naive") in layouts
+    judged = {row["what"]: row for row in results["targets"]}
+    assert judged["import: ms"]["met"] is False
+    assert judged["plan miss: us"]["met"] is None
+    assert judged["reference, 1 GiB: extra MiB"]["met"] is True
+    assert "Numbers to reach" in out
+    assert "missed" in out
+
+
+def test_the_suite_holds_a_case_for_every_number_to_reach():
+    timings = [timing(case, "ours") for case, _ in bench.suite(SimpleNamespace(name="torch"))]
+    assert len(timings) < 300
+    judged = _targets.judge(made_up(timings=timings))
+    for row in judged[:6]:
+        assert row["met"] is True, row
+    assert all(row["met"] is None for row in judged[6:])
+    sized = {t["layout"] for t in timings}
+    assert sized == set(_providers.LAYOUTS)
+
+
+def big(head_dim, kind="rms", layout="contiguous", tokens=100_000):
+    return Case(tokens, 32, head_dim, "float16", kind, layout)
+
+
+def judge(**parts):
+    return {row["what"]: row for row in _targets.judge(made_up(**parts))}
+
+
+@pytest.mark.parametrize(
+    ("what", "limit", "case"),
+    [
+        ("rms, out of place: share of a copy", 0.98, big(128)),
+        ("rms, in place or packed: share", 0.94, big(128, layout="in-place")),
+        ("rms, in place or packed: share", 0.94, big(64, layout="packed-qkv")),
+        ("layer, out of place: share", 0.97, big(96, "layer")),
+        ("layer, in place or packed: share", 0.93, big(96, "layer", "packed-qkv-in-place")),
+        ("head_dim 72, 80, 100, 112, 160: share", 0.97, big(72)),
+        ("other head_dim, misaligned: share", 0.8, big(37)),
+        ("other head_dim, misaligned: share", 0.8, big(128, layout="misaligned")),
+    ],
+)
+def test_shares_are_held_against_their_targets(what, limit, case):
+    good, bad = timing(case, "ours", share=limit), timing(case, "ours", share=limit - 0.001)
+    ignored = [
+        timing(case, "liger", share=0.1),
+        timing(case._replace(tokens=10), "ours", share=0.1),
+    ]
+    row = judge(timings=[good, *ignored])[what]
+    assert (row["met"], row["measured"], row["where"]) == (True, limit, str(case))
+    rows = judge(timings=[bad, good, *ignored])
+    assert (rows[what]["met"], rows[what]["measured"]) == (False, pytest.approx(limit - 0.001))
+    assert [name for name, row in rows.items() if row["met"] is not None] == [what]
+
+
+def test_rows_below_64_bytes_have_no_target():
+    rows = judge(timings=[timing(big(31, tokens=10**6), "ours", share=0.1)])
+    assert all(row["met"] is None for row in rows.values())
+
+
+def test_one_token_is_held_against_the_copy_and_the_fastest_peer():
+    spent = {"copy": 1.0, "multiply": 0.1, "ours": 1.3, "ours-row": 0.1, "liger": 1.2, "eager": 9.0}
+    timings = [timing(_costs.HOST_CASE, name, us) for name, us in spent.items()]
+    rows = judge(timings=timings)
+    assert (rows["1 token: times a copy"]["met"], rows["1 token: times a copy"]["measured"]) == (
+        True,
+        1.3,
+    )
+    assert rows["1 token: times any peer"]["met"] is False
+    assert "liger 1.2" in rows["1 token: times any peer"]["where"]
+    assert all(row["met"] is None for row in judge(timings=timings, timer="numpy").values())
+
+
+def test_host_times_and_single_numbers_are_held_against_their_targets():
+    spent = {
+        _costs.LAUNCH: 4.0,
+        _costs.FUNCTION: 5.0,
+        _costs.FUNCTIONAL: 10.0,
+        _costs.TORCH_IN_PLACE: 7.0,
+        _costs.TORCH_NEW: 9.0,
+        _costs.CUPY_IN_PLACE: 7.0,
+    }
+    once = {
+        "plan_miss_torch_microseconds": 39.0,
+        "plan_miss_cupy_microseconds": 41.0,
+        "first_call_cold_milliseconds": 399.0,
+        "first_call_disk_cache_milliseconds": 81.0,
+        "import_milliseconds": 80.0,
+        "reference_extra_mebibytes": 17.0,
+        "reference_milliseconds": 100.0,
+        "whole_array_milliseconds": 250.0,
+    }
+    host = [{"call": call, "microseconds": us} for call, us in spent.items()]
+    rows = list(judge(host=host, once=once).values())[8:]
+    assert [row["met"] for row in rows] == [
+        True, False, True, False, False, True, False, True, False, True,
+    ]  # fmt: skip
+    assert rows[4]["where"] == "plan miss cupy microseconds"
+    assert rows[-1]["measured"] == 2.5
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+@pytest.mark.parametrize("parts", ["both", "timings", "host"])
+def test_plot_from_a_file(suffix, parts, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    case = _costs.HOST_CASE
+    timings = [
+        timing(case._replace(tokens=tokens), name, share=share)
+        for tokens in (1, 16, 256)
+        for name, share in (("copy", 1.0), ("ours", 0.9), ("eager", 0.0))
+    ]
+    host = [{"call": "ours, in place", "microseconds": 5.0}, {"call": "F", "microseconds": 9.0}]
+    results = made_up(
+        timings=[] if parts == "host" else timings, host=[] if parts == "timings" else host
+    )
+    source, picture = tmp_path / "results.json", tmp_path / f"plot.{suffix}"
+    source.write_text(json.dumps(results))
+    code, out, err = run(capsys, "--from", source, "--plot", picture)
+    assert (code, err) == (0, "")
+    assert "NVIDIA Made Up 1, 2026-01-02" in out
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+    if suffix == "svg":
+        code, *_ = run(capsys, "--from", source, "--plot", picture)
+        assert picture.read_bytes() == data
+
+
+def test_a_plot_of_nothing(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    source = tmp_path / "results.json"
+    source.write_text(json.dumps(made_up()))
+    code, _, err = run(capsys, "--from", source, "--plot", tmp_path / "plot.png")
+    assert code == 2
+    assert "hold neither device nor host times" in err
+
+
+def test_the_reference_needs_little_beside_its_result():
+    costs = _costs.reference_costs(tokens=1024)  # 16 MiB
+    assert 0 < costs["reference_extra_mebibytes"] < 16
+
+
+TIMERS = [pytest.param(_timing.Gpu, id="cupy"), pytest.param(_timing.TorchGpu, id="torch")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", TIMERS)
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("layout", _providers.LAYOUTS)
+def test_every_provider_that_is_found_agrees_and_is_timed(make, kind, layout):
+    on = make()
+    names, _ = _providers.find(on)
+    case = Case(64, 32, 128, "bfloat16", kind, layout)
+    unavailable = {}
+    rows = bench.measure(case, names, on, {}, unavailable)
+    # The others need compilers, which may be missing.
+    assert set(unavailable) <= {"compile", "liger"}
+    timed = [n for n in names if PROVIDERS[n].in_place or not case.in_place]
+    assert [row["provider"] for row in rows] == [n for n in timed if n not in unavailable]
+    assert all(row["microseconds"] > 0 for row in rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", TIMERS)
+def test_host_times_on_a_gpu(make, monkeypatch):
+    monkeypatch.setattr(_costs, "_CALLS", 3)
+    on = make()
+    names, _ = _providers.find(on)
+    rows, failed = _costs.host_times(on, names)
+    calls = {row["call"] for row in rows}
+    wanted = {_costs.LAUNCH, _costs.FUNCTION, _costs.CUPY_IN_PLACE, _costs.CUPY_NEW}
+    if on.name == "torch":
+        wanted |= {_costs.TORCH_IN_PLACE, _costs.TORCH_NEW, _costs.FUNCTIONAL}
+    assert wanted <= calls
+    assert set(failed) <= {"compile", "liger"}
+    misses = _costs.plan_misses(on)
+    assert "plan_miss_cupy_microseconds" in misses
+    assert all(value > 0 for value in misses.values())
+
+
+@pytest.mark.gpu
+def test_nothing_but_the_result_is_allocated():
+    pytest.importorskip("torch")
+    assert _costs.gpu_memory(_timing.TorchGpu()) == {"gpu_extra_bytes": 0}
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_first_calls_in_new_processes():
+    assert all(value > 0 for value in _costs.first_calls().values())
