@@ -21,6 +21,7 @@ import numpy as np
 
 from cupy_headnorm import _interop, _providers, _timing, reference
 from cupy_headnorm._providers import Case, Workload
+from cupy_headnorm._spec import DEFAULT_EPS
 from cupy_headnorm._timing import Timer
 
 HOST_CASE = Case(1, 32, 128, "bfloat16", "rms", "contiguous")
@@ -71,12 +72,12 @@ def host_times(on: Timer, names: list[str]) -> tuple[list[dict[str, Any]], dict[
         work = _providers.prepare(HOST_CASE, on, buffers=1)
         rows = [_host_row(label, call, synchronize) for label, call in _own_calls(work)]
         for name in names:
-            if name in _providers.CEILINGS + _providers.OURS:
+            if name in _providers.CEILINGS + _providers.OURS + ("functional",):
                 continue
             provider = _providers.PROVIDERS[name]
-            label = FUNCTIONAL if name == "functional" else provider.label
             try:
-                rows.append(_host_row(label, partial(provider.build(work), 0), synchronize))
+                call = partial(provider.build(work), 0)
+                rows.append(_host_row(provider.label, call, synchronize))
             except Exception as error:
                 failed[name] = f"{_providers.one_line(error)} at a host call"
     return rows, failed
@@ -104,7 +105,9 @@ def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "ours, in place on NumPy", partial(norm, x, out=x)
         yield "ours, new result on NumPy", partial(norm, x)
         if "functional" in _providers.find(work.on)[0]:
-            yield "ours, new result on torch, host memory", partial(norm, _timing.as_torch(x))
+            tensor, weight = _timing.as_torch(x), _timing.as_torch(work.weight)
+            yield "ours, new result on torch, host memory", partial(norm, tensor)
+            yield FUNCTIONAL, _functional(tensor, weight)
         return
     cupy = _interop.import_cupy()
     array, weight = x, work.weight
@@ -126,6 +129,7 @@ def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
 
         yield TORCH_IN_PLACE, partial(norm, x, out=x)
         yield TORCH_NEW, partial(norm, x)
+        yield FUNCTIONAL, _functional(x, work.weight)
 
         def through_dlpack() -> Any:
             view = cupy.from_dlpack(x)
@@ -134,6 +138,12 @@ def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
             return torch.from_dlpack(result)
 
         yield "from_dlpack, RawKernel, from_dlpack", through_dlpack
+
+
+def _functional(x: Any, weight: Any) -> Callable[[], Any]:
+    from torch.nn import functional
+
+    return partial(functional.rms_norm, x, (HOST_CASE.head_dim,), weight, DEFAULT_EPS["rms"])
 
 
 def plan_misses(on: Timer) -> dict[str, float]:
@@ -175,7 +185,7 @@ def _in_new_process(code: str, bytecode: str, **environment: str) -> float:
     )
     if done.returncode:
         raise RuntimeError(f"a new process failed: {' '.join(done.stderr.split())[-300:]}")
-    return float(done.stdout)
+    return float(done.stdout.split()[-1])
 
 
 def _folder() -> tempfile.TemporaryDirectory[str]:
@@ -215,15 +225,16 @@ def reference_costs(tokens: int = 2**16) -> dict[str, float]:
     """Return extra memory and time of the reference, and of whole arrays: by default on 1 GiB."""
     block = np.random.default_rng(0).standard_normal((min(tokens, 1024), 32, 128), np.float32)
     x = np.resize(block, (tokens, 32, 128))
-    weight, out = block[0, 0].copy(), np.empty_like(x)
+    weight = block[0, 0].copy()
     tracemalloc.start()
-    reference.rms_norm(x, weight, out=out)
-    extra = tracemalloc.get_traced_memory()[1]
+    result = reference.rms_norm(x, weight)
+    extra = tracemalloc.get_traced_memory()[1] - result.nbytes
     tracemalloc.stop()
+    del result
     milliseconds = {
         name: 1e3 * statistics.median(timeit.repeat(call, number=1, repeat=3))
         for name, call in (
-            ("reference", lambda: reference.rms_norm(x, weight, out=out)),
+            ("reference", lambda: reference.rms_norm(x, weight)),
             ("whole_array", lambda: _providers.whole_array(x, weight, "rms")),
         )
     }

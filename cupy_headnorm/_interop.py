@@ -86,6 +86,11 @@ class _CuPy(Plain):
         return x.data.ptr
 
     def view(self, x: Any, role: str) -> ArrayView:
+        if type(x) is not self._cupy.ndarray:
+            raise TypeError(
+                f"{role} is a {type(x).__name__}, whose meaning a norm would drop; "
+                "needs a plain cupy.ndarray"
+            )
         pointer = x.data.ptr
         dtype = _dtypes.from_numpy(x.dtype, role)
         device = Device("cuda", x.data.device_id)
@@ -145,6 +150,8 @@ class _DLPack:
         try:
             capsule = x.__dlpack__(stream=stream, max_version=(1, 3))
         except TypeError:  # a producer from before DLPack 1.0
+            capsule = None
+        if capsule is None:
             capsule = x.__dlpack__(stream=stream)
         raw = _dlpack.read_capsule(capsule)
         dtype = _dtypes.from_dlpack(*raw.dtype, role)

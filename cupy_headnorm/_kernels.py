@@ -75,8 +75,12 @@ def macros(spec: NormSpec, config: LaunchConfig, memory: Memory) -> dict[str, st
     itemsize = spec.x.itemsize
     vector = config.vector_bytes // itemsize
     shared_block = config.lanes <= _launch.WARP
-    values = vector * config.vectors_per_lane
-    capped = shared_block and not spec.bias and values <= _launch.GROUP_BLOCKS_VALUES
+    capped = (
+        shared_block
+        and not spec.bias
+        and config.access_bytes == config.vector_bytes
+        and vector * config.vectors_per_lane <= _launch.GROUP_BLOCKS_VALUES
+    )
     name = spec.name
     if config.access_bytes != config.vector_bytes:
         name += f"_access{config.access_bytes}"
@@ -196,14 +200,21 @@ def limits(index: int) -> DeviceLimits:
     return found
 
 
-def prepare(call: NormCall, index: int, config: LaunchConfig | None = None) -> Launch:
-    """Plan `call` on CUDA device `index`, and compile and load its kernel where that is new."""
+def prepare(call: NormCall, index: int, stream: int, config: LaunchConfig | None = None) -> Launch:
+    """
+    Plan `call` on CUDA device `index`, and compile and load its kernel where that is new.
+
+    Raises
+    ------
+    CaptureError
+        It is new while `stream` is captured.
+    """
     if config is None:
         config = _launch.plan(call, limits(index))
     else:
         _launch.check_config(config, call.spec, limits(index))
         _launch.check_call(call, config)
-    function = _function(call.spec, config, _launch.memory(call, config), index)
+    function = _function(call.spec, config, _launch.memory(call, config), index, stream)
     return Launch(
         function.ptr,
         config.blocks(call.rows),
@@ -214,12 +225,13 @@ def prepare(call: NormCall, index: int, config: LaunchConfig | None = None) -> L
     )
 
 
-def _function(spec: NormSpec, config: LaunchConfig, memory: Memory, index: int) -> Any:
+def _function(spec: NormSpec, config: LaunchConfig, memory: Memory, index: int, stream: int) -> Any:
     # rows_per_block is a run-time argument: every number of rows runs one kernel.
     key = (spec, config.vector_bytes, config.lanes, config.vectors_per_lane, config.access_bytes)
     key = (*key, memory, index)
     function = _functions.get(key)
     if function is None:
+        refuse_capture(stream, "the kernel for this layout is not loaded yet")
         with _compiling:
             function = _functions.get(key)
             if function is None:
@@ -308,25 +320,28 @@ def runner(launch: Launch) -> Callable[[int, int, int, int, int], None]:
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
     address = ctypes.addressof(arguments)
     function, blocks, threads, device = launch[:4]
-    only_device = runtime.getDeviceCount() == 1
     ready = _thread.__dict__.setdefault("ready", set())
     if device not in ready:
         # A thread's first launch on a device needs the device's context current there.
         _on_device(device, lambda: None)
         ready.add(device)
 
-    def run(x: int, out: int, weight: int, bias: int, stream: int) -> None:
+    def launch_here(x: int, out: int, weight: int, bias: int, stream: int) -> None:
+        # Nothing of Python runs between these two: a finalizer could make the same call.
         write(params, 0, x, out, weight, bias)
-        if only_device or current_device() == device:
-            start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
-        else:
-            _on_device(
-                device,
-                lambda: start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0),
-            )
+        start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
 
-    run.keeps = arguments  # type: ignore[attr-defined]
-    return run
+    launch_here.keeps = arguments  # type: ignore[attr-defined]
+    if runtime.getDeviceCount() == 1:
+        return launch_here
+
+    def launch_there(*arguments: int) -> None:
+        if current_device() == device:
+            launch_here(*arguments)
+        else:
+            _on_device(device, lambda: launch_here(*arguments))
+
+    return launch_there
 
 
 def _on_device(index: int, function: Callable[[], None]) -> None:

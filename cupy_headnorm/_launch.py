@@ -14,7 +14,7 @@ GROUP_BLOCKS = 5
 """Of such blocks a multiprocessor has room for as many, which leaves a thread 48 registers. Layer,
 bfloat16, head_dim 160, 64 MB, H100: 1.00 of copy speed, without the cap 0.96."""
 GROUP_BLOCKS_VALUES = 12
-"""Values a lane at most for that, and no bias: with more the compiler spills."""
+"""Values a lane at most for that, no bias and full accesses: with more the compiler spills."""
 MAX_BLOCKS = 2**31 - 1
 MAX_HEAD_DIM = 2**31 - 2**17
 """The kernels count inside a row in 32 bits, up to a tile past its end."""

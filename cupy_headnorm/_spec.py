@@ -16,6 +16,9 @@ DEFAULT_EPS = {"rms": 1e-6, "layer": 1e-5}
 
 ROUNDINGS = ("once", "before_weight")
 
+MAX_AXES = 64
+"""Of an array, in NumPy, CuPy and torch."""
+
 Shape = tuple[int, ...]
 
 
@@ -109,6 +112,10 @@ def _real(value: object, name: str) -> float:
 def checked_heads_axis(value: object) -> int:
     """Check the axis of the heads as far as can be without x."""
     axis = integer(value, "heads_axis")
+    if not -MAX_AXES <= axis < MAX_AXES:
+        raise ValueError(
+            f"heads_axis is {axis}; needs one of the {MAX_AXES} axes an array may have"
+        )
     if axis == -1:
         raise ValueError("heads_axis is -1, the axis of head_dim; needs another, such as -2 or -3")
     return axis
@@ -351,28 +358,28 @@ def describe(
     )
 
 
-def tokens(
-    opts: NormOptions, x: Layout, weight: Layout | None, bias: Layout | None, out: Layout
-) -> int:
+def tokens_axis(
+    opts: NormOptions, x: Layout, out: Layout, weight: Layout | None, bias: Layout | None
+) -> int | None:
     """
-    Return the length of the outermost axis that is not 1, if a plan serves any other length too.
+    Return the outermost axis that is longer than 1, if a plan serves any other length of it too.
 
     It does where that axis holds no heads and comes outermost in `out`: a kernel then meets the
-    length nowhere but in the number of rows. 0 where it does not.
+    length nowhere but in the number of rows. None where it does not.
     """
     if 0 in x.shape:
-        return 0
+        return None
     lead = next((i for i, n in enumerate(x.shape) if n > 1), len(x.shape) - 1)
     heads = geometry(opts.num_heads, opts.head_dim, weight and weight.shape, bias and bias.shape)
     flat = heads.head_dim is not None and x.shape[-1] != heads.head_dim
     if heads.num_heads not in (None, 1) and not flat and opts.heads_axis % len(x.shape) <= lead:
-        return 0
+        return None
     first, end = out._replace(shape=out.shape[lead + 1 :], strides=out.strides[lead + 1 :]).extent(
         0
     )
     if lead == len(x.shape) - 1 or abs(out.strides[lead]) < end - first:
-        return 0
-    return x.shape[lead]
+        return None
+    return lead
 
 
 def check_out_layout(out: Layout) -> None:

@@ -60,9 +60,7 @@ _TRACERS = {
 """torch's modes that record operations, or run them on tensors without memory."""
 
 
-def _glance(
-    torch: Any, traced: Callable[[], str | None]
-) -> Callable[[Any], tuple[int, tuple[Any, ...]] | None]:
+def _glance(torch: Any) -> Callable[[Any], tuple[int, tuple[Any, ...]] | None]:
     """
     Return `Library.glance` for plain tensors.
 
@@ -71,7 +69,12 @@ def _glance(
     """
     is_grad_enabled, forward_ad = torch.is_grad_enabled, torch.autograd.forward_ad
     is_tracing, dispatch_modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack
-    function_modes = torch._C._len_torch_function_stack
+    function_modes, mode_at = torch._C._len_torch_function_stack, torch._C._get_function_stack_at
+
+    def only_default_devices() -> bool:
+        # Any other mode may trace, or change what torch.empty_like makes.
+        context = getattr(sys.modules.get("torch.utils._device"), "DeviceContext", None)
+        return all(type(mode_at(i)) is context for i in range(function_modes()))
 
     def glance(x: Any) -> tuple[int, tuple[Any, ...]] | None:
         try:
@@ -81,7 +84,7 @@ def _glance(
                 or (x.requires_grad and is_grad_enabled())
                 or is_tracing()
                 or dispatch_modes()
-                or (function_modes() and traced())
+                or (function_modes() and not only_default_devices())
                 or forward_ad._current_level >= 0
             ):
                 return None
@@ -115,8 +118,7 @@ class Torch(Plain):
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
-        self.glance = _glance(torch, self._traced)
-        self.address = torch.Tensor.data_ptr
+        self.glance = _glance(torch)
         self._kinds = (torch.Tensor, torch.nn.Parameter)
         # Autograd must know of what was written, or a later backward uses the overwritten values
         # without an error: also where no gradient is recorded, as torch's own in-place functions
@@ -130,6 +132,7 @@ class Torch(Plain):
             (torch._C._functorch.is_functorch_wrapped_tensor, "inside a torch.func transform"),
             (torch._is_functional_tensor, "functional, without memory of its own"),
             (lambda x: x.layout is not torch.strided, "of layout {x.layout}"),
+            (lambda x: x.is_nested, "nested"),
             (lambda x: x.is_quantized, "quantized"),
             (lambda x: x.is_meta, "on the meta device, without memory"),
             (torch.is_neg, "a lazily negated view (resolve_neg() makes it plain)"),
@@ -202,6 +205,12 @@ class Torch(Plain):
             make = partial(make, memory_format=self._torch.contiguous_format)
             result = make(view.owner)
         return result, make
+
+    def address(self, x: Any) -> int:
+        try:
+            return x.data_ptr()
+        except RuntimeError:  # made inside a transform of torch.func
+            return 0
 
     def _stream(self, index: int) -> int:
         if self._api:

@@ -19,14 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cupy_headnorm import _bench_report, _costs, _dtypes, _kernels, _providers, _spec, _targets
+from cupy_headnorm import (
+    _bench_report,
+    _costs,
+    _dtypes,
+    _interop,
+    _kernels,
+    _providers,
+    _spec,
+    _targets,
+)
 from cupy_headnorm._bench_report import Results
 from cupy_headnorm._providers import CEILINGS, LAYOUTS, OURS, PROVIDERS, Case
 from cupy_headnorm._timing import Timer, timer
 from cupy_headnorm._version import __version__
-
-Ceilings = dict[tuple[int, str], dict[str, float]]
-"""Microseconds of the ceilings' providers by bytes and dtype."""
 
 
 def count(text: str) -> int:
@@ -124,7 +130,8 @@ def _device_and_versions() -> tuple[str, dict[str, str]]:
     found = _kernels.environment()
     device = platform.processor() or platform.machine()
     if found.devices:
-        device = found.devices[0].split(",")[0]
+        current = _interop.import_cupy().cuda.runtime.getDevice()
+        device = found.devices[current].split(",")[0]
     else:
         info = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
@@ -158,21 +165,21 @@ def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results
         "targets": [],
         "unavailable": unavailable,
     }
-    ceilings: Ceilings = {}
     steps: list[Callable[[], None]] = []
     for case, providers in [] if chosen.host else _chosen_cases(chosen, on):
         wanted = names if providers is None else [n for n in names if n in providers]
-        steps.append(partial(_time, results, case, wanted, on, ceilings))
+        steps.append(partial(_time, results, case, wanted, on))
     steps.append(partial(_host, results, names, on))
-    if on.name != "numpy":
-        steps.append(lambda: results["once"].update(_costs.plan_misses(on)))
-    if chosen.host or chosen.suite is not None:
-        if on.name != "numpy":
-            steps.append(lambda: results["once"].update(_costs.first_calls()))
-        steps.append(lambda: results["once"].update(_costs.import_times()))
-    if chosen.suite is not None:
-        steps.append(lambda: results["once"].update(_costs.gpu_memory(on)))
-        steps.append(lambda: results["once"].update(_costs.reference_costs()))
+    on_gpu, whole = on.name != "numpy", chosen.suite is not None
+    for wanted, cost in (
+        (on_gpu, partial(_costs.plan_misses, on)),
+        (on_gpu and (chosen.host or whole), _costs.first_calls),
+        (chosen.host or whole, _costs.import_times),
+        (whole, partial(_costs.gpu_memory, on)),
+        (whole, _costs.reference_costs),
+    ):
+        if wanted:
+            steps.append(partial(_once, results, cost))
     # A thread that redraws the bar would take its time from the calls.
     shown = {"transient": True, "auto_refresh": False, "disable": not console.is_terminal}
     for step in track(steps, "measuring", console=console, **shown):
@@ -182,8 +189,16 @@ def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results
     return results
 
 
-def _time(results: Results, case: Case, names: list[str], on: Timer, ceilings: Ceilings) -> None:
-    results["timings"] += measure(case, names, on, ceilings, results["unavailable"])
+def _time(results: Results, case: Case, names: list[str], on: Timer) -> None:
+    results["timings"] += measure(case, names, on, results["unavailable"])
+
+
+def _once(results: Results, cost: Callable[[], dict[str, float]]) -> None:
+    try:
+        results["once"].update(cost())
+    except Exception as error:  # minutes of timings are worth more than the last numbers
+        name = getattr(cost, "func", cost).__name__
+        results["unavailable"][name] = _providers.one_line(error)
 
 
 def _host(results: Results, names: list[str], on: Timer) -> None:
@@ -192,27 +207,25 @@ def _host(results: Results, names: list[str], on: Timer) -> None:
 
 
 def measure(
-    case: Case, names: list[str], on: Timer, ceilings: Ceilings, unavailable: dict[str, str]
+    case: Case, names: list[str], on: Timer, unavailable: dict[str, str]
 ) -> list[dict[str, Any]]:
     """
     Time providers on one case and return a row for each.
 
-    Ceilings are measured once and kept. A peer that raises or that disagrees with us gets no row
+    A peer that raises or that disagrees with us gets no row
     but an entry in `unavailable`; one that cannot work in place is left out where it would have to.
     """
     spent = {}
     with on:
         work = _providers.prepare(case, on)
         buffers = len(work.plain)
-        key = (case.nbytes, case.dtype)
-        if key not in ceilings:
-            ceilings[key] = {
-                name: on.microseconds(PROVIDERS[name].build(work), buffers) for name in CEILINGS
-            }
+        ceilings = {
+            name: on.microseconds(PROVIDERS[name].build(work), buffers) for name in CEILINGS
+        }
         for name in names:
             provider = PROVIDERS[name]
             if name in CEILINGS:
-                spent[name] = ceilings[key][name]
+                spent[name] = ceilings[name]
             elif provider.in_place or not case.in_place:
                 try:
                     call = provider.build(work)
@@ -226,7 +239,7 @@ def measure(
                         raise
                     reason = f"{_providers.one_line(error)} at {case}"
                     unavailable.setdefault(name, reason)
-    ceiling = min(ceilings[key].values())
+    ceiling = min(ceilings.values())
     return [
         {
             **case._asdict(),

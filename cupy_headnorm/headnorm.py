@@ -17,6 +17,8 @@ from cupy_headnorm._launch import LaunchConfig
 from cupy_headnorm._layout import CPU, Device
 from cupy_headnorm._torch import untraced
 
+_HEADS_AXIS = -2
+
 
 class HeadNorm:
     """
@@ -134,7 +136,7 @@ class HeadNorm:
         checkpoint.write_norm(path, key, self._weight, self._bias)
 
     @untraced
-    def __call__(self, x: Any, /, *, heads_axis: int = -2, out: Any = None) -> Any:
+    def __call__(self, x: Any, /, *, heads_axis: int = _HEADS_AXIS, out: Any = None) -> Any:
         """
         Normalize `x`; see `cupy_headnorm.rms_norm` for layouts, `out` and errors.
 
@@ -143,7 +145,7 @@ class HeadNorm:
         array
             Shape, dtype, device and library of `x`; `out` if it was given.
         """
-        norm = self._norm if heads_axis == -2 else self._along(heads_axis)
+        norm = self._norm if heads_axis is _HEADS_AXIS else self._along(heads_axis)
         return _dispatch.apply(norm, x, None, None, out)
 
     @untraced

@@ -217,13 +217,13 @@ def test_peers_that_raise_or_disagree_get_no_row(monkeypatch):
     monkeypatch.setitem(PROVIDERS, "shifted", Provider("shifted", shifted, ("numpy",)))
     monkeypatch.setitem(PROVIDERS, "raising", Provider("raising", raising, ("numpy",)))
     unavailable = {}
-    rows = bench.measure(CASE, ["ours", "shifted", "raising"], _timing.Host(), {}, unavailable)
+    rows = bench.measure(CASE, ["ours", "shifted", "raising"], _timing.Host(), unavailable)
     assert [row["provider"] for row in rows] == ["ours"]
     assert unavailable["raising"] == f"OSError: no such thing at {CASE}"
     assert unavailable["shifted"].startswith("disagrees with ours by 0.5 of")
     monkeypatch.setitem(PROVIDERS, "ours", PROVIDERS["ours"]._replace(build=raising))
     with pytest.raises(OSError, match="no   such"):
-        bench.measure(CASE, ["ours"], _timing.Host(), {}, {})
+        bench.measure(CASE, ["ours"], _timing.Host(), {})
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -234,7 +234,7 @@ def test_peers_agree_on_torch_tensors(kind, layout, dtype, host):
     case = Case(5, 4, 48, dtype, kind, layout)
     unavailable = {}
     names = ["copy", "multiply", "ours", "functional", "eager"]
-    rows = bench.measure(case, names, TorchHost(), {}, unavailable)
+    rows = bench.measure(case, names, TorchHost(), unavailable)
     assert unavailable == {}
     # Peers return memory of their own, so in place there are none.
     assert [row["provider"] for row in rows] == (names[:3] if case.in_place else names)
@@ -245,7 +245,7 @@ def test_peers_agree_on_torch_tensors(kind, layout, dtype, host):
 def test_the_whole_array_expression_agrees(kind, dtype, host):
     unavailable = {}
     case = Case(5, 4, 48, dtype, kind, "misaligned")
-    rows = bench.measure(case, ["naive"], _timing.Host(), {}, unavailable)
+    rows = bench.measure(case, ["naive"], _timing.Host(), unavailable)
     assert (len(rows), unavailable) == (1, {})
 
 
@@ -271,12 +271,24 @@ def test_inputs_are_random_and_the_same_for_every_buffer():
     assert work.results[0].shape == first.shape
 
 
-def test_ceilings_are_measured_once(monkeypatch, host):
-    ceilings = {(CASE.nbytes, "float16"): {"copy": 5.0, "multiply": 2.0}}
-    rows = bench.measure(CASE, ["copy", "ours"], _timing.Host(), ceilings, {})
-    assert rows[0]["microseconds"] == 5
-    assert rows[0]["share"] == 0.4
-    assert rows[1]["share"] == pytest.approx(2 / rows[1]["microseconds"], abs=1e-4)
+def test_shares_are_of_the_better_ceiling(monkeypatch, host):
+    spent = iter([5.0, 2.0, 4.0])
+    monkeypatch.setattr(_timing.Host, "microseconds", lambda *_: next(spent))
+    rows = bench.measure(CASE, ["copy", "ours"], _timing.Host(), {})
+    assert [row["microseconds"] for row in rows] == [5, 4]
+    assert [row["share"] for row in rows] == [0.4, 0.5]
+
+
+def test_a_cost_that_fails_is_named_and_the_rest_is_kept(capsys, host, monkeypatch, tmp_path):
+    def broken():
+        raise MemoryError("too little")
+
+    monkeypatch.setattr(_costs, "import_times", broken)
+    code, _, _ = run(capsys, "--host", "--json", tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert code == 0
+    assert results["host"]
+    assert results["unavailable"]["broken"] == "MemoryError: too little"
 
 
 def test_the_suite_writes_a_file_named_for_the_device(capsys, host, monkeypatch, tmp_path):
@@ -445,7 +457,7 @@ def test_every_provider_that_is_found_agrees_and_is_timed(make, kind, layout):
     names, _ = _providers.find(on)
     case = Case(64, 32, 128, "bfloat16", kind, layout)
     unavailable = {}
-    rows = bench.measure(case, names, on, {}, unavailable)
+    rows = bench.measure(case, names, on, unavailable)
     # The others need compilers, which may be missing.
     assert set(unavailable) <= {"compile", "liger"}
     timed = [n for n in names if PROVIDERS[n].in_place or not case.in_place]

@@ -7,7 +7,8 @@ import pytest
 from cases import covering_specs
 
 from cupy_headnorm import _kernels, _launch, _source
-from cupy_headnorm._spec import NormCall, RowAxis
+from cupy_headnorm._dtypes import FLOAT16
+from cupy_headnorm._spec import NormCall, NormSpec, RowAxis
 
 GATE = (75, 90, 120)
 ALL = (75, 80, 86, 89, 90, 100, 120)
@@ -76,6 +77,18 @@ def test_compiles_without_spills(spec, architecture, request):
     for config, memory in chosen:
         log = compiled(spec, config, memory, architecture)
         assert _kernels.macros(spec, config, memory)["HN_NAME"] in log
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        assert spills == [("0", "0")], log
+
+
+@pytest.mark.parametrize("head_dim", [8, 10, 16, 20, 34, 40, 64, 100, 128, 1000])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_misaligned_rows_compile_without_spills(kind, head_dim, architecture):
+    """Elements one by one: through shared memory where a row has lanes enough."""
+    spec = NormSpec(kind, FLOAT16, FLOAT16, None, head_dim, "once")
+    for config, memory in list(specialisations(spec))[1:]:
+        assert config.access_bytes == 2
+        log = compiled(spec, config, memory, architecture)
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         assert spills == [("0", "0")], log
 

@@ -1,5 +1,7 @@
 """Zero copies, the producer's library, and every kind of array that is refused."""
 
+import warnings
+
 import numpy as np
 import pytest
 from libraries import StrictLibrary, TorchLibrary
@@ -200,7 +202,13 @@ def fake():
     yield tensor
 
 
+def nested():
+    with warnings.catch_warnings(action="ignore"):
+        yield torch.nested.nested_tensor([torch.ones(2, 64), torch.ones(3, 64)])
+
+
 KINDS = {
+    "nested": (nested, "is nested"),
     "subclass": (lambda: iter([torch.ones(3, 64).as_subclass(Subclass)]), "is a Subclass, a subcl"),
     "fake": (fake, "is a FakeTensor, a subclass of torch.Tensor"),
     "sparse": (lambda: iter([torch.ones(3, 64).to_sparse()]), "is of layout torch.sparse_coo"),

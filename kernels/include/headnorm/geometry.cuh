@@ -11,6 +11,8 @@ namespace headnorm {
 // 16-byte boundary, H100, share of a copy staged / not: head_dim 64 0.80 / 0.39, 128 0.84 / 0.41,
 // 256 0.93 / 0.44, 1024 0.83 / 0.42. Accesses of 4 bytes need no stage: 0.93 to 0.99.
 inline constexpr int kStagedBytes = 2;
+// Rows of fewer lanes are too short for it: a team would hold many rows' addresses and spill.
+inline constexpr int kStagedLanes = 4;
 
 // Which lane owns which elements: vector j of tile t of lane l starts at element
 // ((t * kVectors + j) * kLanes + l) * kVec. A row that fits in registers is one tile:
@@ -52,7 +54,8 @@ struct Geometry {
 // memory. Who owns an element stays the same.
 template <typename T, typename G>
 struct Mover {
-  static constexpr bool kStaged = G::kAccess < G::kVec && G::kAccess * sizeof(T) <= kStagedBytes;
+  static constexpr bool kStaged = G::kAccess < G::kVec && G::kAccess * sizeof(T) <= kStagedBytes &&
+                                  G::kLanes >= kStagedLanes;
   static constexpr int kRowVectors = G::kLanes * G::kVec;              // elements
   static constexpr int kTeam = G::kLanes < kWarp ? kWarp : G::kLanes;  // threads that move together
   static constexpr int kTeamRows = kTeam / G::kLanes;
