@@ -93,6 +93,30 @@ def test_misaligned_rows_compile_without_spills(kind, head_dim, architecture):
         assert spills == [("0", "0")], log
 
 
+@pytest.mark.parametrize("head_dim", [33, 100, 128, 160])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_stores_follow_one_another(kind, head_dim):
+    """Or pieces of one sector come too late to meet in the cache: see norm.cuh."""
+    spec = NormSpec(kind, FLOAT16, FLOAT16, None, head_dim, "once")
+    config, memory = next(specialisations(spec))
+    compiler = nvrtc()
+    from cupy._core.core import assemble_cupy_compiler_options
+
+    program = compiler.createProgram(_source.pasted("head_norm.cu"), "head_norm.cu", (), ())
+    options = (
+        *assemble_cupy_compiler_options(()),
+        *_kernels.compile_options(spec, config, memory),
+        "-arch=compute_90",
+        "--device-as-default-execution-space",
+    )
+    compiler.compileProgram(program, options)
+    ptx = compiler.getPTX(program)
+    text = ptx.decode() if isinstance(ptx, bytes) else ptx
+    between = text[text.index("st.global") : text.rindex("st.global")]
+    assert text.count("st.global") == config.vectors_per_lane
+    assert "f32" not in between
+
+
 def test_a_lane_count_that_is_no_power_of_two_does_not_compile():
     spec = covering_specs()[0]
     config, memory = next(specialisations(spec))

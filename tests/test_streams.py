@@ -486,11 +486,12 @@ def test_nothing_is_loaded_while_capturing(library, taken):
     assert (library.host(x) == 1).all()
     assert (library.host(y) == 4).all()
     norm.warmup(x)
-    with library.capture() as replay:
+    # By another name: a graph that is dropped during a capture breaks it.
+    with library.capture() as again:
         norm(x, out=x)
     library.write(x, y)
     synchronize()
-    replay()
+    again()
     synchronize()
     np.testing.assert_allclose(library.host(x), 1, rtol=RELATIVE["float32"])
 

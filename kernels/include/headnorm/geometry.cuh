@@ -54,8 +54,8 @@ struct Geometry {
 // memory. Who owns an element stays the same.
 template <typename T, typename G>
 struct Mover {
-  static constexpr bool kStaged = G::kAccess < G::kVec && G::kAccess * sizeof(T) <= kStagedBytes &&
-                                  G::kLanes >= kStagedLanes;
+  static constexpr bool kStaged =
+      G::kAccess < G::kVec && G::kAccess * sizeof(T) <= kStagedBytes && G::kLanes >= kStagedLanes;
   static constexpr int kRowVectors = G::kLanes * G::kVec;              // elements
   static constexpr int kTeam = G::kLanes < kWarp ? kWarp : G::kLanes;  // threads that move together
   static constexpr int kTeamRows = kTeam / G::kLanes;
