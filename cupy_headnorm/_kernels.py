@@ -1,4 +1,4 @@
-"""From a planned call to a running kernel. The only user of `cupy.RawKernel`."""
+"""From a planned call to a running kernel. The only user of `cupy.RawKernel` but the bench."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def _info(_: argparse.Namespace) -> None:
         ("cupy-headnorm", f"{__version__} in {Path(__file__).resolve().parent}"),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
     ]
-    for package in ("numpy", "ml_dtypes", "safetensors", "torch", "transformers"):
+    for package in ("numpy", "ml_dtypes", "safetensors", "torch", "transformers", "jax"):
         try:
             rows.append((package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
@@ -118,11 +118,11 @@ def _info(_: argparse.Namespace) -> None:
     ]
     rows += [(f"cuda:{i}", name) for i, name in enumerate(found.devices)] or [("devices", "none")]
     rows.append(("NumPy arrays", "work"))
-    rows.append(("torch CPU tensors", "work"))
+    rows.append(("torch and JAX on the CPU", "work"))
     if found.reason:
         rows += [("CUDA arrays", f"do not work: {found.reason}"), ("needs", found.remedy)]
     else:
-        rows.append(("CUDA arrays", "work: CuPy, torch and other DLPack arrays"))
+        rows.append(("CUDA arrays", "work: CuPy, torch, JAX and other DLPack arrays"))
     _print(rows)
 
 
