@@ -1,6 +1,7 @@
 """The reference's own promises: signatures, memory, and rows longer than a chunk."""
 
 import inspect
+import threading
 import tracemalloc
 
 import numpy as np
@@ -120,3 +121,28 @@ def test_layer_norm_ignores_a_shift(rng):
     x = rng.integers(-8, 9, (5, 3, 64)).astype(np.float32)
     _, slack, _ = oracle("layer", x + 16, eps=1e-5)
     assert_alike(reference.layer_norm(x + 16), reference.layer_norm(x), slack)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_threads_give_the_same_bits(kind, rng, monkeypatch):
+    x = rng.standard_normal((999, 4, 64)).astype(np.float32)
+    x[7, 1, 3], x[500, 2, 0] = np.inf, np.nan
+    weight, bias = rng.standard_normal((2, 4, 64)).astype(np.float32)
+    norm = {"rms": reference.rms_norm, "layer": reference.layer_norm}[kind]
+    alone = norm(x, weight, bias)
+    monkeypatch.setattr(reference, "_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(reference.os, "sched_getaffinity", lambda _: range(4))
+    normalize, together, here = reference._normalize, threading.Barrier(2), threading.local()
+
+    def meeting(*arguments):
+        if not hasattr(here, "met"):
+            here.met = True
+            together.wait(30)  # or there is but one thread
+        normalize(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reference, "_normalize", meeting)
+        patched.setattr(reference, "_MAX_THREADS", 2)
+        np.testing.assert_array_equal(norm(x, weight, bias), alone)
+    norm(x, weight, bias, out=x)
+    np.testing.assert_array_equal(x, alone)
