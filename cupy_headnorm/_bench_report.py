@@ -24,9 +24,7 @@ from typing import Any
 
 from cupy_headnorm import _driver
 from cupy_headnorm._providers import CEILINGS, OURS, PROVIDERS, Case
-from cupy_headnorm._targets import case_of
-
-Results = dict[str, Any]
+from cupy_headnorm._targets import Results, case_of
 
 _KEYS = ("device", "date", "command", "timer", "versions", "timings", "host", "once", "unavailable")
 

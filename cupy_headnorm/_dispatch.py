@@ -179,17 +179,14 @@ def apply(norm: Norm, x: Any, weight: Any = None, bias: Any = None, out: Any = N
 
 def _glance_parameters(norm: Norm, library: Library, weight: Any, bias: Any) -> Parameters | None:
     """Look at a function's weight and bias; None where they need more than a look."""
-    weight_seen = bias_seen = (0, None)
-    if weight is not None:
-        known = quick.get(type(weight)) is library
-        weight_seen = library.glance(weight) if known else None
-    if bias is not None:
-        known = quick.get(type(bias)) is library
-        bias_seen = library.glance(bias) if known else None
-    if weight_seen is None or bias_seen is None:
-        return None
-    identity = (norm.options, weight_seen[1], bias_seen[1])
-    return Parameters(identity, weight_seen[0], bias_seen[0])
+    addresses, keys = [0, 0], [None, None]
+    for i, array in enumerate((weight, bias)):
+        if array is not None:
+            seen = library.glance(array) if quick.get(type(array)) is library else None
+            if seen is None:
+                return None
+            addresses[i], keys[i] = seen
+    return Parameters((norm.options, *keys), *addresses)
 
 
 def _may_overlap(call: _Call, x: int, out: int, parameters: Parameters, *, in_place: bool) -> bool:

@@ -317,7 +317,9 @@ def _find(x: Any, role: str) -> Library:
 
 def _once(adapter: Callable[[Any], Library], module: Any, plain: tuple[type, ...]) -> Library:
     """Make the adapter of a library whose `plain` types are looked at, or return the one made."""
-    library = quick.setdefault(plain[0], adapter(module))
+    library = quick.get(plain[0])
+    if library is None:
+        library = quick.setdefault(plain[0], adapter(module))
     for kind in plain:
         quick[kind] = library
     return library

@@ -154,14 +154,13 @@ _PARAMS = {
 }
 
 
-def _params(call: NormCall, config: LaunchConfig) -> Any:
-    room = _launch.memory(call, config).axes
-    params = _PARAMS[call.spec.x.accumulate.name, room]()
+def _params(call: NormCall, config: LaunchConfig, axes: int) -> Any:
+    params = _PARAMS[call.spec.x.accumulate.name, axes]()
     params.rows = call.rows
     params.rows_per_block = config.rows_per_block
     params.eps = call.eps
     params.weight_offset = call.weight_offset
-    unneeded = [RowAxis(1, 0, 0, 0, 0)] * (room - len(call.axes))
+    unneeded = [RowAxis(1, 0, 0, 0, 0)] * (axes - len(call.axes))
     for place, axis in zip(params.axis, (*unneeded, *reversed(call.axes)), strict=True):
         divider = _launch.division(axis.size) if axis.size < 2**31 else (0, 0)
         place.size, place.x, place.out, place.weight, place.bias = axis
@@ -214,13 +213,14 @@ def prepare(call: NormCall, index: int, stream: int, config: LaunchConfig | None
     else:
         _launch.check_config(config, call.spec, limits(index))
         _launch.check_call(call, config)
-    function = _function(call.spec, config, _launch.memory(call, config), index, stream)
+    memory = _launch.memory(call, config)
+    function = _function(call.spec, config, memory, index, stream)
     return Launch(
         function.ptr,
         config.blocks(call.rows),
         config.threads,
         index,
-        _params(call, config),
+        _params(call, config, memory.axes),
         config,
     )
 
@@ -298,7 +298,7 @@ def over_rows(launch: Launch, rows: int) -> Launch | None:
 
     None where that takes another kernel.
     """
-    if len(launch.params.axis) == _launch.AXES[1] and rows > _launch.MAX_FEW_ROWS:
+    if len(launch.params.axis) == _launch.FEW_AXES and rows > _launch.MAX_FEW_ROWS:
         return None
     _launch.check_rows(rows, launch.config)
     params = type(launch.params).from_buffer_copy(launch.params)

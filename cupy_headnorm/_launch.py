@@ -18,12 +18,14 @@ GROUP_BLOCKS_VALUES = 12
 MAX_BLOCKS = 2**31 - 1
 MAX_HEAD_DIM = 2**31 - 2**17
 """The kernels count inside a row in 32 bits, up to a tile past its end."""
-AXES = (1, 3, 8)
-"""Axes of the grid of rows that kernels are compiled for; 3 as kFewAxes in headnorm/rows.cuh.
+FEW_AXES = 3
+"""As kFewAxes in headnorm/rows.cuh."""
+AXES = (1, FEW_AXES, 8)
+"""Axes of the grid of rows that kernels are compiled for.
 Contiguous arrays have 1, slices of model tensors 3 at most. Fewer are faster: 1 token x 32 heads x
 128, bfloat16, H100: 1.42 us with room for 8, 1.38 for 3, 1.36 for 1; 64 tokens 2.48, 2.39, 2.32."""
 MAX_FEW_ROWS = 2**31 - 1
-"""With the 3 axes of a slice. The 8 count rows in 64 bits."""
+"""With few axes, but for one alone. Kernels for more count rows in 64 bits."""
 
 SHARED_ROW_BYTES = 1024
 """Up to here rows share a block. One block per row is bound by block launch, at about 1.66 rows
@@ -199,7 +201,7 @@ class Memory(NamedTuple):
 def memory(call: NormCall, config: LaunchConfig) -> Memory:
     """Say which kernel serves the memory of a call."""
     few_rows = call.rows <= MAX_FEW_ROWS
-    axes = next(n for n in AXES if len(call.axes) <= n and (n != AXES[1] or few_rows))
+    axes = next(n for n in AXES if len(call.axes) <= n and (n != FEW_AXES or few_rows))
     vector = config.vector_bytes // call.spec.x.itemsize
     return Memory(axes, _widest_access(call, vector, ("weight", "bias")))
 

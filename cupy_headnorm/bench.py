@@ -29,8 +29,8 @@ from cupy_headnorm import (
     _spec,
     _targets,
 )
-from cupy_headnorm._bench_report import Results
 from cupy_headnorm._providers import CEILINGS, LAYOUTS, OURS, PROVIDERS, Case
+from cupy_headnorm._targets import Results
 from cupy_headnorm._timing import Timer, timer
 from cupy_headnorm._version import __version__
 
@@ -126,6 +126,14 @@ def _slug(device: str) -> str:
     return "-".join(word for word in words if word != "nvidia")
 
 
+def version(package: str) -> str:
+    """Return the version of an installed package; empty without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def _device_and_versions() -> tuple[str, dict[str, str]]:
     found = _kernels.environment()
     device = platform.processor() or platform.machine()
@@ -137,13 +145,10 @@ def _device_and_versions() -> tuple[str, dict[str, str]]:
         model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
         device = model.group(1) if model else device
     versions = {"cupy_headnorm": __version__, "python": platform.python_version()}
-    for package in ("numpy", "torch", "triton", "transformers", "liger-kernel"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    packages = ("numpy", "torch", "triton", "transformers", "liger-kernel")
+    versions.update({package: version(package) for package in packages})
     versions.update(cupy=found.cupy, nvrtc=found.nvrtc, driver=found.driver)
-    return device, {name: version for name, version in versions.items() if version}
+    return device, {name: number for name, number in versions.items() if number}
 
 
 def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results:

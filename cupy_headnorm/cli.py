@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -106,10 +105,7 @@ def _info(_: argparse.Namespace) -> None:
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
     ]
     for package in ("numpy", "ml_dtypes", "safetensors", "torch", "transformers", "jax"):
-        try:
-            rows.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            rows.append((package, "not installed"))
+        rows.append((package, bench.version(package) or "not installed"))
     rows += [
         ("CuPy", found.cupy or "not usable"),
         ("NVRTC", found.nvrtc or "not usable"),

@@ -236,7 +236,7 @@ class HeadNorm:
 
     def unload(self) -> None:
         """Wait for the work in flight and free every device copy; the next use uploads again."""
-        self._held.unload()
+        self._held.unload(self._norms)
 
     def warmup(self, x: Any, /, *, heads_axis: int = -2, out: Any = None) -> None:
         """Load, compile and plan for arrays laid out like `x`, in place and not; `x` stays."""
@@ -362,7 +362,6 @@ class _Held:
         )
         self._lock = threading.Lock()
         self.on_device: dict[int, tuple[ArrayView | None, ...]] = {}
-        self._ready: list[dict[int, Parameters]] = []
 
     def __call__(self, norm: Norm, x: ArrayView) -> Parameters:
         device = x.layout.device
@@ -376,8 +375,6 @@ class _Held:
             with self._lock:
                 found = _dispatch.parameters(norm.options, *self._loaded(device.index))
                 norm.ready[device.index] = found
-                if not any(ready is norm.ready for ready in self._ready):
-                    self._ready.append(norm.ready)
         return found
 
     def _loaded(self, index: int) -> tuple[ArrayView | None, ...]:
@@ -395,12 +392,12 @@ class _Held:
         with self._lock:
             self._loaded(index)
 
-    def unload(self) -> None:
-        """Wait for the work in flight and free every device copy."""
+    def unload(self, norms: dict[int, Norm]) -> None:
+        """Wait for the work in flight and free every device copy, those of `norms` too."""
         with self._lock:
             held, self.on_device = self.on_device, {}
-            for ready in self._ready:
-                ready.clear()
+            for norm in tuple(norms.values()):
+                norm.ready.clear()
         for index in held:
             _interop.synchronize(index)
 

@@ -159,7 +159,9 @@ def apply(
                     buffers,
                 )
 
-    threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(chunks) // _THREAD_CHUNKS)
+    threads = min(_MAX_THREADS, len(chunks) // _THREAD_CHUNKS)
+    if threads > 1:
+        threads = min(threads, len(os.sched_getaffinity(0)))
     if threads < 2:
         work(chunks)
         return

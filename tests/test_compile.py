@@ -27,8 +27,8 @@ def nvrtc():
     return nvrtc
 
 
-def compiled(spec, config, memory, architecture):
-    """Return the compiler's log, in which ptxas reports each kernel."""
+def compiled(spec, config, memory, target):
+    """Return the compiler's log, in which ptxas reports each kernel, and the PTX."""
     compiler = nvrtc()
     from cupy._core.core import assemble_cupy_compiler_options
 
@@ -36,7 +36,7 @@ def compiled(spec, config, memory, architecture):
     options = (
         *assemble_cupy_compiler_options(()),
         *_kernels.compile_options(spec, config, memory),
-        f"-arch=sm_{architecture}",
+        f"-arch={target}",
         "-ftz=true",
         "--device-as-default-execution-space",
         "--ptxas-options=-v",
@@ -45,11 +45,18 @@ def compiled(spec, config, memory, architecture):
         compiler.compileProgram(program, options)
     except compiler.NVRTCError:
         pytest.fail(compiler.getProgramLog(program))
-    log = compiler.getProgramLog(program)
+    log, ptx = compiler.getProgramLog(program), compiler.getPTX(program)
     compiler.destroyProgram(program)
     # -Werror would say the same, but NVRTC before 13.5 does not know it.
     assert "warning" not in log, log
-    return log
+    return log, ptx.decode() if isinstance(ptx, bytes) else ptx
+
+
+def assert_no_spills(spec, config, memory, architecture):
+    log, _ = compiled(spec, config, memory, f"sm_{architecture}")
+    assert _kernels.macros(spec, config, memory)["HN_NAME"] in log
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert spills == [("0", "0")], log
 
 
 def specialisations(spec):
@@ -75,10 +82,7 @@ def test_compiles_without_spills(spec, architecture, request):
     if architecture != 90 and not request.config.getoption("--all-architectures"):
         chosen = chosen[:1]
     for config, memory in chosen:
-        log = compiled(spec, config, memory, architecture)
-        assert _kernels.macros(spec, config, memory)["HN_NAME"] in log
-        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-        assert spills == [("0", "0")], log
+        assert_no_spills(spec, config, memory, architecture)
 
 
 @pytest.mark.parametrize("head_dim", [8, 10, 16, 20, 34, 40, 64, 100, 128, 1000])
@@ -88,9 +92,7 @@ def test_misaligned_rows_compile_without_spills(kind, head_dim, architecture):
     spec = NormSpec(kind, FLOAT16, FLOAT16, None, head_dim, "once")
     for config, memory in list(specialisations(spec))[1:]:
         assert config.access_bytes == 2
-        log = compiled(spec, config, memory, architecture)
-        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-        assert spills == [("0", "0")], log
+        assert_no_spills(spec, config, memory, architecture)
 
 
 @pytest.mark.parametrize("head_dim", [33, 100, 128, 160])
@@ -99,19 +101,7 @@ def test_stores_follow_one_another(kind, head_dim):
     """Or pieces of one sector come too late to meet in the cache: see norm.cuh."""
     spec = NormSpec(kind, FLOAT16, FLOAT16, None, head_dim, "once")
     config, memory = next(specialisations(spec))
-    compiler = nvrtc()
-    from cupy._core.core import assemble_cupy_compiler_options
-
-    program = compiler.createProgram(_source.pasted("head_norm.cu"), "head_norm.cu", (), ())
-    options = (
-        *assemble_cupy_compiler_options(()),
-        *_kernels.compile_options(spec, config, memory),
-        "-arch=compute_90",
-        "--device-as-default-execution-space",
-    )
-    compiler.compileProgram(program, options)
-    ptx = compiler.getPTX(program)
-    text = ptx.decode() if isinstance(ptx, bytes) else ptx
+    _, text = compiled(spec, config, memory, "compute_90")
     between = text[text.index("st.global") : text.rindex("st.global")]
     assert text.count("st.global") == config.vectors_per_lane
     assert "f32" not in between
@@ -122,4 +112,4 @@ def test_a_lane_count_that_is_no_power_of_two_does_not_compile():
     config, memory = next(specialisations(spec))
     bad = _launch.LaunchConfig(**{**config.__dict__, "lanes": 12})
     with pytest.raises(pytest.fail.Exception, match="lanes must be a power of two"):
-        compiled(spec, bad, memory, 90)
+        compiled(spec, bad, memory, "sm_90")
