@@ -14,6 +14,7 @@ import itertools
 import math
 import platform
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -220,31 +221,32 @@ def measure(
     A peer that raises or that disagrees with us gets no row
     but an entry in `unavailable`; one that cannot work in place is left out where it would have to.
     """
-    spent = {}
     with on:
         work = _providers.prepare(case, on)
         buffers = len(work.plain)
-        ceilings = {
-            name: on.microseconds(PROVIDERS[name].build(work), buffers) for name in CEILINGS
-        }
+        calls = {name: PROVIDERS[name].build(work) for name in CEILINGS}
+        times = {name: [on.microseconds(call, buffers)] for name, call in calls.items()}
         for name in names:
             provider = PROVIDERS[name]
-            if name in CEILINGS:
-                spent[name] = ceilings[name]
-            elif provider.in_place or not case.in_place:
+            if name not in CEILINGS and (provider.in_place or not case.in_place):
                 try:
                     call = provider.build(work)
                     reason = _providers.disagreement(call, work)
                     if reason:
                         unavailable.setdefault(name, reason)
                     else:
-                        spent[name] = on.microseconds(call, buffers)
+                        times[name] = [on.microseconds(call, buffers)]
+                        calls[name] = call
                 except Exception as error:
                     if name in OURS:
                         raise
                     reason = f"{_providers.one_line(error)} at {case}"
                     unavailable.setdefault(name, reason)
-    ceiling = min(ceilings.values())
+        for _ in range(on.rounds - 1):
+            for name, call in calls.items():
+                times[name].append(on.microseconds(call, buffers))
+    spent = {name: statistics.median(each) for name, each in times.items()}
+    ceiling = min(spent[name] for name in CEILINGS)
     return [
         {
             **case._asdict(),
@@ -254,6 +256,7 @@ def measure(
             "share": round(ceiling / microseconds, 4),
         }
         for name, microseconds in spent.items()
+        if name in names
     ]
 
 

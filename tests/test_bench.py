@@ -279,6 +279,15 @@ def test_shares_are_of_the_better_ceiling(monkeypatch, host):
     assert [row["share"] for row in rows] == [0.4, 0.5]
 
 
+def test_the_median_of_the_rounds_counts(monkeypatch, host):
+    spent = iter([5.0, 2.0, 40.0, 6.0, 20.0, 4.0, 7.0, 3.0, 5.0])
+    monkeypatch.setattr(_timing.Host, "microseconds", lambda *_: next(spent))
+    monkeypatch.setattr(_timing.Host, "rounds", 3)
+    rows = bench.measure(CASE, ["copy", "ours"], _timing.Host(), {})
+    assert [row["microseconds"] for row in rows] == [6, 5]
+    assert [row["share"] for row in rows] == [0.5, 0.6]
+
+
 def test_a_cost_that_fails_is_named_and_the_rest_is_kept(capsys, host, monkeypatch, tmp_path):
     def broken():
         raise MemoryError("too little")
