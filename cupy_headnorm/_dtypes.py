@@ -55,6 +55,13 @@ _BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES}
 
 
+def promoted(a: DType, b: DType) -> DType:
+    """Return the dtype of a product, as torch has it: float32 for float16 times bfloat16."""
+    if a.itemsize == b.itemsize:
+        return a if a is b else FLOAT32
+    return max(a, b, key=lambda dtype: dtype.itemsize)
+
+
 def from_numpy(dtype: np.dtype, role: str) -> DType:
     """Return the table's row for a NumPy (or CuPy) dtype; TypeError names `role`."""
     found = _BY_NUMPY.get(dtype)

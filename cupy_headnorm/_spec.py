@@ -8,13 +8,14 @@ import operator
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from cupy_headnorm import _dtypes
 from cupy_headnorm._dtypes import DType
 from cupy_headnorm._layout import Layout, Placed, overlap, overlaps_itself
 
 DEFAULT_EPS = {"rms": 1e-6, "layer": 1e-5}
 """By kind. Qwen3 and Gemma use 1e-6, torch's and Cohere's LayerNorm 1e-5."""
 
-ROUNDINGS = ("once", "before_weight")
+ROUNDINGS = ("once", "before_weight", "every_op", "rstd")
 
 MAX_AXES = 64
 """Of an array, in NumPy, CuPy and torch."""
@@ -32,6 +33,8 @@ class NormOptions(NamedTuple):
     heads_axis: int
     weight_offset: float
     rounding: str
+    result: str = "x"
+    """Dtype of a model's own result: see `check_result`."""
 
 
 class NormSpec(NamedTuple):
@@ -136,6 +139,8 @@ def options(
         raise ValueError(f"kind is {kind!r}; needs one of {tuple(DEFAULT_EPS)}")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding is {rounding!r}; needs one of {ROUNDINGS}")
+    if rounding == "rstd" and kind != "rms":
+        raise ValueError(f"rounding is 'rstd' and kind {kind!r}; needs kind 'rms'")
     eps = DEFAULT_EPS[kind] if eps is None else _real(eps, "eps")
     if eps < 0:
         raise ValueError(f"eps is {eps}; needs 0 or more")
@@ -148,6 +153,37 @@ def options(
         _real(weight_offset, "weight_offset"),
         rounding,
     )
+
+
+def check_parameters(opts: NormOptions, weight: object, bias: object) -> None:
+    """Check which parameters there are; None stands for one that is not."""
+    if weight is None and opts.weight_offset != 0:
+        raise ValueError(f"weight_offset is {opts.weight_offset}; needs a weight to be added to")
+    if opts.rounding == "rstd" and (weight is not None or bias is not None):
+        given = "bias" if weight is None else "weight"
+        raise ValueError(
+            f"rounding is 'rstd' and a {given} is given; needs neither weight nor bias"
+        )
+
+
+def check_result(opts: NormOptions, x: DType, weight: DType | None, bias: DType | None) -> None:
+    """
+    Refuse a call of a model's norm whose own result has another dtype than x.
+
+    ``opts.result`` is ``"x"``, ``"promoted"`` (of x, weight and bias, as torch promotes a product)
+    or ``"weight"``.
+    """
+    own = x
+    if opts.result == "weight":
+        own = weight or x
+    elif opts.result == "promoted":
+        for parameter in (weight, bias):
+            own = own if parameter is None else _dtypes.promoted(own, parameter)
+    if own is not x:
+        raise TypeError(
+            f"x has dtype {x} and the weight {weight}, of which the model itself makes {own}; "
+            f"needs x of {own}, or rounding={opts.rounding!r} given explicitly for a result of {x}"
+        )
 
 
 class Geometry(NamedTuple):
@@ -313,8 +349,8 @@ def describe(
     head_dim = heads.head_dim
     if head_dim == 0:
         raise ValueError(f"x has shape {x.shape}; needs a head_dim of 1 or more")
-    if weight is None and opts.weight_offset != 0:
-        raise ValueError(f"weight_offset is {opts.weight_offset}; needs a weight to be added to")
+    check_parameters(opts, weight, bias)
+    check_result(opts, x.dtype, weight and weight.dtype, bias and bias.dtype)
     _check_last_stride(x, "x")
     _check_last_stride(out, "out")
     weight_stride = _parameter_stride(weight, "weight", head_dim)

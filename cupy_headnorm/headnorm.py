@@ -38,7 +38,7 @@ class HeadNorm:
         See `cupy_headnorm.rms_norm`.
     weight_offset : float, optional
         Added to the weight in float32: 1.0 for Gemma 3. Default: ``0.0``.
-    rounding : {"once", "before_weight"}, optional
+    rounding : {"once", "before_weight", "every_op", "rstd"}, optional
         Default: ``"once"``.
 
     Raises
@@ -92,8 +92,7 @@ class HeadNorm:
             None if self._weight is None else self._weight.shape,
             None if self._bias is None else self._bias.shape,
         )
-        if weight is None and weight_offset != 0:
-            raise ValueError(f"weight_offset is {weight_offset}; needs a weight to be added to")
+        _spec.check_parameters(self._options, weight, bias)
         self._source: tuple[str, str] | None = None
         self._held = _Held(self._weight, self._bias)
         self._norm = Norm(self._options, self._held)

@@ -57,9 +57,12 @@ def rms_norm(
         Axis of the heads in `x`: ``-3`` for ``(batch, heads, tokens, head_dim)``. Default: ``-2``.
     weight_offset : float, optional
         Added to the weight in float32 (1.0 for Gemma 3 and Qwen3-Next). Default: ``0.0``.
-    rounding : {"once", "before_weight"}, optional
+    rounding : {"once", "before_weight", "every_op", "rstd"}, optional
         ``"once"`` rounds the result to the dtype of `x` once. ``"before_weight"`` also rounds the
-        normalized value before the weight, as Qwen3 and Llama do. Default: ``"once"``.
+        normalized value before the weight, as Qwen3 and Llama do; ``"every_op"`` the product with
+        the weight too, before the bias, as Chameleon does. ``"rstd"`` rounds the inverse root and
+        its product with `x`, as DeepSeek-V4's queries are: of RMS without weight and bias.
+        Default: ``"once"``.
     out : array, optional
         Written in place of a new array: shape, dtype, library and device of `x`, strides of its
         own. `x` itself works in place; any other overlap raises. Default: a new array.

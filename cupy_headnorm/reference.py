@@ -260,6 +260,13 @@ def _normalize(call, x, weight, bias, out, blocks, buffers) -> None:
     np.sqrt(inverse, out=inverse)
     np.divide(number(1), inverse, out=inverse)
 
+    def rounded(values: np.ndarray) -> None:
+        if not wide:
+            np.copyto(values, values.astype(spec.x.numpy), casting="unsafe")
+
+    if spec.rounding == "rstd":
+        rounded(inverse)
+
     for columns in blocks:
         if not one_block:
             values = load(columns)
@@ -269,12 +276,14 @@ def _normalize(call, x, weight, bias, out, blocks, buffers) -> None:
         last = out[..., columns] if wide else buffer(0, columns)
         plain = weight is None and bias is None
         y = np.multiply(values, inverse, out=last if plain else buffer(1, columns))
-        if spec.rounding == "before_weight" and not wide:
-            np.copyto(y, y.astype(spec.x.numpy), casting="unsafe")
+        if spec.rounding in ("before_weight", "every_op"):
+            rounded(y)
         if weight is not None:
             scales = weight[..., columns].astype(accumulate) + number(call.weight_offset)
             y = np.multiply(y, scales, out=last if bias is None else y)
         if bias is not None:
+            if spec.rounding == "every_op":
+                rounded(y)
             np.add(y, bias[..., columns].astype(accumulate), out=last)
         if not wide:
             np.copyto(out[..., columns], last, casting="unsafe")

@@ -3,7 +3,7 @@
 // Set from outside, one set a specialisation:
 //   HN_NAME      the kernel's name
 //   HN_KIND      rms or layer
-//   HN_ROUNDING  once or before_weight
+//   HN_ROUNDING  once, before_weight, every_op or rstd
 //   HN_X, HN_WEIGHT, HN_BIAS   element types; headnorm::None for an absent weight or bias
 //   HN_HEAD_DIM  elements a row
 //   HN_VEC, HN_ACCESS, HN_PARAMETER_ACCESS, HN_LANES, HN_VECTORS   geometry, see headnorm/norm.cuh

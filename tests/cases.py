@@ -7,7 +7,7 @@ from allpairspy import AllPairs
 
 from cupy_headnorm import _dtypes
 from cupy_headnorm._dtypes import DType
-from cupy_headnorm._spec import NormSpec
+from cupy_headnorm._spec import ROUNDINGS, NormSpec
 
 
 class Case(NamedTuple):
@@ -65,6 +65,7 @@ AROUND += [DEFAULT._replace(bias=b) for b in _dtypes.DTYPES]
 AROUND += [DEFAULT._replace(per_head=True, bias=_dtypes.FLOAT32)]
 AROUND += [DEFAULT._replace(weight=None, bias=_dtypes.FLOAT32)]
 AROUND += [DEFAULT._replace(weight_offset=1.0)]
+AROUND += [DEFAULT._replace(x=x, bias=x, rounding=r) for x in _dtypes.DTYPES for r in ROUNDINGS[:3]]
 # No row, one, around a block of 8 rows, many.
 AROUND += [DEFAULT._replace(tokens=n) for n in (0, 1, 2, 7, 8, 9, 1000)]
 AROUND += [DEFAULT._replace(num_heads=n) for n in (1, 2, 31, 32, 33)]
@@ -78,7 +79,12 @@ AROUND += [
 AROUND += [Case(x=_dtypes.FLOAT32, head_dim=4096, scale=1e17)]
 # Padding lanes must not enter the variance (quack's N = 769 with x near 1000).
 AROUND += [Case(x=_dtypes.FLOAT32, head_dim=769, mean=1000.0)]
-AROUND += [c._replace(kind="layer", eps=1e-5 if c.eps == 1e-6 else c.eps) for c in AROUND]
+AROUND += [
+    c._replace(kind="layer", eps=1e-5 if c.eps == 1e-6 else c.eps)
+    for c in AROUND
+    if c.rounding != "rstd"
+]
+AROUND += [DEFAULT._replace(x=x, weight=None, rounding="rstd") for x in _dtypes.DTYPES]
 AROUND = list(dict.fromkeys(AROUND))
 
 
@@ -86,12 +92,13 @@ def covering_specs():
     """Return specialisations in which every pair of choices occurs: at most 80."""
     dims = (1, 37, 64, 80, 96, 100, 128, 160, 256, 512, 1001, 4096, 16384, 100003)
     names = [None, *(dtype.name for dtype in _dtypes.DTYPES)]
-    choices = [("rms", "layer"), names[1:], names, names, dims, ("once", "before_weight")]
+    roundings = [name for name in ROUNDINGS if name != "rstd"]
+    choices = [("rms", "layer"), names[1:], names, names, dims, roundings]
     by_name = {dtype.name: dtype for dtype in _dtypes.DTYPES} | {None: None}
     return [
         NormSpec(kind, by_name[x], by_name[weight], by_name[bias], head_dim, rounding)
         for kind, x, weight, bias, head_dim, rounding in AllPairs(choices)
-    ]
+    ] + [NormSpec("rms", dtype, None, None, 128, "rstd") for dtype in _dtypes.DTYPES[:2]]
 
 
 class Layout(NamedTuple):

@@ -14,7 +14,8 @@ def norm(kind, x, weight=None, bias=None, *, eps, weight_offset=0.0, rounding="o
     slack : array
         Sum of the sizes of terms that may have cancelled.
     product : array
-        Size of the normalized value times the weight: what a second rounding is relative to.
+        Size of the normalized value times the weight: what a second rounding is relative to;
+        twice that where a third one follows.
     """
     wide = np.longdouble if x.dtype == np.float64 else np.float64
     narrow = np.float64 if x.dtype == np.float64 else np.float32
@@ -31,7 +32,9 @@ def norm(kind, x, weight=None, bias=None, *, eps, weight_offset=0.0, rounding="o
         y = centred * inverse
         if kind == "layer":
             slack = slack + (np.abs(values).sum(-1, keepdims=True) / head_dim) * inverse
-        if rounding == "before_weight":
+        if rounding == "rstd":
+            y = centred * inverse.astype(x.dtype).astype(wide)
+        if rounding in ("before_weight", "every_op"):
             y = y.astype(x.dtype).astype(wide)
         if weight is not None:
             # A float64 weight is narrowed beside a narrower x, and the offset added there.
@@ -40,6 +43,9 @@ def norm(kind, x, weight=None, bias=None, *, eps, weight_offset=0.0, rounding="o
             slack = slack * np.abs(scale)
         product = np.abs(y)
         if bias is not None:
+            if rounding == "every_op":
+                y = y.astype(x.dtype).astype(wide)
+                product = 2 * product
             b = bias.astype(narrow).astype(wide)
             slack = slack + np.abs(y) + np.abs(b)
             y = y + b

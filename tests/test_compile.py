@@ -95,9 +95,9 @@ def test_misaligned_rows_compile_without_spills(kind, head_dim, architecture):
         assert_no_spills(spec, config, memory, architecture)
 
 
-@pytest.mark.parametrize("head_dim", [33, 100, 128, 160])
+@pytest.mark.parametrize("head_dim", [33, 66, 127])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_stores_follow_one_another(kind, head_dim):
+def test_small_stores_follow_one_another(kind, head_dim):
     """Or pieces of one sector come too late to meet in the cache: see norm.cuh."""
     spec = NormSpec(kind, FLOAT16, FLOAT16, None, head_dim, "once")
     config, memory = next(specialisations(spec))

@@ -40,7 +40,7 @@ def run(library, case, x, weight, bias, **more):
 def check(library, case, rng):
     x, weight, bias = case.arrays(rng)
     exact, slack, product = oracle(case.kind, x, weight, bias, **case.options)
-    rounded_before = product if case.rounding == "before_weight" else 0
+    rounded_before = 0 if case.rounding == "once" else product
     assert_close(run(library, case, x, weight, bias), exact, slack, case.x.name, rounded_before)
 
 
@@ -75,16 +75,27 @@ def test_every_pair_of_choices(library, spec, rng):
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("x", [_dtypes.FLOAT16, _dtypes.BFLOAT16], ids=str)
-@pytest.mark.parametrize("rounding", ["once", "before_weight"])
+@pytest.mark.parametrize("rounding", ["once", "before_weight", "every_op"])
 def test_rounding_is_the_one_asked_for(library, kind, x, rounding, rng):
-    case = Case(kind, x, x, head_dim=128, tokens=FLIPS_NEED // 128 // 4, num_heads=4)
+    case = Case(kind, x, x, x, head_dim=128, tokens=FLIPS_NEED // 128 // 4, num_heads=4)
     case = case._replace(rounding=rounding)
-    values, weight, _ = case.arrays(rng)
-    y = run(library, case, values, weight, None)
-    exact, *_ = oracle(kind, values, weight, **case.options)
+    values, weight, bias = case.arrays(rng)
+    y = run(library, case, values, weight, bias)
+    exact, *_ = oracle(kind, values, weight, bias, **case.options)
     assert_same_rounding(y, exact.astype(x.numpy))
-    other = {"once": "before_weight", "before_weight": "once"}[rounding]
-    wrong, *_ = oracle(kind, values, weight, **case.options | {"rounding": other})
+    for other in {"once", "before_weight", "every_op"} - {rounding}:
+        wrong, *_ = oracle(kind, values, weight, bias, **case.options | {"rounding": other})
+        assert mismatch(y, wrong.astype(x.numpy)) > TELLING
+
+
+@pytest.mark.parametrize("x", [_dtypes.FLOAT16, _dtypes.BFLOAT16], ids=str)
+def test_rounding_of_the_inverse_root(library, x, rng):
+    case = Case("rms", x, None, head_dim=128, tokens=FLIPS_NEED // 128 // 4, num_heads=4)
+    values, *_ = case.arrays(rng)
+    y = run(library, case._replace(rounding="rstd"), values, None, None)
+    exact, *_ = oracle("rms", values, eps=1e-6, rounding="rstd")
+    assert_same_rounding(y, exact.astype(x.numpy))
+    wrong, *_ = oracle("rms", values, eps=1e-6)
     assert mismatch(y, wrong.astype(x.numpy)) > TELLING
 
 

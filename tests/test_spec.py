@@ -131,7 +131,13 @@ REFUSED = {
         (X,),
         {"rounding": "twice"},
         ValueError,
-        r"rounding is 'twice'; needs one of \('once', 'before_weight'\)",
+        r"rounding is 'twice'; needs one of \('once', 'before_weight', 'every_op', 'rstd'\)",
+    ),
+    "rounding of the inverse root with a weight": (
+        (X, w(64)),
+        {"rounding": "rstd"},
+        ValueError,
+        r"rounding is 'rstd' and (a weight is given; needs neither weight|kind 'layer'; needs kind)",
     ),
     "integer x": ((w(3, 64).astype(np.int32),), {}, TypeError, r"x has .*int32.*; needs float16, "),
     "complex x": (
@@ -292,12 +298,14 @@ def test_headnorm_refuses_what_the_functions_refuse(library):
         HeadNorm(w(64), kind=["rms"])
     with pytest.raises(ValueError, match=r"eps is -1\.0; needs 0 or more"):
         HeadNorm(w(64), eps=-1)
-    with pytest.raises(ValueError, match="weight_offset is 1; needs a weight"):
+    with pytest.raises(ValueError, match="weight_offset is 1.0; needs a weight"):
         HeadNorm(weight_offset=1)
     with pytest.raises(TypeError, match="weight has dtype int64"):
         HeadNorm(np.arange(4))
     with pytest.raises(TypeError, match="weight is a list"):
         HeadNorm([1.0])
+    with pytest.raises(ValueError, match="rounding is 'rstd' and a bias is given; needs neither"):
+        HeadNorm(None, w(64), rounding="rstd")
     norm = HeadNorm(w(3, 64))
     with pytest.raises(ValueError, match="needs num_heads=3 there"):
         norm(library.array(w(5, 4, 64)))

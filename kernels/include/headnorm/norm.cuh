@@ -15,7 +15,9 @@ enum class Kind { rms, layer };
 // With n the normalized value, w the weight plus its offset, b the bias, R rounding to x's type:
 //   once           R(n w + b)
 //   before_weight  R(R(n) w + b)
-enum class Rounding { once, before_weight };
+//   every_op       R(R(R(n) w) + b)
+//   rstd           R(x R(r)), r the inverse root mean square: without weight and bias
+enum class Rounding { once, before_weight, every_op, rstd };
 
 // A power of two near 1 / head_dim. Scaling by it is exact and keeps a sum of head_dim squares of
 // values up to 1e18 inside float32's range.
@@ -51,13 +53,85 @@ __device__ __forceinline__ void load_parameters(Vec<W, G::kVec>& vec, const W* r
   }
 }
 
+// Adds a tile's values to `sum`, in the order of the vectors.
+template <typename G, typename Acc>
+__device__ __forceinline__ void add_values(Acc& sum, const Acc (&value)[G::kVectors][G::kVec]) {
+#pragma unroll
+  for (int j = 0; j < G::kVectors; ++j) {
+#pragma unroll
+    for (int i = 0; i < G::kVec; ++i) {
+      sum += value[j][i];
+    }
+  }
+}
+
+// Adds a tile's squares about `mean`, scaled, to `squares`.
+template <Kind kKind, typename G, typename Acc>
+__device__ __forceinline__ void add_squares(Acc& squares, const Acc (&value)[G::kVectors][G::kVec],
+                                            Acc mean, int tile, int lane) {
+  constexpr Acc kScale = static_cast<Acc>(sum_scale(G::kHeadDim));
+#pragma unroll
+  for (int j = 0; j < G::kVectors; ++j) {
+    // Slots past the row hold zeros; less the mean they would not be.
+    const bool inside = kKind == Kind::rms || G::inside(G::first_element(tile, j, lane));
+#pragma unroll
+    for (int i = 0; i < G::kVec; ++i) {
+      const Acc centred = inside ? value[j][i] - mean : Acc(0);
+      squares = multiply_add(centred * kScale, centred, squares);
+    }
+  }
+}
+
+template <typename G, typename Acc>
+__device__ __forceinline__ Acc mean_of(Acc sum, Acc (&partial)[kWarp]) {
+  constexpr Acc kInverseCount = static_cast<Acc>(1.0 / G::kHeadDim);
+  return row_sum<G::kLanes>(sum, partial) * kInverseCount;
+}
+
+// The inverse root of the mean of the scaled squares, rounded to T where that is asked for.
+template <Rounding kRounding, typename T, typename G, typename Acc>
+__device__ __forceinline__ Acc inverse_of(Acc squares, Acc eps, Acc (&partial)[kWarp]) {
+  constexpr Acc kInverseScaledCount = static_cast<Acc>(1.0 / G::kHeadDim / sum_scale(G::kHeadDim));
+  const Acc mean_square = row_sum<G::kLanes>(squares, partial) * kInverseScaledCount;
+  const Acc inverse = inverse_root(mean_square + eps);
+  return kRounding == Rounding::rstd ? widen<Acc>(Round<T>::from(inverse)) : inverse;
+}
+
+// One vector of results. A weight or bias that is there for some rows only is `weighted`, `biased`.
+template <Rounding kRounding, typename T, int kVec, typename Acc, typename W, typename B>
+__device__ __forceinline__ Vec<T, kVec> finished(const Acc (&value)[kVec], Acc mean, Acc inverse,
+                                                 const Vec<W, kVec>& weight, Acc weight_offset,
+                                                 const Vec<B, kVec>& bias, bool weighted = true,
+                                                 bool biased = true) {
+  Vec<T, kVec> result;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    Acc y = (value[i] - mean) * inverse;
+    if constexpr (kRounding == Rounding::before_weight || kRounding == Rounding::every_op) {
+      y = widen<Acc>(Round<T>::from(y));
+    }
+    if constexpr (kPresent<W>) {
+      const Acc scaled = y * (widen<Acc>(weight.element[i]) + weight_offset);
+      y = weighted ? scaled : y;
+    }
+    if constexpr (kPresent<B>) {
+      if constexpr (kRounding == Rounding::every_op) {
+        y = widen<Acc>(Round<T>::from(y));
+      }
+      const Acc shifted = y + widen<Acc>(bias.element[i]);
+      y = biased ? shifted : y;
+    }
+    result.element[i] = Round<T>::from(y);
+  }
+  return result;
+}
+
 template <Kind kKind, Rounding kRounding, typename T, typename W, typename B, typename G, int kAxes>
 __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::type, kAxes>& p,
                                          const RowPlace& place, int lane, bool row_exists) {
+  static_assert(kRounding != Rounding::rstd || (kKind == Kind::rms && !kPresent<W> && !kPresent<B>),
+                "rstd is of RMS without weight and bias");
   using Acc = typename Accumulate<T>::type;
-  constexpr Acc kScale = static_cast<Acc>(sum_scale(G::kHeadDim));
-  constexpr Acc kInverseCount = static_cast<Acc>(1.0 / G::kHeadDim);
-  constexpr Acc kInverseScaledCount = static_cast<Acc>(1.0 / G::kHeadDim / sum_scale(G::kHeadDim));
   __shared__ Acc partial[2][kWarp];
   constexpr int kStageBytes = Mover<T, G>::kStaged ? G::kThreads * G::kVec * sizeof(T) : 1;
   __shared__ alignas(16) unsigned char stage[kStageBytes];
@@ -106,15 +180,9 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
       if constexpr (!kOneTile) {
         load_tile<G>(value, x, tile, mover);
       }
-#pragma unroll
-      for (int j = 0; j < G::kVectors; ++j) {
-#pragma unroll
-        for (int i = 0; i < G::kVec; ++i) {
-          sum += value[j][i];
-        }
-      }
+      add_values<G>(sum, value);
     }
-    mean = row_sum<G::kLanes>(sum, partial[0]) * kInverseCount;
+    mean = mean_of<G>(sum, partial[0]);
   }
 
   Acc squares = 0;
@@ -123,19 +191,9 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
     if constexpr (!kOneTile) {
       load_tile<G>(value, x, tile, mover);
     }
-#pragma unroll
-    for (int j = 0; j < G::kVectors; ++j) {
-      // Slots past the row hold zeros; less the mean they would not be.
-      const bool inside = kKind == Kind::rms || G::inside(G::first_element(tile, j, lane));
-#pragma unroll
-      for (int i = 0; i < G::kVec; ++i) {
-        const Acc centred = inside ? value[j][i] - mean : Acc(0);
-        squares = multiply_add(centred * kScale, centred, squares);
-      }
-    }
+    add_squares<kKind, G>(squares, value, mean, tile, lane);
   }
-  const Acc mean_square = row_sum<G::kLanes>(squares, partial[1]) * kInverseScaledCount;
-  const Acc inverse = inverse_root(mean_square + p.eps);
+  const Acc inverse = inverse_of<kRounding, T, G>(squares, p.eps, partial[1]);
 
 #pragma unroll 1
   for (int tile = 0; tile < G::kTiles; ++tile) {
@@ -150,20 +208,8 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
         load_parameters<G>(weights[j], weight, first, row_exists);
         load_parameters<G>(biases[j], bias, first, row_exists);
       }
-#pragma unroll
-      for (int i = 0; i < G::kVec; ++i) {
-        Acc y = (value[j][i] - mean) * inverse;
-        if constexpr (kRounding == Rounding::before_weight) {
-          y = widen<Acc>(Round<T>::from(y));
-        }
-        if constexpr (kPresent<W>) {
-          y *= widen<Acc>(weights[j].element[i]) + p.weight_offset;
-        }
-        if constexpr (kPresent<B>) {
-          y += widen<Acc>(biases[j].element[i]);
-        }
-        results[j].element[i] = Round<T>::from(y);
-      }
+      results[j] =
+          finished<kRounding, T>(value[j], mean, inverse, weights[j], p.weight_offset, biases[j]);
       if constexpr (kStoreAtOnce) {
         mover.store(results[j], out, tile, j);
       }
