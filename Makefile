@@ -12,7 +12,7 @@ REAL ?=
 PYTEST = $(BIN)/python -m pytest $(if $(REAL),--real=$(REAL))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format compile gpu bench notebooks wheel clean
+.PHONY: help demo test lint format compile gpu bench parity real notebooks wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,12 +42,22 @@ gpu: $(VENV)/test ## the tests that need a GPU
 bench: $(VENV)/test ## speed as a share of a copy of the same bytes
 	$(BIN)/python -m cupy_headnorm bench
 
+parity: $(VENV)/test ## how often norms differ from transformers' own modules, by family
+	$(BIN)/python tests/parity.py
+
+real: $(VENV)/real ## a trained Gemma 3 from PyPI (250 MB) with our norms and with its own
+	$(PYTEST) -m real_model -s
+
 notebooks: $(VENV)/test ## run every notebook
 	$(PYTEST) tests/test_notebooks.py
 
 wheel: $(VENV)/test ## build wheel and sdist into dist/, from a clean tree
 	rm -rf build dist *.egg-info
 	$(BIN)/python -m build
+
+$(VENV)/real: $(VENV)/test
+	$(BIN)/pip install -q -e '.[test,real,$(or $(CUDA),cuda13)]' '$(TORCH)'
+	@touch $@
 
 clean: ## remove all that make and Python left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""``python -m cupy_headnorm {demo, info, bench}``."""
+"""``python -m cupy_headnorm {demo, info, inspect, bench}``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from cupy_headnorm import _driver, _dtypes, _kernels, _spec, _timing, bench, checkpoint
+from cupy_headnorm import (
+    _bench_report,
+    _driver,
+    _dtypes,
+    _inspect_report,
+    _kernels,
+    _spec,
+    _timing,
+    bench,
+    checkpoint,
+)
 from cupy_headnorm._version import __version__
 from cupy_headnorm.headnorm import HeadNorm
 
@@ -54,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m cupy_headnorm", description="Per-head normalization on GPUs.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="{demo,info,bench}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,info,inspect,bench}")
 
     demo = commands.add_parser("demo", help="load a norm, run it here, check it and time it")
     demo.set_defaults(run=_demo)
@@ -85,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="versions, devices, what works and what to install")
     info.set_defaults(run=_info)
+
+    look = commands.add_parser("inspect", help="a model's head norms, and what is refused and why")
+    look.set_defaults(run=_inspect)
+    look.add_argument("checkpoint", help="folder with config.json and safetensors files")
+    look.add_argument("--variant", help="part of the files' names: fp16 for model.fp16.safetensors")
+    look.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     measure = commands.add_parser("bench", help="speed beside a copy of the same bytes and peers")
     measure.set_defaults(run=_bench)
@@ -120,6 +136,15 @@ def _info(_: argparse.Namespace) -> None:
     else:
         rows.append(("CUDA arrays", "work: CuPy, torch, JAX and other DLPack arrays"))
     _print(rows)
+
+
+def _inspect(chosen: argparse.Namespace) -> None:
+    console = None if chosen.json else _bench_report.console()
+    found = _inspect_report.collect(chosen.checkpoint, chosen.variant)
+    if console is None:
+        print(json.dumps(found, indent=1))
+    else:
+        _inspect_report.show(found, console)
 
 
 def _demo(chosen: argparse.Namespace) -> None:

@@ -6,7 +6,8 @@ import functools
 import operator
 import os
 import threading
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from cupy_headnorm._dispatch import Norm, Parameters
 from cupy_headnorm._launch import LaunchConfig
 from cupy_headnorm._layout import CPU, Device
 from cupy_headnorm._torch import untraced
+
+if TYPE_CHECKING:
+    from cupy_headnorm._model_norms import ModelNorm
 
 _HEADS_AXIS = -2
 
@@ -93,7 +97,7 @@ class HeadNorm:
             None if self._bias is None else self._bias.shape,
         )
         _spec.check_parameters(self._options, weight, bias)
-        self._source: tuple[str, str] | None = None
+        self._source: Source | None = None
         self._held = _Held(self._weight, self._bias)
         self._norm = Norm(self._options, self._held)
         self._norms = {self._options.heads_axis: self._norm}
@@ -127,8 +131,105 @@ class HeadNorm:
             weight_offset=weight_offset,
             rounding=rounding,
         )
-        norm._source = (os.fspath(path), key)
+        norm._source = Source("from_safetensors", os.fspath(path), key)
         return norm
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_dir: str | os.PathLike[str],
+        key: str,
+        *,
+        variant: str | None = None,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        kind: str | None = None,
+        eps: float | None = None,
+        weight_offset: float | None = None,
+        rounding: str | None = None,
+    ) -> HeadNorm:
+        """
+        Read a norm of a Hugging Face model and compute as the model does, to the rounding step.
+
+        Parameters
+        ----------
+        model_dir : path-like
+            A folder with config.json and safetensors files, whole or in shards.
+        key : str
+            The norm's name, such as ``model.layers.0.self_attn.q_norm``; ``python -m cupy_headnorm
+            inspect model_dir`` lists them. Its prefix may be that of another transformers release.
+        variant : str, optional
+            Part of the file names: ``"fp16"`` for ``model.fp16.safetensors``.
+        num_heads, head_dim, kind, eps, weight_offset, rounding : optional
+            Win over what `cupy_headnorm.models` knows of the model. All of `kind`, `eps` and
+            `rounding` are needed for a model it does not know; ``num_heads=1`` for a norm over the
+            whole width, which is one head then.
+
+        Raises
+        ------
+        CheckpointError
+            The checkpoint is damaged, its config and tensors contradict, the key is not found, or
+            the model's arithmetic is not served; the message says which.
+
+        Notes
+        -----
+        Where the model's own result has another dtype than `x` (a float32 weight times a bfloat16
+        value under ``"before_weight"``), a call raises TypeError, unless `rounding` was given.
+        """
+        from cupy_headnorm import _model_norms  # the registry: only checkpoints need it
+
+        given = {
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+            "kind": kind,
+            "eps": eps,
+            "weight_offset": weight_offset,
+            "rounding": rounding,
+        }
+        overrides = {name: value for name, value in given.items() if value is not None}
+        source = Source("from_pretrained", os.fspath(model_dir), key, overrides, variant)
+        try:
+            described, weight, bias = _model_norms.read(
+                model_dir, key, variant=variant, full_width=num_heads == 1
+            )
+        except _model_norms.UnknownModelError:
+            if not {"kind", "eps", "rounding"} <= overrides.keys():
+                raise
+            weight, bias = checkpoint.read_norm(model_dir, key, variant=variant)
+            norm = cls(weight, bias, **overrides)
+            norm._source = source
+            return norm
+        return cls._of_model(described, weight, bias, source, **overrides)
+
+    @classmethod
+    def _of_model(
+        cls,
+        described: ModelNorm,
+        weight: Any,
+        bias: Any,
+        source: Source | None = None,
+        **overrides: Any,
+    ) -> HeadNorm:
+        """Build the norm that a model's is `described` to be."""
+        shared = described.shape in ((), (described.head_dim,))
+        arguments = {
+            "kind": described.kind,
+            "eps": described.eps,
+            "num_heads": None if shared else described.num_heads,
+            "head_dim": described.head_dim,
+            "weight_offset": described.weight_offset if weight is not None else 0.0,
+            "rounding": described.rounding,
+        }
+        norm = cls(weight, bias, **arguments | overrides)
+        norm._source = source
+        return norm if "rounding" in overrides else norm._making(described.result)
+
+    def _making(self, result: str) -> HeadNorm:
+        """Refuse calls in which the model's own result had another dtype than x."""
+        self._options = self._options._replace(result=result)
+        self._norm = Norm(self._options, self._held)
+        self._norms = {self._options.heads_axis: self._norm}
+        return self
 
     def to_safetensors(self, path: str | os.PathLike[str], key: str) -> None:
         """Write ``<key>.weight`` and ``<key>.bias``, as they are held, to a new file."""
@@ -224,7 +325,8 @@ class HeadNorm:
 
         arguments = self._arguments()
         arguments.update(num_heads=stop - start, head_dim=self.head_dim)
-        return HeadNorm(part(self._weight), part(self._bias), **arguments)
+        norm = HeadNorm(part(self._weight), part(self._bias), **arguments)
+        return norm._making(self._options.result)
 
     def load(self, device: Any = None) -> None:
         """Upload to a CUDA device (an index, ``"cuda:1"``, a torch or CuPy device) and wait."""
@@ -312,8 +414,7 @@ class HeadNorm:
                 shown[name] = value
         words = [f"{name}={value!r}" for name, value in shown.items()]
         if self._source is not None:
-            path, key = self._source
-            return f"HeadNorm.from_safetensors({', '.join([repr(path), repr(key), *words])})"
+            return self._source.told(words)
         for name, array in (("bias", self._bias), ("weight", self._weight)):
             if array is not None:
                 told = f"<{array.dtype} {array.shape}>"
@@ -322,7 +423,7 @@ class HeadNorm:
 
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild = functools.partial(type(self), self._weight, self._bias, **self._arguments())
-        return rebuild, (), {"_source": self._source}
+        return _rebuilt, (rebuild, self._options.result, self._source)
 
     def _arguments(self) -> dict[str, Any]:
         o = self._options
@@ -342,6 +443,31 @@ class HeadNorm:
             made = Norm(self._options._replace(heads_axis=axis), self._held)
             norm = self._norms.setdefault(axis, made)
         return norm
+
+
+class Source(NamedTuple):
+    """The constructor that read a norm from a file, and what it was given."""
+
+    constructor: str
+    path: str
+    key: str
+    overrides: Mapping[str, Any] | None = None
+    variant: str | None = None
+
+    def told(self, words: list[str]) -> str:
+        """Write the call; `words` are the arguments where `overrides` are not kept."""
+        if self.overrides is not None:
+            given = {} if self.variant is None else {"variant": self.variant}
+            words = [f"{name}={value!r}" for name, value in (given | dict(self.overrides)).items()]
+        return (
+            f"HeadNorm.{self.constructor}({', '.join([repr(self.path), repr(self.key), *words])})"
+        )
+
+
+def _rebuilt(rebuild: Callable[[], HeadNorm], result: str, source: Source | None) -> HeadNorm:
+    norm = rebuild()._making(result)
+    norm._source = source
+    return norm
 
 
 class _Held:

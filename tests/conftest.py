@@ -21,8 +21,11 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    asked = "real_model" in config.getoption("markexpr")
     for item in items:
+        if item.get_closest_marker("real_model") and not asked:
+            item.add_marker(pytest.mark.skip(reason="takes a model of 250 MB; needs make real"))
         if item.get_closest_marker("gpu") and GPU_REASON:
             item.add_marker(pytest.mark.skip(reason=GPU_REASON))
 

@@ -202,6 +202,142 @@ def test_folder_without_permission(shards, monkeypatch):
         folder.chmod(0o700)
 
 
+def test_headers_are_those_of_all_shards(shards):
+    folder, *_ = shards
+    assert checkpoint.headers(folder) == {
+        f"{KEY}.weight": ("BF16", (3, 64)),
+        f"{KEY}.bias": ("F32", (3, 64)),
+    }
+    assert checkpoint.headers(folder / "model-00002-of-00002.safetensors") == {
+        f"{KEY}.bias": ("F32", (3, 64))
+    }
+
+
+def test_headers_need_every_shard(shards):
+    folder, weight, _ = shards
+    first = folder / "model-00001-of-00002.safetensors"
+    save_file({"other.weight": weight}, first)
+    with pytest.raises(CheckpointError, match=rf"lacks {KEY}.weight, which the index puts there"):
+        checkpoint.headers(folder)
+    first.unlink()
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002.safetensors does not exist"):
+        checkpoint.headers(folder)
+
+
+def test_two_files_that_hold_one_tensor(shards):
+    folder, weight, bias = shards
+    second = folder / "model-00002-of-00002.safetensors"
+    save_file({f"{KEY}.weight": weight, f"{KEY}.bias": bias}, second)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"model-00001-of-00002.safetensors and .*model-00002-of-00002.safetensors both hold "
+        rf"{KEY}.weight; needs one file for each tensor",
+    ):
+        checkpoint.headers(folder)
+
+
+def test_an_index_that_puts_one_tensor_in_two_files(shards):
+    folder, *_ = shards
+    path = folder / checkpoint.INDEX
+    entry = f'"{KEY}.weight": "model-00001-of-00002.safetensors"'
+    other = f'"{KEY}.weight": "model-00002-of-00002.safetensors"'
+    path.write_text(f'{{"weight_map": {{{entry}, {other}}}}}')
+    with pytest.raises(
+        CheckpointError,
+        match=rf"puts {KEY}.weight in 'model-00001.*' and in 'model-00002.*'; needs one file",
+    ):
+        HeadNorm.from_safetensors(folder, KEY)
+    path.write_text(f'{{"weight_map": {{{entry}, {entry}}}}}')  # twice the same is no claim
+    HeadNorm.from_safetensors(folder, KEY)
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "C:\\x"])
+def test_headers_leave_no_folder(shards, shard):
+    folder, *_ = shards
+    index(folder, {f"{KEY}.weight": shard})
+    with pytest.raises(CheckpointError, match="outside its folder; needs a path inside"):
+        checkpoint.headers(folder)
+
+
+def names_of(folder, variant=None):
+    return set(checkpoint.headers(folder, variant=variant))
+
+
+def test_files_are_looked_for_in_the_libraries_order(tmp_path):
+    stems = ("model", "diffusion_pytorch_model")
+    for number, stem in reversed(list(enumerate(stems))):
+        # Each is preferred to those that were written before it.
+        save_file({f"shard{number}": np.ones(2)}, tmp_path / f"{stem}-00001-of-00001.safetensors")
+        listed = {"weight_map": {f"shard{number}": f"{stem}-00001-of-00001.safetensors"}}
+        (tmp_path / f"{stem}.safetensors.index.json").write_text(json.dumps(listed))
+        assert names_of(tmp_path) == {f"shard{number}"}
+        save_file({f"whole{number}": np.ones(2)}, tmp_path / f"{stem}.safetensors")
+        assert names_of(tmp_path) == {f"whole{number}"}
+
+
+def test_variants(tmp_path):
+    save_file({"plain": np.ones(2)}, tmp_path / "model.safetensors")
+    save_file({"half": np.ones(2)}, tmp_path / "model.fp16-00001-of-00001.safetensors")
+    listed = {"weight_map": {"half": "model.fp16-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.fp16.json").write_text(json.dumps(listed))
+    assert names_of(tmp_path, "fp16") == {"half"}
+    save_file({"whole": np.ones(2)}, tmp_path / "model.fp16.safetensors")
+    assert names_of(tmp_path, "fp16") == {"whole"}
+    assert names_of(tmp_path) == {"plain"}
+    assert checkpoint.read_tensor(tmp_path, "whole", variant="fp16").tolist() == [1, 1]
+    with pytest.raises(
+        CheckpointError,
+        match=r"needs model.int8.safetensors or model.safetensors.index.int8.json",
+    ):
+        names_of(tmp_path, "int8")
+
+
+@pytest.mark.parametrize("variant", ["../x", "a/b", "a\\b", "C:x", "\0", 16])
+def test_a_variant_is_no_path(tmp_path, variant):
+    with pytest.raises(CheckpointError, match="needs a part of a file's name, such as 'fp16'"):
+        checkpoint.headers(tmp_path, variant=variant)
+
+
+def test_config(tmp_path):
+    path = tmp_path / checkpoint.CONFIG
+    with pytest.raises(CheckpointError, match=r"has no config.json, which says what the model is"):
+        checkpoint.config(tmp_path)
+    with pytest.raises(CheckpointError, match=r"nowhere has no config.json"):
+        checkpoint.config(tmp_path / "nowhere")
+    path.write_text('{"model_type": "qwen3"}')
+    assert checkpoint.config(str(tmp_path)) == {"model_type": "qwen3"}
+    for text in ("", "{", "[" * 100_000, "\xff"):
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(CheckpointError, match=r"is no JSON .*; needs a model's config.json"):
+            checkpoint.config(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(CheckpointError, match=r"config.json holds a list; needs a JSON object"):
+        checkpoint.config(tmp_path)
+
+
+def test_a_module_a_head_is_stacked_by_number(tmp_path):
+    path = tmp_path / "norm.safetensors"
+    heads = {f"{KEY}.norms.{head}.weight": np.full(4, head, np.float32) for head in range(12)}
+    save_file(heads | {f"{KEY}.norms.x.weight": np.ones(9)}, path)
+    norm = HeadNorm.from_safetensors(path, KEY, kind="layer")
+    assert norm.weight[:, 0].tolist() == list(range(12))
+    assert (norm.num_heads, norm.head_dim) == (12, 4)
+    del heads[f"{KEY}.norms.5.weight"]
+    save_file(heads, path)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{KEY}.norms.6.weight is there and {KEY}.norms.5.weight is not; needs every head "
+        "from 0 to 11",
+    ):
+        HeadNorm.from_safetensors(path, KEY)
+    heads[f"{KEY}.norms.5.weight"] = np.ones(3, np.float32)
+    save_file(heads, path)
+    with pytest.raises(
+        CheckpointError, match=r"float32 \(3,\) and float32 \(4,\); needs one dtype"
+    ):
+        HeadNorm.from_safetensors(path, KEY)
+
+
 def test_a_bias_alone(tmp_path):
     path = tmp_path / "norm.safetensors"
     HeadNorm(None, np.full(64, 0.5, np.float32)).to_safetensors(path, KEY)

@@ -1,5 +1,6 @@
 """The command line, run as a newcomer does: in a process of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -222,3 +223,107 @@ def test_bench_prints_a_table(capsys):
     assert out.count("2 x 2 x 64") == 6
     code, out, _ = in_process(capsys, "bench", "--megabytes", 0.1, "--num-heads", 2)
     assert "195 x 2 x 128" in out
+
+
+QWEN3 = {
+    "model_type": "qwen3", "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "partial_rotary_factor": 0.5,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Three layers of Qwen3, the second without norms, and a tensor that looks like one."""
+    tensors = {"model.layers.1.self_attn.v_norm.weight": np.ones(16, np.float32)}
+    for layer in (0, 2):
+        at = f"model.layers.{layer}.self_attn"
+        tensors[f"{at}.q_norm.weight"] = np.linspace(layer, layer + 1, 16, dtype=np.float32)
+        tensors[f"{at}.k_norm.weight"] = np.full(16, np.nan, np.float32)
+        tensors[f"{at}.q_proj.weight"] = np.zeros((64, 8), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
+    return tmp_path
+
+
+def test_inspect_prints_tables(model, capsys):
+    pytest.importorskip("rich")
+    code, out, err = in_process(capsys, "inspect", model)
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0] == f"qwen3 in {model}"
+    rows = "0, 2 {} (16,) F32 {} rms 0 1e-06 before_weight after norm, half, 0.5 of head_dim"
+    assert rows.format("q", 4) in lines
+    assert rows.format("k", 2) in lines
+    values = np.concatenate([np.linspace(layer, layer + 1, 16) for layer in (0, 2)])
+    assert f"0, 2 q weight 0 3 1.5 {values.std():.4g}" in lines
+    assert "0, 2 k weight not finite not finite not finite not finite" in lines
+    refused = lines[lines.index("Refused") + 2]
+    assert refused.startswith(
+        "1 model.layers.*.self_attn.v_norm (16,) F32 nothing is known of such"
+    )
+    assert "Note: k: config.json decides num_heads: no k_proj to check against" in lines
+
+
+def test_inspect_prints_json(model, capsys):
+    code, out, err = in_process(capsys, "inspect", model, "--json")
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    assert (said["model_type"], said["variant"], said["notes"]) == ("qwen3", None, [])
+    q, k = said["norms"]
+    assert q["name"] == "model.layers.*.self_attn.q_norm"
+    assert (q["layers"], q["role"], q["shape"], q["dtype"]) == ([0, 2], "q", [16], "F32")
+    assert (q["kind"], q["eps"], q["rounding"], q["num_heads"]) == ("rms", 1e-6, "before_weight", 4)
+    assert q["rope"]["partial"] == 0.5
+    assert (q["weight"]["min"], q["weight"]["max"]) == (0, 3)
+    assert q["weight"]["mean"] == pytest.approx(1.5)
+    assert (q["bias"], k["weight"]["max"]) == (None, None)
+    assert said["refused"][0]["layers"] == [1]
+
+
+def test_inspect_merges_what_is_alike_and_nothing_else(model, capsys):
+    config = {**QWEN3, "model_type": "llama4_text", "num_hidden_layers": 10}
+    (model / "config.json").write_text(json.dumps(config))
+    save_file({"model.norm.weight": np.ones(8)}, model / "model.safetensors")
+    code, out, _ = in_process(capsys, "inspect", model)
+    assert code == 0
+    assert "0-2, 4-6, 8-9" in out
+    assert "none" in out
+    assert "Values as stored" not in out
+
+
+def test_inspect_says_that_nothing_is_served(model, capsys):
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"model.norm.weight": np.ones(8)}, model / "model.safetensors")
+    code, out, _ = in_process(capsys, "inspect", model)
+    assert code == 0
+    assert "no head norm is served" in out
+    assert "Note: nothing is known of llama, and no tensor looks like a head norm" in out
+
+
+def test_inspect_reads_a_variant(model, capsys):
+    (model / "model.safetensors").rename(model / "model.fp16.safetensors")
+    code, out, _ = in_process(capsys, "inspect", model, "--variant", "fp16")
+    assert code == 0
+    assert out.splitlines()[0].endswith(", fp16")
+    code, _, err = in_process(capsys, "inspect", model)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "needs model.safetensors or model.safetensors.index.json" in err
+
+
+def test_inspect_names_what_it_cannot_read(model, capsys):
+    code, out, err = in_process(capsys, "inspect", "/nowhere")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "/nowhere has no config.json" in err
+    (model / "config.json").write_text(json.dumps({**QWEN3, "model_type": "new [bold]comer"}))
+    code, out, err = in_process(capsys, "inspect", model, "--json")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "nothing is known of new [bold]comer, and these tensors look like head norms" in err
+
+
+def test_inspect_on_a_real_model(real, capsys):
+    code, out, err = in_process(capsys, "inspect", real, "--json")
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    assert [norm["layers"] for norm in said["norms"]] == [list(range(18))] * 2
+    assert {norm["weight_offset"] for norm in said["norms"]} == {1.0}

@@ -36,8 +36,9 @@ def test_readme_blocks(block):
 
 
 def test_readme_has_an_example_a_library_of_about_ten_lines():
-    assert [block.split()[1] for block in BLOCKS] == ["cupy", "torch", "numpy"]
-    assert all(len(block.strip().splitlines()) <= 12 for block in BLOCKS)
+    first = BLOCKS[:3]
+    assert [block.split()[1] for block in first] == ["cupy", "torch", "numpy"]
+    assert all(len(block.strip().splitlines()) <= 12 for block in first)
 
 
 def test_readmes_commands_are_targets_and_links_lead_somewhere():
@@ -95,7 +96,7 @@ def test_make_help_lists_every_target():
     command = ["make", "--no-print-directory", "help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     listed = [line.split()[0] for line in done.stdout.splitlines()]
-    expected = "help demo test lint format compile gpu bench notebooks wheel clean"
+    expected = "help demo test lint format compile gpu bench parity real notebooks wheel clean"
     assert sorted(listed) == sorted(expected.split())
 
 

@@ -11,8 +11,9 @@ from cases import DEFAULT, random
 from tolerances import assert_alike
 
 import cupy_headnorm
-from cupy_headnorm import HeadNorm, LaunchConfig, layer_norm, rms_norm
-from cupy_headnorm._dtypes import BFLOAT16, FLOAT32
+from cupy_headnorm import HeadNorm, LaunchConfig, layer_norm, models, rms_norm
+from cupy_headnorm._dtypes import BFLOAT16, FLOAT16, FLOAT32
+from cupy_headnorm._model_norms import ModelNorm
 
 
 @pytest.fixture
@@ -267,3 +268,38 @@ def test_many_threads_share_a_norm(library, rng):
 
 def test_default_case_is_qwen3s():
     assert (DEFAULT.kind, DEFAULT.head_dim, DEFAULT.eps) == ("rms", 128, HeadNorm().eps)
+
+
+def of_model(weight, own_rounding, result, **overrides):
+    described = ModelNorm(
+        name="q_norm", tower="text", layer=0, role="q", weights=(), biases=(), kind="rms", eps=1e-6,
+        weight_offset=0.0, rounding=own_rounding, result=result, num_heads=3, head_dim=64,
+        heads_axis=-2, shape=(64,), dtype="F32", rope=models.Rope(), notes=(),
+    )  # fmt: skip
+    return HeadNorm._of_model(described, weight, None, **overrides)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "result", "own"),
+    [
+        (BFLOAT16, FLOAT32, "promoted", "float32"),
+        (FLOAT16, BFLOAT16, "promoted", "float32"),
+        (BFLOAT16, FLOAT16, "weight", "float16"),
+        (FLOAT32, BFLOAT16, "weight", "bfloat16"),
+    ],
+)
+def test_a_models_own_result_dtype_is_not_changed_in_silence(x, weight, result, own, library, rng):
+    values, w = random(rng, (5, 3, 64), x), random(rng, (64,), weight)
+    norm = of_model(w, "before_weight", result)
+    for refusing in (norm, norm.heads(0, 3), pickle.loads(pickle.dumps(norm))):
+        for axis in (-2, -3):
+            with pytest.raises(
+                TypeError,
+                match=rf"x has dtype {x} and the weight {weight}, of which the model itself makes "
+                rf"{own}; needs x of {own}, or rounding='before_weight' given explicitly",
+            ):
+                refusing(library.array(values[:, :, None]), heads_axis=axis)
+    chosen = of_model(w, "before_weight", result, rounding="before_weight")
+    assert library.host(chosen(library.array(values))).dtype == x.numpy
+    same = values.astype(w.dtype)
+    assert library.host(norm(library.array(same))).dtype == w.dtype

@@ -43,7 +43,12 @@ def test_notebook_is_kept_without_outputs(path):
 
 def test_there_are_notebooks():
     stems = [path.stem for path in NOTEBOOKS]
-    assert stems == ["1-first-norm", "3-inside-the-kernel", "4-measuring"]
+    assert stems == [
+        "1-first-norm",
+        "2-torch-and-checkpoints",
+        "3-inside-the-kernel",
+        "4-measuring",
+    ]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)

@@ -15,6 +15,7 @@ NAMES = [
     "LaunchConfig",
     "__version__",
     "environment",
+    "head_norms",
     "layer_norm",
     "reference",
     "rms_norm",

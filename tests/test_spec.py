@@ -137,7 +137,7 @@ REFUSED = {
         (X, w(64)),
         {"rounding": "rstd"},
         ValueError,
-        r"rounding is 'rstd' and (a weight is given; needs neither weight|kind 'layer'; needs kind)",
+        r"rounding is .rstd. and (a weight is given; needs neither w|kind .layer.; needs kind)",
     ),
     "integer x": ((w(3, 64).astype(np.int32),), {}, TypeError, r"x has .*int32.*; needs float16, "),
     "complex x": (

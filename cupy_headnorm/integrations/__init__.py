@@ -1,0 +1,1 @@
+"""Our norms inside of other libraries."""

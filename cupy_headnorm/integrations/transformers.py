@@ -1,0 +1,312 @@
+"""Our norms in the place of those of a transformers model."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from types import MethodType, TracebackType
+from typing import Any
+
+import torch
+
+from cupy_headnorm import _dispatch, _dtypes, _model_norms
+from cupy_headnorm._kernels import CaptureError
+from cupy_headnorm._model_norms import ModelNorm
+from cupy_headnorm._torch import untraced
+from cupy_headnorm.headnorm import HeadNorm
+
+__all__ = ["SwappedNorms", "use_head_norms"]
+
+_MAX_REASONS = 32
+"""Kept by their own text: a reason names shapes, of which a server meets any number."""
+
+
+def use_head_norms(model: torch.nn.Module) -> SwappedNorms:
+    """
+    Let a transformers model's norms of single heads compute with `HeadNorm`'s kernels.
+
+    ``forward`` is replaced on the instances of its q, k (and v) norm modules; classes, parameters,
+    state dict and hooks stay as they are. The modules' own arithmetic is kept, to the rounding
+    step.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A transformers model, or any part of one that has its ``config``.
+
+    Returns
+    -------
+    SwappedNorms
+        Undoes the swap; a context manager.
+
+    Raises
+    ------
+    TypeError
+        `model` has no config.
+    ValueError
+        It has no norm that can be swapped, or is swapped already; the message says which.
+    GPUUnavailableError
+        The model is in CUDA memory and CuPy or NVRTC is missing.
+
+    Notes
+    -----
+    A module's own forward runs wherever ours would not do the same: while autograd records and x
+    or a weight requires grad, under autocast, where x or a weight is not a plain tensor with
+    memory (torch.export, torch.jit.trace, torch.func, DTensor), where the model's own result is
+    of another dtype than x. Each such call is counted in `SwappedNorms.fallbacks`.
+
+    Weights are read at each call, so whatever changes them counts: a load_state_dict, an optimizer
+    step, a move to another device or dtype.
+
+    torch.compile breaks its graph at each norm, and with ``fullgraph=True`` raises.
+
+    A model that is copied or pickled while it is swapped gives one that is not.
+
+    Examples
+    --------
+    >>> from cupy_headnorm.integrations.transformers import use_head_norms
+    >>> with use_head_norms(model) as swapped:  # doctest: +SKIP
+    ...     tokens = model.generate(**prompt)
+    >>> swapped  # doctest: +SKIP
+    <SwappedNorms: 36 norms of gemma3_text, 864 calls, 0 fallbacks, restored>
+    """
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    if not isinstance(model, torch.nn.Module) or to_dict is None:
+        raise TypeError(f"model is a {type(model).__name__}; needs a transformers model")
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module.__dict__.get("forward"), _Forward):
+            raise ValueError(f"{name} is swapped already; needs restore() of what swapped it")
+    found = _model_norms.find(to_dict(), _tensors(model))
+    refused = {one.name: one.reason for one in found.refused}
+    ours: dict[int, tuple[torch.nn.Module, _Forward]] = {}
+    for described in found.norms:
+        try:
+            module = modules[_path(described.name, modules)]
+            forward = _Forward(module, described)
+            _check_agrees(module, forward, next(model.parameters()))
+        except (TypeError, ValueError) as error:
+            refused[described.name] = str(error)
+            continue
+        # Llama 4 has one module for q and k.
+        known = ours.setdefault(id(module), (module, forward))[1]
+        if known.of_options.options != forward.of_options.options:
+            raise ValueError(f"{described.name} is one module for two kinds of norm; needs one")
+    if not ours:
+        why = "".join(f"; {name}: {reason}" for name, reason in list(refused.items())[:1])
+        raise ValueError(
+            f"a model of type {found.model_type} has no norm of single heads that can be "
+            f"swapped{why}"
+        )
+    for module, forward in ours.values():
+        module.forward = forward
+    return SwappedNorms(found.model_type, [forward for _, forward in ours.values()], refused)
+
+
+class SwappedNorms:
+    """
+    The norms of a model that `use_head_norms` has swapped; a context manager that restores them.
+
+    The swap lasts as long as the model does, whether this object is kept or not.
+    """
+
+    def __init__(
+        self, model_type: str, forwards: Iterable[_Forward], refused: dict[str, str]
+    ) -> None:
+        self._model_type = model_type
+        self._forwards = tuple(forwards)
+        self.refused = refused
+        """Norms that were found and not swapped, with the reason."""
+
+    @property
+    def norms(self) -> dict[str, HeadNorm]:
+        """What is computed, by the module's name: a copy of its weights, made now."""
+        return {forward.described.name: forward.norm() for forward in self._forwards}
+
+    @property
+    def calls(self) -> int:
+        """Number of calls that ours has answered; approximate while several threads call."""
+        return sum(forward.calls for forward in self._forwards)
+
+    @property
+    def fallbacks(self) -> Counter[str]:
+        """Number of calls that a module's own forward has answered, by reason; see `calls`."""
+        return sum((forward.fallbacks for forward in self._forwards), Counter())
+
+    def restore(self) -> None:
+        """Give every module its own forward back; once more does nothing."""
+        for forward in self._forwards:
+            forward.restore()
+
+    def __enter__(self) -> SwappedNorms:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        restored = "" if any(forward.active for forward in self._forwards) else ", restored"
+        return (
+            f"<SwappedNorms: {len(self._forwards)} norms of {self._model_type}, {self.calls} "
+            f"calls, {self.fallbacks.total()} fallbacks{restored}>"
+        )
+
+
+class _Forward:
+    """
+    What stands in the place of one module's forward.
+
+    It does not own the module, which owns it: a model in no reference cycle is freed when it is
+    let go.
+    """
+
+    def __init__(self, module: torch.nn.Module, described: ModelNorm) -> None:
+        _check_forward(module)
+        # torch.export and torch.fx read these of a forward, as if it were a method.
+        self.__signature__ = inspect.signature(module.forward)
+        self.__code__ = getattr(type(module).forward, "__code__", None)
+        self._module = weakref.ref(module)
+        self.described = described
+        self._weights = _getters(described, described.weights)
+        self._biases = _getters(described, described.biases)
+        self.of_options = _dispatch.Norm(self.norm()._along(described.heads_axis).options)
+        self.active = True
+        self.calls = 0
+        self.fallbacks: Counter[str] = Counter()
+
+    @untraced
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._module()
+        if self.active:
+            try:
+                result = self._ours(module, *args, **kwargs)
+            except (TypeError, ValueError, CaptureError) as error:
+                # What is no call of ours raises here, and so does what would be a wrong one.
+                self._fell_back(str(error))
+            else:
+                self.calls += 1
+                return result
+        return type(module).forward(module, *args, **kwargs)
+
+    def _ours(self, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x is a {type(x).__name__}; needs a torch.Tensor")
+        weight, bias = self.parameters(module)
+        if torch.is_grad_enabled():
+            for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+                if tensor is not None and tensor.requires_grad:
+                    raise ValueError(f"{name} requires grad and grad mode is on")
+        if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
+            raise ValueError("autocast is on")
+        return _dispatch.apply(self.of_options, x, weight, bias)
+
+    def parameters(self, module: torch.nn.Module) -> tuple[torch.Tensor | None, ...]:
+        """Return the weight and the bias as they are now."""
+        return _gathered(module, self._weights), _gathered(module, self._biases)
+
+    def _fell_back(self, reason: str) -> None:
+        known = reason in self.fallbacks or len(self.fallbacks) < _MAX_REASONS
+        self.fallbacks[reason if known else "other reasons"] += 1
+
+    def norm(self) -> HeadNorm:
+        """Return the norm with a copy of the module's weights."""
+        module = self._module()
+        with torch.no_grad():
+            return HeadNorm._of_model(self.described, *self.parameters(module))
+
+    def restore(self) -> None:
+        """Give the module its own forward back."""
+        self.active = False  # enough where another library has wrapped this one since
+        module = self._module()
+        if module is not None and module.__dict__.get("forward") is self:
+            del module.forward
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the module, of which only the class is there yet, gives its own forward.
+        return getattr, (self._module(), "forward")
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape by name, as a checkpoint's header has them."""
+    spellings = {dtype.name: dtype.safetensors for dtype in _dtypes.DTYPES}
+    found = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        # Integers are packed weights, whose shapes tell nothing.
+        if tensor.is_floating_point():
+            found[name] = (spellings.get(dtype, dtype), tuple(tensor.shape))
+    return found
+
+
+def _path(name: str, modules: dict[str, torch.nn.Module]) -> str:
+    """Return the full name of a module; that of one without tensors may lack its prefix."""
+    if name in modules:
+        return name
+    paths = [path for path in modules if path.endswith(f".{name}")]
+    if len(paths) != 1:
+        raise ValueError(f"the model has {len(paths)} modules {name}; needs one")
+    return paths[0]
+
+
+def _check_forward(module: torch.nn.Module) -> None:
+    """Refuse a module whose forward somebody has replaced on the instance."""
+    found = module.__dict__.get("forward")
+    # A copy of a swapped module has its class' own there: see `_Forward.__reduce__`.
+    if found is not None and found != MethodType(type(module).forward, module):
+        raise ValueError(
+            f"its forward is a {type(found).__name__} put on the instance; needs that of its class"
+        )
+
+
+@torch.no_grad()
+def _check_agrees(module: torch.nn.Module, forward: _Forward, like: torch.Tensor) -> None:
+    """Refuse a module that computes something else than is known of its model: a patched one."""
+    described, like = forward.described, next(module.parameters(), like)
+    shape = [2, 2, 2, described.head_dim]
+    shape[described.heads_axis] = described.num_heads or 1
+    # The mean tells the kinds apart, rows of 0.001 an epsilon from another.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
+    x[0] *= 0.001
+    x = x.to(like.dtype).to(like.device)
+    try:
+        theirs = type(module).forward(module, x)
+    except Exception as error:
+        raise ValueError(
+            f"its own forward fails on x of shape {tuple(shape)} ({error}); needs one that takes it"
+        ) from error
+    if theirs.shape != x.shape:
+        raise ValueError(
+            f"its own forward gives {tuple(theirs.shape)} for x of shape {tuple(shape)}; needs "
+            "the shape of x"
+        )
+    theirs = theirs.double()
+    ours = _dispatch.apply(forward.of_options, x, *forward.parameters(module)).double()
+    bound = theirs.abs().amax(-1, keepdim=True) * (4 * torch.finfo(x.dtype).eps + 1e-5)
+    if not ((error := (ours - theirs).abs()) <= bound).all():
+        raise ValueError(
+            f"its own forward and what {described.kind} with eps={described.eps} gives differ by "
+            f"{error.max():.3g}; needs the forward of transformers' own class"
+        )
+
+
+def _getters(described: ModelNorm, names: Iterable[str]) -> tuple[Callable[[Any], Any], ...]:
+    """Return what gets the tensors of these names from their norm's module."""
+    return tuple(operator.attrgetter(name.removeprefix(f"{described.name}.")) for name in names)
+
+
+def _gathered(module: Any, getters: tuple[Callable[[Any], Any], ...]) -> torch.Tensor | None:
+    """Return the tensor of a norm, one row a head where each head has a module of its own."""
+    if not getters:
+        return None
+    if len(getters) == 1:
+        return getters[0](module)
+    return torch.stack([get(module) for get in getters])

@@ -1,0 +1,103 @@
+"""Every head norm of a model, each read when it is first asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+from cupy_headnorm import _model_norms, checkpoint
+from cupy_headnorm._model_norms import ModelNorm, Refused
+from cupy_headnorm.headnorm import HeadNorm, Source
+
+
+class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
+    """
+    A model's head norms by layer and role: ``norms[0, "q"]``; build one with `head_norms`.
+
+    Getting a norm reads its tensors, once; nothing else does. Looking for one, counting and
+    iterating over keys read nothing. A norm that is not served is no key: getting it raises
+    `CheckpointError` with the reason.
+    """
+
+    def __init__(self, folder: str, variant: str | None = None) -> None:
+        headers = checkpoint.headers(folder, variant=variant)
+        self._found = _model_norms.find(checkpoint.config(folder), headers)
+        self._where = checkpoint.files(folder, variant=variant)
+        self._folder = folder
+        self._variant = variant
+        self._keyed = self._found.keyed()
+        self._loaded: dict[tuple[int, str], HeadNorm] = {}
+
+    @property
+    def model_type(self) -> str:
+        """What config.json calls the model."""
+        return self._found.model_type
+
+    @property
+    def described(self) -> Mapping[tuple[int, str], ModelNorm]:
+        """What the model computes, and where its tensors lie, by layer and role."""
+        served = {key: norm for key, norm in self._keyed.items() if isinstance(norm, ModelNorm)}
+        return MappingProxyType(served)
+
+    @property
+    def refused(self) -> tuple[Refused, ...]:
+        """Norms that are not served, and tensors that look like norms, with the reasons."""
+        return self._found.refused
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing: what config.json alone decides, or contradicts."""
+        own = (note for norm in self._found.norms for note in norm.notes)
+        return tuple(dict.fromkeys((*self._found.notes, *own)))
+
+    def __getitem__(self, key: tuple[int, str]) -> HeadNorm:
+        norm = self._loaded.get(key)
+        if norm is None:
+            if key not in self._keyed:
+                raise KeyError(key)
+            described = _model_norms.serve(self._keyed[key])
+            weight, bias = _model_norms.load(self._where, described)
+            source = Source("from_pretrained", self._folder, described.name, {}, self._variant)
+            made = HeadNorm._of_model(described, weight, bias, source)
+            # Another thread may have been faster: all shall hold one norm.
+            norm = self._loaded.setdefault(key, made)
+        return norm
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.described
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return iter(self.described)
+
+    def __len__(self) -> int:
+        return len(self.described)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} head norms of {self.model_type} in {self._folder!r}>"
+
+
+def head_norms(model_dir: str | os.PathLike[str], *, variant: str | None = None) -> HeadNorms:
+    """
+    Find every head norm of a model, with the model's own arithmetic.
+
+    Parameters
+    ----------
+    model_dir : path-like
+        A folder with config.json and safetensors files, as `save_pretrained` writes it.
+    variant : str, optional
+        Part of the files' names, such as ``"fp16"``.
+
+    Returns
+    -------
+    HeadNorms
+        A mapping of ``(layer, role)`` to `HeadNorm`; roles are ``"q"``, ``"k"``, ``"v"``, ..., and
+        ``"vision_q"`` and the like of other towers than the text's, where there are several.
+
+    Raises
+    ------
+    CheckpointError
+        The folder cannot be read, its tensors contradict its config.json, or nothing is known of
+        the model and it has tensors that look like head norms; the message says what was found.
+    """
+    return HeadNorms(os.fspath(model_dir), variant)
