@@ -29,10 +29,9 @@ def collect(folder: str, variant: str | None = None) -> dict[str, Any]:
         norm's ``weight`` and ``bias`` are the least, the largest and the mean value and the
         standard deviation over all its layers, as stored, or None.
     """
-    found = _model_norms.find(
-        checkpoint.config(folder), checkpoint.headers(folder, variant=variant)
-    )
-    where = checkpoint.files(folder, variant=variant)
+    config = checkpoint.config(folder)
+    tensors, where = checkpoint.survey(folder, variant=variant)
+    found = _model_norms.find(config, tensors)
     served: dict[Any, list[tuple[str, ModelNorm]]] = {}
     refused: dict[Any, list[Refused]] = {}
     for (_, role), norm in found.keyed().items():
@@ -84,7 +83,7 @@ def _statistics(arrays: Iterable[np.ndarray | None]) -> dict[str, float | None] 
     if not values:
         return None
     joined = np.concatenate(values)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         found = {
             "min": joined.min(), "max": joined.max(), "mean": joined.mean(), "std": joined.std(),
         }  # fmt: skip
@@ -96,12 +95,11 @@ def show(found: dict[str, Any], on: Any) -> None:
     """Print what `collect` returns on a console."""
     title = f"{found['model_type']} in {found['checkpoint']}"
     title += "" if found["variant"] is None else f", {found['variant']}"
-    on.print(title, markup=False, soft_wrap=True)
+    on.print(title, markup=False, emoji=False, soft_wrap=True)
     if found["norms"]:
         on.print(_norms(found["norms"]))
-        if any(norm[part] for norm in found["norms"] for part in ("weight", "bias")):
-            on.print("\nValues as stored, over all layers of a row")
-            on.print(_values(found["norms"]))
+        on.print("\nNames, and values as stored over all layers of a row")
+        on.print(_values(found["norms"]))
     else:
         on.print("no head norm is served")
     if found["refused"]:
@@ -111,26 +109,26 @@ def show(found: dict[str, Any], on: Any) -> None:
             for norm in found["refused"]
         ]  # fmt: skip
         on.print(_table(("layers", "norm", "shape", "dtype", "why"), *rows))
-    notes = list(found["notes"])
+    notes: dict[str, list[str]] = {note: [] for note in found["notes"]}
     for norm in found["norms"]:
-        notes += [f"{norm['role']}: {note}" for note in norm["notes"]]
-        if norm["rope"]["note"]:
-            notes.append(f"{norm['role']}: {norm['rope']['note']}")
+        for note in filter(None, (*norm["notes"], norm["rope"]["note"])):
+            notes.setdefault(note, []).append(norm["role"])
     if notes:
         on.print()
-        for note in dict.fromkeys(notes):
-            on.print(f"Note: {note}", markup=False, soft_wrap=True)
+    for note, roles in notes.items():
+        whose = f"{', '.join(dict.fromkeys(roles))}: " if roles else ""
+        on.print(f"Note: {whose}{note}", markup=False, emoji=False, soft_wrap=True)
 
 
 def _table(*rows: Sequence[str]) -> Any:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None)
     for column in rows[0]:
         table.add_column(column, overflow="fold")
     for row in rows[1:]:
-        table.add_row(*(escape(word) for word in row))
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -162,13 +160,14 @@ def _norms(norms: list[dict[str, Any]]) -> Any:
 
 
 def _values(norms: list[dict[str, Any]]) -> Any:
-    rows: list[Sequence[str]] = [("layers", "role", "tensor", "min", "max", "mean", "std")]
+    rows: list[Sequence[str]] = [("layers", "norm", "tensor", "min", "max", "mean", "std")]
     for norm in norms:
-        for part in ("weight", "bias"):
-            if norm[part] is not None:
-                numbers = (
-                    "not finite" if value is None else f"{value:.4g}"
-                    for value in norm[part].values()
-                )
-                rows.append((_layers(norm), norm["role"], part, *numbers))
-    return _table(*rows)
+        parts = [part for part in ("weight", "bias") if norm[part] is not None]
+        for part in parts:
+            numbers = (
+                "not finite" if value is None else f"{value:.4g}" for value in norm[part].values()
+            )
+            rows.append((_layers(norm), norm["name"], part, *numbers))
+        if not parts:
+            rows.append((_layers(norm), norm["name"], "none", *[""] * 4))
+    return _table(*dict.fromkeys(rows))  # q and k may be of one module

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_headnorm import _dtypes, checkpoint
+from cupy_headnorm._model_config import Fields, short
 from cupy_headnorm.checkpoint import CheckpointError
 from cupy_headnorm.models import BY_MODEL_TYPE, Family, Role, Rope
 
@@ -135,14 +135,14 @@ def find(config: Mapping[str, Any], tensors: Tensors, *, full_width: bool = Fals
         if tower.family is not None:
             known = True
             reader = _Reader(group, tower, tensors)
-            before = len(norms) + len(refused)
-            for norm in reader.norms(full_width):
-                (norms if isinstance(norm, ModelNorm) else refused).append(norm)
+            own = list(reader.norms(full_width))
+            norms += [norm for norm in own if isinstance(norm, ModelNorm)]
+            refused += [norm for norm in own if isinstance(norm, Refused)]
             if reader.flag:
                 flags.setdefault(tower.family.flag, reader.flag)
-                if len(norms) + len(refused) > before:
+                if own:
                     flags[tower.family.flag] = None
-            if tower.family.refused:
+            if tower.family.refused and not own:
                 notes.append(f"{tower.model_type}: {tower.family.refused}")
             taken = reader.taken
         what = f"{'such a norm of ' * (tower.family is not None)}{tower.model_type}"
@@ -200,9 +200,14 @@ def read(
         `checkpoint.headers`.
     UnknownModelError
         Nothing is known of the model or of this norm.
+    TypeError
+        The key is no string.
     """
-    tensors = checkpoint.headers(folder, variant=variant)
-    found = find(checkpoint.config(folder), tensors, full_width=full_width)
+    if not isinstance(key, str):
+        raise TypeError(f"key is {key!r}; needs a norm's name")
+    config = checkpoint.config(folder)
+    tensors, where = checkpoint.survey(folder, variant=variant)
+    found = find(config, tensors, full_width=full_width)
     every = {norm.name: norm for norm in reversed((*found.norms, *found.refused))}
     norm = every.get(key) or _under_another_prefix(every, key)
     if norm is None and f"{key}.weight" in tensors:
@@ -214,7 +219,7 @@ def read(
         what = f"needs one of its, such as {', '.join(near)}" if near else "; ".join(found.notes)
         raise CheckpointError(f"{folder} has no head norm {key}; {what}")
     served = serve(norm)
-    return served, *load(checkpoint.files(folder, variant=variant), served)
+    return served, *load(where, served)
 
 
 def serve(norm: ModelNorm | Refused) -> ModelNorm:
@@ -226,7 +231,7 @@ def serve(norm: ModelNorm | Refused) -> ModelNorm:
 
 
 def load(where: Mapping[str, Path], norm: ModelNorm) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Read the weight and the bias of a norm; `checkpoint.files` says where they are."""
+    """Read the weight and the bias of a norm; `checkpoint.survey` says where they are."""
 
     def array(names: tuple[str, ...]) -> np.ndarray | None:
         if _one_each(norm.name, names):
@@ -261,7 +266,9 @@ def _listed(strangers: list[Refused]) -> str:
     for norm in dict.fromkeys(strangers):
         told = f"{without_layer(norm.name)} {norm.dtype} {norm.shape}"
         alike.setdefault(told, []).append(norm.layer)
-    return ", ".join(f"{told} in layers {ranges(layers)}" for told, layers in alike.items())
+    listed = [f"{told} in layers {ranges(layers)}" for told, layers in alike.items()]
+    more = [f"{len(listed) - _MOST_LISTED} more"] if len(listed) > _MOST_LISTED else []
+    return ", ".join(listed[:_MOST_LISTED] + more)
 
 
 _MAIN = ("text", "transformer")
@@ -282,6 +289,7 @@ _PLAIN_WORDS = {
 _PLAIN_STACKS = {"layers", "layer", "blocks", "block", "h", "transformer_blocks"}
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "depth", "n_layer", "n_layers")
 _MOST_LAYERS = 10_000
+_MOST_LISTED = 8
 _WHOLE = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Dtypes that no quantization packs: a projection's rows are rows."""
 
@@ -330,7 +338,9 @@ def _groups(tensors: Tensors) -> list[_Group]:
     """Return the groups of layers, the main ones first, and one without tensors if none is."""
     found: dict[tuple[str, str], _Group] = {}
     for name in tensors:
-        if place := _PLACE.fullmatch(name):
+        # Names are shown: one that could steer a terminal is no norm's.
+        place = _PLACE.fullmatch(name) if name.isprintable() else None
+        if place:
             at = (place["prefix"] or "", place["stack"])
             group = found.setdefault(at, _Group(*at, {}))
             group.layers.setdefault(int(place["layer"]), {})[place["rest"]] = name
@@ -341,7 +351,8 @@ def _groups(tensors: Tensors) -> list[_Group]:
 
 def _type_of(config: Mapping[str, Any]) -> str:
     """Return a config's model type; diffusers writes the class's name instead."""
-    return str(config.get("model_type") or config.get("_class_name") or "a config without a type")
+    name = str(config.get("model_type") or config.get("_class_name") or "a config without a type")
+    return name if name.isprintable() else repr(name)
 
 
 class _Tower(NamedTuple):
@@ -358,10 +369,14 @@ def _tower(config: Mapping[str, Any], group: _Group) -> _Tower:
 
     def descend(*names: str, sense: str = "") -> None:
         for name, nested in path[-1].items():
-            fits = name in names or (sense and name.endswith("_config") and _sense(name) == sense)
-            if fits and isinstance(nested, Mapping):
+            named = name.endswith("_config")
+            if not (name in names or (sense and named and _sense(name) == sense)):
+                continue
+            if isinstance(nested, Mapping):
                 path.append(nested)
                 return
+            if named and nested is not None:
+                raise CheckpointError(f"config.json's {name} is {short(nested)}; needs an object")
 
     if "talker" not in group.words:
         descend("thinker_config")
@@ -396,87 +411,6 @@ def _under_another_prefix(
     return fits[0] if len(fits) == 1 else None
 
 
-class _Fields:
-    """Fields of one tower's config, with the config class's defaults behind them."""
-
-    def __init__(self, config: Mapping[str, Any], family: Family) -> None:
-        self.config = config
-        self.family = family
-
-    def given(self, name: str, layer: int | None = None) -> Any:
-        """Return a field of config.json itself; of a list with a value a layer that of `layer`."""
-        names = [name, *(other for other, own in self.family.aliases.items() if own == name)]
-        value = next((v for n in names if (v := self.config.get(n)) is not None), None)
-        if layer is not None and isinstance(value, (list, tuple)):
-            value = value[layer] if layer < len(value) else None
-        return value
-
-    def get(self, name: str, layer: int | None = None) -> Any:
-        """Return a field, as config.json or else the config class says it."""
-        value = self.given(name, layer)
-        return self.family.defaults.get(name) if value is None else value
-
-    def count(self, name: str, layer: int | None = None) -> int | None:
-        """Return a field that counts something; None if nothing says it."""
-        if not name:
-            return None
-        value = self.get(name, layer)
-        null = name in self.config and self.config[name] is None
-        if name == "num_key_value_heads" and (value is None or null):
-            # A null is as many as queries have, whatever the class's own value is.
-            name = "num_attention_heads"
-            value = self.get(name, layer)
-        if value is not None and (type(value) is not int or value < 1):
-            raise CheckpointError(f"config.json's {name} is {value!r}; needs 1 or more")
-        return value
-
-    def head_dims(self, role: Role, layer: int) -> dict[str, int]:
-        """Return every head_dim that the config allows, by the words that say it."""
-        found = {}
-        for rule in role.head_dim:
-            if rule != "hidden":
-                found[rule] = self.count(rule, layer)
-                continue
-            hidden, heads = self.count("hidden_size"), self.count("num_attention_heads", layer)
-            if hidden and heads:
-                found["hidden_size // num_attention_heads"] = hidden // heads
-        return {rule: value for rule, value in found.items() if value}
-
-    def eps(self, role: Role) -> float:
-        """Return a role's eps."""
-        value = self.get(role.eps) if isinstance(role.eps, str) else role.eps
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise CheckpointError(
-                f"config.json's {role.eps} is {value!r}; needs a number, 0 or more"
-            )
-        return float(value)
-
-    def rope(self, rope: Rope, layer: int, head_dim: int) -> Rope:
-        """Return `rope` with the share of head_dim that the config says, in old words or new."""
-        shares: list[Any] = []
-        for name in ("rope_parameters", "rope_scaling"):
-            given = self.config.get(name)
-            if not isinstance(given, Mapping):
-                continue
-            # Some have one set for each type of layer.
-            sets = {kind: nested for kind, nested in given.items() if isinstance(nested, Mapping)}
-            kind = str(self.get("layer_types", layer))
-            chosen = [sets[kind]] if kind in sets else list(sets.values()) or [given]
-            if any(each.get("rope_type") == "proportional" for each in chosen):
-                return rope
-            told = [each.get("partial_rotary_factor") for each in chosen]
-            if all(share == told[0] for share in told):
-                shares.append(told[0])
-        for name in ("partial_rotary_factor", "rotary_pct"):
-            shares.append(self.get(name, layer))
-        rotary_dim = self.get("rotary_dim", layer)
-        shares.append(rotary_dim / head_dim if type(rotary_dim) is int else None)
-        for share in shares:
-            if type(share) in (int, float) and 0 < share <= 1:
-                return rope._replace(partial=float(share))
-        return rope
-
-
 class _Reader:
     """Reads one group of layers by one family's row."""
 
@@ -484,7 +418,7 @@ class _Reader:
         self.group = group
         self.tower = tower
         self.tensors = tensors
-        self.fields = _Fields(tower.config, tower.family)
+        self.fields = Fields(tower.config, tower.family)
         flag = tower.family.flag
         self.flag = self.fields.get(flag) if flag else None
         """Whether there are norms, where config.json or its class says so."""
@@ -568,13 +502,19 @@ class _Reader:
         )  # fmt: skip
         if reason := family.refused or role.refused:
             return _refuse(norm, f"{model_type}: {reason}")
-        if weights and dtype not in _dtypes.BY_SAFETENSORS:
-            return _refuse(norm, f"its dtype is {dtype}; needs {_dtypes.NEEDED}")
+        bias_dtype, bias_shape = self._stored(name, biases)
+        for stored in filter(None, (dtype, bias_dtype)):
+            if stored not in _dtypes.BY_SAFETENSORS:
+                return _refuse(norm, f"its dtype is {stored}; needs {_dtypes.NEEDED}")
         if role.weight != "none" and (not weights or bool(biases) != role.bias):
             has = " and ".join(part for part in (role.tensor, "bias") if part in parts)
             wanted = f"{role.tensor} and bias" if role.bias else f"{role.tensor} alone"
             raise CheckpointError(
                 f"{norm.name} has {has}; {model_type} needs {wanted}, or {ARGUMENTS}"
+            )
+        if biases and bias_shape != shape:
+            raise CheckpointError(
+                f"{weights[0]} has shape {shape} and {biases[0]} {bias_shape}; needs one shape"
             )
         notes: list[str] = []
         if self.flag is not None and not self.flag:
@@ -597,11 +537,14 @@ class _Reader:
         rests = self.group.layers.get(layer, {})
         parts = {}
         for part in (role.tensor, "bias"):
-            found = [f"{stem}.{part}"]
-            if found[0] not in rests:
-                found = checkpoint.heads_of(rests, stem, part)
-            if found:
-                parts[part] = [rests[rest] for rest in found]
+            found = [rest for rest in (f"{stem}.{part}",) if rest in rests]
+            heads = checkpoint.heads_of(rests, stem, part)
+            if found and heads:
+                raise CheckpointError(
+                    f"{rests[found[0]]} and {rests[heads[0]]} are both there; needs one of them"
+                )
+            if found or heads:
+                parts[part] = [rests[rest] for rest in found or heads]
         return parts
 
     def _stored(self, name: str, weights: tuple[str, ...]) -> tuple[str, tuple[int, ...]]:
@@ -631,7 +574,12 @@ class _Reader:
         if field == "no_rope_layers" and not self.fields.get(field):
             # transformers makes its own list where there is none.
             return (layer + 1) % (self.fields.count("no_rope_layer_interval") or 1) != 0
-        return not field or bool(self.fields.get(field, layer))
+        here = self.fields.get(field, layer) if field else True
+        if type(here) not in (bool, int):
+            raise CheckpointError(
+                f"config.json's {field} is {short(here)} for layer {layer}; needs 1 or 0"
+            )
+        return bool(here)
 
     def _geometry(
         self,
@@ -694,11 +642,11 @@ class _Reader:
             return heads
         rows = head_dim * role.projection_factor
         found, rest = divmod(shape[0], rows)
-        if rest or heads not in (None, found):
+        if rest or not found or heads not in (None, found):
+            other = f", and {norm.name} is of {heads} by its shape or config.json's {role.heads}"
             raise CheckpointError(
-                f"{name} has {shape[0]} rows, {shape[0] / rows:g} heads of {rows}, and "
-                f"{norm.name} is of {heads} by its shape or config.json's {role.heads}; "
-                "needs one number"
+                f"{name} has {shape[0]} rows, {shape[0] / rows:g} heads of {rows}"
+                f"{'; needs whole heads' if heads is None else f'{other}; needs one number'}"
             )
         return found
 

@@ -88,6 +88,17 @@ def headers(path: Any, *, variant: str | None = None) -> dict[str, tuple[str, tu
         Beside the errors of `read_norm`: two shards hold one tensor, or a shard lacks what the
         index puts there.
     """
+    return survey(path, variant=variant)[0]
+
+
+def survey(
+    path: Any, *, variant: str | None = None
+) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Path]]:
+    """
+    Return what `headers` does, and which file holds each tensor.
+
+    Tensors of a shard that its index does not name are among them: transformers loads them too.
+    """
     where = files(path, variant=variant)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     holder: dict[str, Path] = {}
@@ -104,7 +115,7 @@ def headers(path: Any, *, variant: str | None = None) -> dict[str, tuple[str, tu
     for name, file_path in where.items():
         if holder.get(name) != file_path:
             raise CheckpointError(f"{file_path} lacks {name}, which the index puts there")
-    return found
+    return found, holder
 
 
 def read_norm(
@@ -289,9 +300,9 @@ def _open(path: Path) -> Any:
     import ml_dtypes  # noqa: F401  registers bfloat16, which safetensors asks NumPy for
     import safetensors
 
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; needs a safetensors file")
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist; needs a safetensors file")
         return safetensors.safe_open(path, framework="np")
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no readable safetensors file ({error})") from error

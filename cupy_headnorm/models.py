@@ -61,8 +61,9 @@ class Role(NamedTuple):
     """Axis of the heads in what the module is given; of no account where it has one head only."""
     head_dim: tuple[str, ...] = ("head_dim",)
     """
-    Config fields, or ``"hidden"`` for hidden_size // num_attention_heads; any may hold. Empty
-    where only the weight tells, or without one the norms beside it.
+    Config fields, any of which may hold, and ``"hidden"``: hidden_size // num_attention_heads where
+    config.json gives none of them. Empty where only the weight tells, or without one the norms
+    beside it.
     """
     projection: str = ""
     """Module whose rows are num_heads * head_dim, to check against: ``self_attn.q_proj``."""

@@ -21,9 +21,9 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
     """
 
     def __init__(self, folder: str, variant: str | None = None) -> None:
-        headers = checkpoint.headers(folder, variant=variant)
-        self._found = _model_norms.find(checkpoint.config(folder), headers)
-        self._where = checkpoint.files(folder, variant=variant)
+        config = checkpoint.config(folder)
+        tensors, self._where = checkpoint.survey(folder, variant=variant)
+        self._found = _model_norms.find(config, tensors)
         self._folder = folder
         self._variant = variant
         self._keyed = self._found.keyed()

@@ -255,8 +255,9 @@ def test_inspect_prints_tables(model, capsys):
     assert rows.format("q", 4) in lines
     assert rows.format("k", 2) in lines
     values = np.concatenate([np.linspace(layer, layer + 1, 16) for layer in (0, 2)])
-    assert f"0, 2 q weight 0 3 1.5 {values.std():.4g}" in lines
-    assert "0, 2 k weight not finite not finite not finite not finite" in lines
+    name = "0, 2 model.layers.*.self_attn.{}_norm weight"
+    assert f"{name.format('q')} 0 3 1.5 {values.std():.4g}" in lines
+    assert f"{name.format('k')} not finite not finite not finite not finite" in lines
     refused = lines[lines.index("Refused") + 2]
     assert refused.startswith(
         "1 model.layers.*.self_attn.v_norm (16,) F32 nothing is known of such"
@@ -287,8 +288,28 @@ def test_inspect_merges_what_is_alike_and_nothing_else(model, capsys):
     code, out, _ = in_process(capsys, "inspect", model)
     assert code == 0
     assert "0-2, 4-6, 8-9" in out
-    assert "none" in out
-    assert "Values as stored" not in out
+    assert out.count(" layers.*.self_attn.qk_norm  none") == 1
+    assert "Note: q, k: config.json decides num_heads: no projection to check against" in out
+
+
+def test_inspect_shows_names_as_they_are(model, capsys):
+    odd = "model.layers.0.[bold]:bug:.v_norm"
+    config = {**QWEN3, "model_type": ":bug:[red]", "text_config": QWEN3}
+    (model / "config.json").write_text(json.dumps(config))
+    save_file({f"{odd}.weight": np.ones(8)}, model / "model.safetensors")
+    code, out, _ = in_process(capsys, "inspect", model)
+    assert code == 0
+    assert out.startswith(":bug:[red] in ")
+    assert odd.replace("0", "*") in out
+
+
+def test_inspect_of_values_that_overflow(model, capsys, recwarn):
+    tensors = {"model.layers.0.self_attn.q_norm.weight": np.full(16, 1e308)}
+    save_file(tensors, model / "model.safetensors")
+    code, out, err = in_process(capsys, "inspect", model, "--json")
+    assert (code, err, recwarn.list) == (0, "", [])
+    (q,) = json.loads(out)["norms"]
+    assert (q["weight"]["max"], q["weight"]["mean"]) == (1e308, None)
 
 
 def test_inspect_says_that_nothing_is_served(model, capsys):

@@ -262,6 +262,36 @@ def test_a_name_that_is_no_norms_lists_near_ones(model):
         HeadNorm.from_pretrained(folder, "model.layers.7.self_attn.q_norm")
     with pytest.raises(CheckpointError, match=r"no head norm self_attn.q_norm; needs one of its"):
         HeadNorm.from_pretrained(folder, "self_attn.q_norm")
+    for key in (None, 3, b"q_norm", ["q_norm"]):
+        with pytest.raises(TypeError, match=re.escape(f"key is {key!r}; needs a norm's name")):
+            HeadNorm.from_pretrained(folder, key)
+
+
+def test_a_folder_that_is_none_is_told_of_its_config():
+    for read in (head_norms, lambda folder: HeadNorm.from_pretrained(folder, "q_norm")):
+        with pytest.raises(
+            CheckpointError, match=r"^Qwen/Qwen3-8B has no config.json.*needs a model's folder"
+        ):
+            read("Qwen/Qwen3-8B")
+
+
+def test_a_tensor_that_the_index_does_not_name_is_read(model):
+    folder = model(QWEN3, layers(), "a.safetensors")
+    named = {"model.layers.0.self_attn.q_norm.weight": "a.safetensors"}
+    (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": named}))
+    norms = head_norms(folder)
+    assert len(norms) == 4
+    np.testing.assert_array_equal(norms[1, "k"].weight, filled(16, start=1.5))
+    norm = HeadNorm.from_pretrained(folder, norms.described[1, "k"].name)
+    np.testing.assert_array_equal(norm.weight, norms[1, "k"].weight)
+
+
+def test_a_shard_whose_name_no_file_can_have(model):
+    folder = model(QWEN3, layers(), "a.safetensors")
+    named = {"model.layers.0.self_attn.q_norm.weight": "a" * 300}
+    (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": named}))
+    with pytest.raises(CheckpointError, match=r"a is no readable safetensors file \(.*too long"):
+        head_norms(folder)
 
 
 def test_a_variant(model):
@@ -333,6 +363,15 @@ def test_heads_that_differ_are_refused():
         described(STABLELM, tensors)
 
 
+def test_a_list_beside_a_whole_weight_is_refused():
+    tensors = norms_of_heads(range(12))
+    tensors["model.layers.0.self_attn.q_layernorm.weight"] = filled(12, 8)
+    with pytest.raises(
+        CheckpointError, match=r"q_layernorm.weight and .*norms.0.weight are both there; needs one"
+    ):
+        described(STABLELM, tensors)
+
+
 # Geometry
 
 
@@ -355,6 +394,15 @@ def test_a_weight_that_fits_neither_shape(shape, said):
     assert said in told
 
 
+def test_a_head_dim_that_the_config_gives_is_the_only_one():
+    tensors = layers(q=(12,), k=(12,), rows=(0, 0))
+    with pytest.raises(CheckpointError, match=r"heads = 4 and head_dim = 16; qwen3 needs"):
+        described(QWEN3, tensors)
+    # Without one it is hidden_size // num_attention_heads.
+    del (config := dict(QWEN3))["head_dim"]
+    assert one(config, tensors).head_dim == 12
+
+
 @pytest.mark.parametrize("shape", [(64,), (3, 16), (4, 8), (4, 16, 1)])
 def test_a_weight_a_head_that_does_not_fit(shape):
     config = {
@@ -373,6 +421,12 @@ def test_num_heads_is_checked_against_the_projection():
         described(QWEN3, layers(rows=(128, 32)))
     with pytest.raises(CheckpointError, match=r"k_proj.weight has 40 rows, 2.5 heads of 16"):
         described(QWEN3, layers(rows=(64, 40)))
+    # Where only the projection says how many there are.
+    for rows, heads in ((40, "2.5"), (0, "0")):
+        tensors = layers(count=1)
+        tensors["model.layers.0.self_attn.q_proj.weight"] = np.zeros((rows, 48), np.float32)
+        with pytest.raises(CheckpointError, match=f"{heads} heads of 16; needs whole heads$"):
+            described({**QWEN3, "model_type": "gemma4_text"}, tensors)
     # Where a gate is projected along, a head has twice the rows.
     gated = {**QWEN3, "model_type": "qwen3_next"}
     assert one(gated, layers(rows=(128, 32))).num_heads == 4
@@ -414,11 +468,15 @@ def test_heads_and_head_dims_that_differ_by_layer():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_attention_heads": "4"}, "num_attention_heads is '4'; needs 1 or more"),
-        ({"num_attention_heads": True}, "num_attention_heads is True; needs 1 or more"),
-        ({"head_dim": -16}, "head_dim is -16; needs 1 or more"),
-        ({"head_dim": 16.0}, "head_dim is 16.0; needs 1 or more"),
+        ({"num_attention_heads": "4"}, "num_attention_heads is '4'; needs 1 to 2147483647"),
+        ({"num_attention_heads": True}, "num_attention_heads is True; needs 1 to 2147483647"),
+        ({"num_attention_heads": [4]}, "num_attention_heads is of 1 layers; needs a value for lay"),
+        ({"head_dim": -16}, "head_dim is -16; needs 1 to 2147483647"),
+        ({"head_dim": 16.0}, "head_dim is 16.0; needs 1 to 2147483647"),
+        ({"head_dim": 10**4000}, f"head_dim is 1{'0' * 59}; needs 1 to 2147483647"),
+        ({"rms_norm_eps": 10**400}, f"rms_norm_eps is 1{'0' * 59}; needs a number"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; needs a number"),
+        ({"text_config": "qwen3"}, "text_config is 'qwen3'; needs an object"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; needs a number"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1; needs a number"),
     ],
@@ -444,6 +502,21 @@ def test_a_bias_that_should_be_there_or_should_not():
     del both["model.layers.0.self_attn.q_layernorm.weight"]
     with pytest.raises(CheckpointError, match=r"has bias; phi needs weight and bias"):
         described(phi, both)
+
+
+@pytest.mark.parametrize(
+    ("bias", "said"),
+    [(filled(8), r"shape \(16,\) and .*bias \(8,\)"), (filled(4, 16), r"and .*bias \(4, 16\)")],
+)
+def test_a_bias_of_another_shape_than_its_weight(bias, said):
+    phi = {**QWEN3, "model_type": "phi", "hidden_size": 64, "qk_layernorm": True}
+    at = "model.layers.0.self_attn.q_layernorm"
+    with pytest.raises(CheckpointError, match=f"{said}; needs one shape"):
+        described(phi, {f"{at}.weight": filled(16), f"{at}.bias": bias})
+    (norm,) = described(
+        phi, {f"{at}.weight": filled(16), f"{at}.bias": np.zeros(16, np.int8)}
+    ).refused
+    assert norm.reason.startswith("its dtype is I8; needs float16")
 
 
 # Over all heads
@@ -542,6 +615,12 @@ def test_norms_without_weights_are_where_the_config_says(model, changes, where):
         assert norms.described[0, "k"].rope.order == "before norm"
 
 
+@pytest.mark.parametrize("given", ["yes", [1, 0], [1, 0, None, 1, 1, 1, 1, 1], {"0": 1}])
+def test_layers_that_the_config_does_not_say(given):
+    with pytest.raises(CheckpointError, match=r"no_rope_layers is .* for layer \d; needs 1 or 0"):
+        described({**LLAMA4, "no_rope_layers": given}, attentions())
+
+
 def test_values_are_normalized_where_keys_are():
     # A layer that shares another's keys and values has neither norm.
     tensors = layers()
@@ -558,8 +637,8 @@ def test_a_layer_beyond_the_models_own_is_noted():
 
 
 def test_a_hostile_number_of_layers():
-    with pytest.raises(CheckpointError, match=r"says 1000000000000 layers; needs 10000 at most"):
-        described({**LLAMA4, "num_hidden_layers": 10**12}, attentions())
+    with pytest.raises(CheckpointError, match=r"says 1000000000 layers; needs 10000 at most"):
+        described({**LLAMA4, "num_hidden_layers": 10**9}, attentions())
     # No number of a layer or a head is longer than that either.
     key = "model.layers.0.self_attn.q_layernorm"
     assert (
@@ -593,6 +672,7 @@ def test_a_hostile_number_of_layers():
         ({"partial_rotary_factor": [0.75, 0.5]}, (0.75, 0.5)),
         ({"rotary_pct": 0.125}, (0.125, 0.125)),
         ({"rotary_dim": 8}, (0.5, 0.5)),
+        ({"rotary_dim": 10**400}, (0.25, 0.25)),
         ({"rope_scaling": None, "partial_rotary_factor": None, "rotary_dim": None}, (0.25, 0.25)),
         ({"partial_rotary_factor": "half"}, (0.25, 0.25)),
     ],
@@ -639,6 +719,19 @@ def test_a_config_without_a_type():
         described({"model_type": ["qwen3"]}, layers())
 
 
+def test_names_that_could_steer_a_terminal():
+    with pytest.raises(UnknownModelError, match=r"^nothing is known of 'new\\ncomer\\x1b\[31m',"):
+        described({"model_type": "new\ncomer\x1b[31m"}, layers())
+    tensors = layers() | {"model.layers.0.\x1b[31mself_attn.v_norm.weight": filled(16)}
+    assert described(QWEN3, tensors).refused == ()
+
+
+def test_many_strangers_are_not_all_listed():
+    tensors = {f"h.0.{letter}.q_norm.weight": filled(16) for letter in "abcdefghij"}
+    with pytest.raises(UnknownModelError, match=r"h.\*.h.q_norm F32 \(16,\) in layers 0, 2 more;"):
+        described({"model_type": "newcomer"}, tensors)
+
+
 @pytest.mark.parametrize(
     "rest",
     ["attn.q_ln", "attention.norm_k", "self_attn.query_layernorm", "attn.norm_added_q",
@@ -678,7 +771,9 @@ def test_a_family_that_is_refused_says_why(model):
     folder = model(config, tensors)
     norms = head_norms(folder)
     why = BY_MODEL_TYPE["zaya"].refused
-    assert norms.notes == (f"zaya: {why}",)
+    assert [norm.reason for norm in norms.refused] == [f"zaya: {why}"]
+    assert norms.notes == ()
+    assert described(config, layers(q=None, k=None)).notes == (f"zaya: {why}",)
     with pytest.raises(CheckpointError, match=re.escape(f"qk_norm is refused: zaya: {why}")):
         norms[0, "k"]
     with pytest.raises(CheckpointError, match=re.escape(why)):
