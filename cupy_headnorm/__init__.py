@@ -18,6 +18,8 @@ from cupy_headnorm.ops import layer_norm, rms_norm
 
 if TYPE_CHECKING:
     from cupy_headnorm.pretrained import head_norms
+    from cupy_headnorm.qknorm import QKNorm
+    from cupy_headnorm.rope import Rope
 
 __all__ = [
     "CaptureError",
@@ -25,6 +27,8 @@ __all__ = [
     "GPUUnavailableError",
     "HeadNorm",
     "LaunchConfig",
+    "QKNorm",
+    "Rope",
     "__version__",
     "environment",
     "head_norms",
@@ -34,10 +38,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # What is known of models takes some milliseconds to import: only checkpoints need it.
-    if name == "head_norms":
-        from cupy_headnorm.pretrained import head_norms
+_LATER = {"QKNorm": "qknorm", "Rope": "rope", "head_norms": "pretrained"}
+"""Where they are. What is known of models takes some milliseconds to import."""
 
-        return head_norms
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    found = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

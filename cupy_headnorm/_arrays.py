@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from cupy_headnorm import _dlpack, _dtypes
+from cupy_headnorm._dtypes import NUMBERS, Rows
 from cupy_headnorm._layout import CPU, Device, Layout, alignment_of, as_numpy
 
 
@@ -33,8 +34,12 @@ class Library(Protocol):
 
     name: str
 
-    def view(self, x: Any, role: str) -> ArrayView:
-        """Describe `x`; TypeError or ValueError, naming `role`, where it cannot be used."""
+    def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
+        """
+        Describe `x`; TypeError or ValueError, naming `role`, where it cannot be used.
+
+        `rows` are the dtypes that it may have.
+        """
 
     takes_out: bool
     """Whether a caller may give arrays of it as `out`."""

@@ -36,7 +36,7 @@ class Parameters:
 
 
 @functools.lru_cache(maxsize=4096)
-def _identity(*_: Any) -> object:
+def identity(*_: Any) -> object:
     """Return what stands for the arguments: it hashes in a tenth of their time."""
     return object()
 
@@ -46,7 +46,7 @@ def parameters(
 ) -> Parameters:
     """Bind views of a weight and a bias to the options they are used with."""
     return Parameters(
-        _identity(options, weight and weight.layout, bias and bias.layout),
+        identity(options, weight and weight.layout, bias and bias.layout),
         weight.pointer if weight else 0,
         bias.pointer if bias else 0,
         (weight, bias),
@@ -258,11 +258,12 @@ def _of_other_length(
     )
     reach = (*grown, *family.call.reach[2:])
     call = replace(family.call, run=_kernels.runner(launch), reach=reach)
-    _store(_thread.calls, key, call)
+    store(_thread.calls, key, call)
     return call, result
 
 
-def _store(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
+def store(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
+    """Keep a value in a bounded cache."""
     if len(cache) >= _MAX_CALLS:
         cache.clear()
     cache[key] = value
@@ -374,7 +375,7 @@ def _remember(
     reach = tuple((0, 0) if view is None else view.layout.extent(0) for view in views)
     call = _Call(run, make, reach, out_view.layout.alignment)
     key = (identity, x_key) if out is x else (identity, x_key, None if out is None else out_key)
-    _store(_thread.calls, key, call)
+    store(_thread.calls, key, call)
     lead = _spec.tokens_axis(norm.options, *(view and view.layout for view in views))
     if lead is not None:
         layouts = (x_view.layout, out_view.layout)
@@ -386,7 +387,7 @@ def _remember(
             _result_key(x_key, out_key),
         )
         _, family_key = _family_key(identity, x_key, None if out is None else out_key)
-        _store(_thread.families, family_key, family)
+        store(_thread.families, family_key, family)
 
 
 def _planned(
@@ -405,7 +406,7 @@ def _planned(
         call = _spec.describe(options, *layouts)
         _spec.check_out_layout(out.layout)
         plan = _Plan(call, _prepared(call, x.layout.device, stream, config))
-        _store(_plans, key, plan)
+        store(_plans, key, plan)
     return plan
 
 

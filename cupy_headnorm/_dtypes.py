@@ -17,7 +17,7 @@ class DType(NamedTuple):
     """Part of a kernel's name: ``f16``."""
     numpy: np.dtype
     dlpack_code: int
-    """``DLDataTypeCode`` of dlpack.h: 2 is float, 4 is bfloat."""
+    """``DLDataTypeCode`` of dlpack.h: 0 is int, 2 is float, 4 is bfloat."""
     safetensors: str
     cuda: str
     """Spelling in the kernels."""
@@ -45,12 +45,35 @@ BFLOAT16 = DType(
 FLOAT32 = DType("float32", "f32", np.dtype(np.float32), 2, "F32", "float", 2.0**-23)
 FLOAT64 = DType("float64", "f64", np.dtype(np.float64), 2, "F64", "double", 2.0**-52)
 
-DTYPES = (FLOAT16, BFLOAT16, FLOAT32, FLOAT64)
-NEEDED = "float16, bfloat16, float32 or float64"
+INT32 = DType("int32", "i32", np.dtype(np.int32), 0, "I32", "int", 1.0)
+INT64 = DType("int64", "i64", np.dtype(np.int64), 0, "I64", "long long", 1.0)
 
-_BY_NUMPY = {dtype.numpy: dtype for dtype in DTYPES}
-_BY_DLPACK = {(dtype.dlpack_code, 8 * dtype.itemsize, 1): dtype for dtype in DTYPES}
-_BY_NAME = {dtype.name: dtype for dtype in DTYPES}
+DTYPES = (FLOAT16, BFLOAT16, FLOAT32, FLOAT64)
+
+
+class Rows(NamedTuple):
+    """Some rows of the table, found by the names that libraries have for them."""
+
+    needed: str
+    """For messages."""
+    by_numpy: dict[np.dtype, DType]
+    by_dlpack: dict[tuple[int, int, int], DType]
+    by_name: dict[str, DType]
+
+
+def _rows(dtypes: tuple[DType, ...], needed: str) -> Rows:
+    return Rows(
+        needed,
+        {dtype.numpy: dtype for dtype in dtypes},
+        {(dtype.dlpack_code, 8 * dtype.itemsize, 1): dtype for dtype in dtypes},
+        {dtype.name: dtype for dtype in dtypes},
+    )
+
+
+NEEDED = "float16, bfloat16, float32 or float64"
+NUMBERS = _rows(DTYPES, NEEDED)
+"""Of arrays that are normalized, and all beside them but positions."""
+POSITIONS = _rows((INT32, INT64), "int32 or int64")
 
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES}
 
@@ -62,28 +85,29 @@ def promoted(a: DType, b: DType) -> DType:
     return max(a, b, key=lambda dtype: dtype.itemsize)
 
 
-def from_numpy(dtype: np.dtype, role: str) -> DType:
+def from_numpy(dtype: np.dtype, role: str, rows: Rows = NUMBERS) -> DType:
     """Return the table's row for a NumPy (or CuPy) dtype; TypeError names `role`."""
-    found = _BY_NUMPY.get(dtype)
+    found = rows.by_numpy.get(dtype)
     # A byte-swapped float32 compares unequal to np.float32 and is refused here by name.
     if found is None:
-        raise TypeError(f"{role} has dtype {dtype}; needs {NEEDED} in native byte order")
+        raise TypeError(f"{role} has dtype {dtype}; needs {rows.needed} in native byte order")
     return found
 
 
-def from_dlpack(code: int, bits: int, lanes: int, role: str) -> DType:
+def from_dlpack(code: int, bits: int, lanes: int, role: str, rows: Rows = NUMBERS) -> DType:
     """Return the table's row for a DLPack type triple; TypeError names `role`."""
-    found = _BY_DLPACK.get((code, bits, lanes))
+    found = rows.by_dlpack.get((code, bits, lanes))
     if found is None:
         raise TypeError(
-            f"{role} has DLPack dtype (code {code}, {bits} bits, {lanes} lanes); needs {NEEDED}"
+            f"{role} has DLPack dtype (code {code}, {bits} bits, {lanes} lanes); "
+            f"needs {rows.needed}"
         )
     return found
 
 
-def from_name(name: str, role: str) -> DType:
+def from_name(name: str, role: str, rows: Rows = NUMBERS) -> DType:
     """Return the table's row for ``"float16"`` and the like; TypeError names `role`."""
-    found = _BY_NAME.get(name)
+    found = rows.by_name.get(name)
     if found is None:
-        raise TypeError(f"{role} has dtype {name}; needs {NEEDED}")
+        raise TypeError(f"{role} has dtype {name}; needs {rows.needed}")
     return found

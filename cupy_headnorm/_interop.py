@@ -18,6 +18,7 @@ import numpy as np
 
 from cupy_headnorm import _dlpack, _driver, _dtypes
 from cupy_headnorm._arrays import ArrayView, Library, Plain, view_of
+from cupy_headnorm._dtypes import NUMBERS, Rows
 from cupy_headnorm._layout import CPU, Device, Layout, alignment_of, dense_like
 from cupy_headnorm._torch import Torch, untraced
 
@@ -42,14 +43,14 @@ def import_cupy() -> Any:
 class _NumPy(Plain):
     name = "numpy"
 
-    def view(self, x: Any, role: str) -> ArrayView:
+    def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
         if type(x) not in (np.ndarray, np.memmap):
             raise TypeError(
                 f"{role} is a {type(x).__name__}, whose meaning a norm would drop; "
                 "needs a plain numpy.ndarray"
             )
         pointer = x.ctypes.data
-        dtype = _dtypes.from_numpy(x.dtype, role)
+        dtype = _dtypes.from_numpy(x.dtype, role, rows)
         layout = Layout(x.shape, x.strides, dtype, CPU, alignment_of(pointer))
         return ArrayView(pointer, layout, x.flags.writeable, x, self)
 
@@ -85,14 +86,14 @@ class _CuPy(Plain):
     def address(self, x: Any) -> int:
         return x.data.ptr
 
-    def view(self, x: Any, role: str) -> ArrayView:
+    def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
         if type(x) is not self._cupy.ndarray:
             raise TypeError(
                 f"{role} is a {type(x).__name__}, whose meaning a norm would drop; "
                 "needs a plain cupy.ndarray"
             )
         pointer = x.data.ptr
-        dtype = _dtypes.from_numpy(x.dtype, role)
+        dtype = _dtypes.from_numpy(x.dtype, role, rows)
         device = Device("cuda", x.data.device_id)
         layout = Layout(x.shape, x.strides, dtype, device, alignment_of(pointer))
         return ArrayView(pointer, layout, True, x, self)
@@ -137,7 +138,7 @@ class _DLPack:
         self._in_flight: deque[tuple[Any, Any]] = deque()
         self._lock = threading.Lock()
 
-    def view(self, x: Any, role: str) -> ArrayView:
+    def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
         if role == "out":
             raise TypeError(
                 f"out is a {type(x).__name__}, which may forbid writing; "
@@ -154,7 +155,7 @@ class _DLPack:
         if capsule is None:
             capsule = x.__dlpack__(stream=stream)
         raw = _dlpack.read_capsule(capsule)
-        dtype = _dtypes.from_dlpack(*raw.dtype, role)
+        dtype = _dtypes.from_dlpack(*raw.dtype, role, rows)
         view = view_of(raw, dtype, role, (x, capsule), self)
         if role == "x":
             self._check_way_back(x, view)
@@ -231,11 +232,11 @@ class _JAX(_DLPack):
         super().__init__()
         self._jax = jax
 
-    def view(self, x: Any, role: str) -> ArrayView:
-        self._refuse(x, role)
-        return super().view(x, role)
+    def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
+        self._refuse(x, role, rows)
+        return super().view(x, role, rows)
 
-    def _refuse(self, x: Any, role: str) -> None:
+    def _refuse(self, x: Any, role: str, rows: Rows = NUMBERS) -> None:
         if role == "out":
             raise TypeError(
                 "out is a jax.Array, which is immutable: JAX may share its memory; "
@@ -249,7 +250,7 @@ class _JAX(_DLPack):
                 f"{role} is a jax.Array on {devices} devices; needs one on a single device, "
                 f"such as the data of each of {role}.addressable_shards"
             )
-        _dtypes.from_numpy(x.dtype, role)
+        _dtypes.from_numpy(x.dtype, role, rows)
 
     def _check_way_back(self, x: Any, view: ArrayView) -> None:
         if view.layout.dtype.name == "float64" and not self._jax.config.jax_enable_x64:
@@ -325,12 +326,12 @@ def _once(adapter: Callable[[Any], Library], module: Any, plain: tuple[type, ...
     return library
 
 
-def view(x: Any, role: str) -> ArrayView:
+def view(x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
     """Describe any array."""
-    return library_of(x, role).view(x, role)
+    return library_of(x, role).view(x, role, rows)
 
 
-def view_beside(x: ArrayView, array: Any, role: str) -> ArrayView:
+def view_beside(x: ArrayView, array: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
     """Describe `array`, which must come from the library of `x`."""
     library = library_of(array, role)
     if library is not x.library:
@@ -338,7 +339,7 @@ def view_beside(x: ArrayView, array: Any, role: str) -> ArrayView:
             f"{role} is a {type(array).__name__} ({library.name}); "
             f"needs the library of x, {x.library.name}"
         )
-    return library.view(array, role)
+    return library.view(array, role, rows)
 
 
 def upload(values: np.ndarray, index: int) -> ArrayView:

@@ -109,9 +109,14 @@ def macros(spec: NormSpec, config: LaunchConfig, memory: Memory) -> dict[str, st
 
 def compile_options(spec: NormSpec, config: LaunchConfig, memory: Memory) -> tuple[str, ...]:
     """Return the compiler's options for one specialisation."""
+    return options_of(macros(spec, config, memory))
+
+
+def options_of(macros: dict[str, str]) -> tuple[str, ...]:
+    """Return the compiler's options for a specialisation's macros."""
     # Contraction off: a multiply and an add fuse only where the source says so, or two
     # specialisations could round one row differently.
-    return ("--fmad=false", *(f"-D{k}={v}" for k, v in macros(spec, config, memory).items()))
+    return ("--fmad=false", *(f"-D{k}={v}" for k, v in macros.items()))
 
 
 class _Axis(ctypes.Structure):
@@ -228,34 +233,42 @@ def prepare(call: NormCall, index: int, stream: int, config: LaunchConfig | None
 def _function(spec: NormSpec, config: LaunchConfig, memory: Memory, index: int, stream: int) -> Any:
     # rows_per_block is a run-time argument: every number of rows runs one kernel.
     key = (spec, config.vector_bytes, config.lanes, config.vectors_per_lane, config.access_bytes)
-    key = (*key, memory, index)
+
+    def make() -> Any:
+        # CUDA loads a function lazily, at its first launch, which a capture forbids: launch it
+        # here over no rows.
+        empty = _PARAMS[spec.x.accumulate.name, memory.axes](rows=0, rows_per_block=1)
+        for axis in empty.axis:
+            axis.size = 1
+        options = compile_options(spec, config, memory)
+        return compiled("head_norm.cu", options, empty, config.threads, index)
+
+    return loaded((*key, memory, index), stream, make)
+
+
+def loaded(key: tuple[Any, ...], stream: int, make: Callable[[], Any]) -> Any:
+    """Return the function of `key`, which `make` compiles and loads where it is new."""
     function = _functions.get(key)
     if function is None:
         refuse_capture(stream, "the kernel for this layout is not loaded yet")
         with _compiling:
             function = _functions.get(key)
             if function is None:
-                function = _functions[key] = _compile(spec, config, memory, index)
+                function = _functions[key] = make()
     return function
 
 
-def _compile(spec: NormSpec, config: LaunchConfig, memory: Memory, index: int) -> Any:
+def compiled(file: str, options: tuple[str, ...], empty: Any, threads: int, index: int) -> Any:
+    """Compile a specialisation for CUDA device `index`, and load it by a launch over no rows."""
     cupy = _interop.import_cupy()
-    kernel = cupy.RawKernel(
-        _source.pasted("head_norm.cu"),
-        macros(spec, config, memory)["HN_NAME"],
-        options=compile_options(spec, config, memory),
-    )
+    name = next(o.partition("=")[2] for o in options if o.startswith("-DHN_NAME="))
+    kernel = cupy.RawKernel(_source.pasted(file), name, options=options)
     with explained(), cupy.cuda.Device(index):
         function = kernel.kernel
-        # CUDA loads a function lazily, at its first launch, which a capture forbids: launch
-        # it here over no rows.
-        empty = _PARAMS[spec.x.accumulate.name, memory.axes](rows=0, rows_per_block=1)
-        for axis in empty.axis:
-            axis.size = 1
         stream = _interop.side_stream()
-        runner(Launch(function.ptr, 1, config.threads, index, empty, config))(
-            0, 0, 0, 0, stream.ptr
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(empty))
+        cupy.cuda.driver.launchKernel(
+            function.ptr, 1, 1, 1, threads, 1, 1, 0, stream.ptr, ctypes.addressof(parameters), 0
         )
         stream.synchronize()
         return function
@@ -313,18 +326,9 @@ def runner(launch: Launch) -> Callable[[int, int, int, int, int], None]:
     Its arguments are the addresses of the first elements of x, out, weight and bias, and a stream.
     The parameters are packed here, once; a call writes the addresses over the last call's.
     """
-    from cupy.cuda import driver, runtime
-
-    start, current_device, write = driver.launchKernel, runtime.getDevice, _ADDRESSES.pack_into
-    params = type(launch.params).from_buffer_copy(launch.params)
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    address = ctypes.addressof(arguments)
+    params, arguments, start = packed(launch)
+    write, address = _ADDRESSES.pack_into, ctypes.addressof(arguments)
     function, blocks, threads, device = launch[:4]
-    ready = _thread.__dict__.setdefault("ready", set())
-    if device not in ready:
-        # A thread's first launch on a device needs the device's context current there.
-        _on_device(device, lambda: None)
-        ready.add(device)
 
     def launch_here(x: int, out: int, weight: int, bias: int, stream: int) -> None:
         # Nothing of Python runs between these two: a finalizer could make the same call.
@@ -332,8 +336,30 @@ def runner(launch: Launch) -> Callable[[int, int, int, int, int], None]:
         start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
 
     launch_here.keeps = arguments  # type: ignore[attr-defined]
+    return on_its_device(launch_here, device)
+
+
+def packed(launch: Any) -> tuple[Any, Any, Callable[..., None]]:
+    """Return a copy of a launch's parameters, what points to it, and the driver's own launch."""
+    from cupy.cuda import driver
+
+    params = type(launch.params).from_buffer_copy(launch.params)
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    ready = _thread.__dict__.setdefault("ready", set())
+    if launch.device not in ready:
+        # A thread's first launch on a device needs the device's context current there.
+        _on_device(launch.device, lambda: None)
+        ready.add(launch.device)
+    return params, arguments, driver.launchKernel
+
+
+def on_its_device(launch_here: Callable[..., None], device: int) -> Callable[..., None]:
+    """Return `launch_here`, with `device` made current around it where there is another one."""
+    from cupy.cuda import runtime
+
     if runtime.getDeviceCount() == 1:
         return launch_here
+    current_device = runtime.getDevice
 
     def launch_there(*arguments: int) -> None:
         if current_device() == device:

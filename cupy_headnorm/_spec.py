@@ -91,13 +91,14 @@ def integer(value: object, name: str) -> int:
         raise TypeError(f"{name} is {value!r}; needs an integer") from None
 
 
-def _count(value: object, name: str) -> int | None:
+def count(value: object, name: str) -> int | None:
+    """Check a number of things, 1 or more, or None."""
     if value is None:
         return None
-    count = integer(value, name)
-    if count < 1:
-        raise ValueError(f"{name} is {count}; needs 1 or more")
-    return count
+    number = integer(value, name)
+    if number < 1:
+        raise ValueError(f"{name} is {number}; needs 1 or more")
+    return number
 
 
 def _real(value: object, name: str) -> float:
@@ -147,8 +148,8 @@ def options(
     return NormOptions(
         kind,
         eps,
-        _count(num_heads, "num_heads"),
-        _count(head_dim, "head_dim"),
+        count(num_heads, "num_heads"),
+        count(head_dim, "head_dim"),
         checked_heads_axis(heads_axis),
         _real(weight_offset, "weight_offset"),
         rounding,
@@ -291,7 +292,7 @@ def _head_axis(shape: Shape, heads: Geometry, heads_axis: int) -> tuple[bool, in
     return True, outer
 
 
-def _check_last_stride(layout: Layout, name: str) -> None:
+def check_last_stride(layout: Layout, name: str) -> None:
     if layout.shape[-1] > 1 and layout.size and layout.strides[-1] != layout.dtype.itemsize:
         raise ValueError(
             f"{name} has a stride of {layout.strides[-1]} bytes on its last axis; needs "
@@ -299,11 +300,11 @@ def _check_last_stride(layout: Layout, name: str) -> None:
         )
 
 
-def _parameter_stride(layout: Layout | None, name: str, head_dim: int) -> int:
+def parameter_stride(layout: Layout | None, name: str, head_dim: int) -> int:
     """Return the bytes from one head's parameters to the next head's: 0 where all share them."""
     if layout is None:
         return 0
-    _check_last_stride(layout, name)
+    check_last_stride(layout, name)
     if len(layout.shape) == 2:
         return layout.strides[0]
     return 0 if layout.shape[0] == head_dim else head_dim * layout.dtype.itemsize
@@ -351,10 +352,10 @@ def describe(
         raise ValueError(f"x has shape {x.shape}; needs a head_dim of 1 or more")
     check_parameters(opts, weight, bias)
     check_result(opts, x.dtype, weight and weight.dtype, bias and bias.dtype)
-    _check_last_stride(x, "x")
-    _check_last_stride(out, "out")
-    weight_stride = _parameter_stride(weight, "weight", head_dim)
-    bias_stride = _parameter_stride(bias, "bias", head_dim)
+    check_last_stride(x, "x")
+    check_last_stride(out, "out")
+    weight_stride = parameter_stride(weight, "weight", head_dim)
+    bias_stride = parameter_stride(bias, "bias", head_dim)
 
     flat, heads_axis = _head_axis(x.shape, heads, opts.heads_axis)
     axes = [

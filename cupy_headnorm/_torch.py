@@ -12,6 +12,7 @@ import numpy as np
 
 from cupy_headnorm import _dlpack, _dtypes
 from cupy_headnorm._arrays import ArrayView, Plain, view_of
+from cupy_headnorm._dtypes import NUMBERS, Rows
 
 
 class _Untraced:
@@ -141,9 +142,9 @@ class Torch(Plain):
             (self._is_dual, "a forward-mode AD dual"),
         )
 
-    def view(self, x: Any, role: str) -> ArrayView:
+    def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
         self._refuse(x, role)
-        dtype = _dtypes.from_name(str(x.dtype).removeprefix("torch."), role)
+        dtype = _dtypes.from_name(str(x.dtype).removeprefix("torch."), role, rows)
         raw = self._api.view(x) if self._api else self._through_capsule(x)
         return view_of(raw, dtype, role, x, self)
 

@@ -16,10 +16,12 @@ from cupy_headnorm._arrays import ArrayView
 from cupy_headnorm._dispatch import Norm, Parameters
 from cupy_headnorm._launch import LaunchConfig
 from cupy_headnorm._layout import CPU, Device
+from cupy_headnorm._spec import NormOptions
 from cupy_headnorm._torch import untraced
 
 if TYPE_CHECKING:
     from cupy_headnorm._model_norms import ModelNorm
+    from cupy_headnorm._parts import PartNorm
 
 _HEADS_AXIS = -2
 
@@ -425,6 +427,17 @@ class HeadNorm:
         rebuild = functools.partial(type(self), self._weight, self._bias, **self._arguments())
         return _rebuilt, (rebuild, self._options.result, self._source)
 
+    def _part(self) -> PartNorm:
+        """Describe the norm to those that run several in one launch."""
+        from cupy_headnorm._parts import PartNorm  # imported with QKNorm
+
+        held = self._held.on_host()
+        return PartNorm(self._options, *(view and view.layout for view in held))
+
+    def _part_beside(self, x: ArrayView) -> tuple[NormOptions, ArrayView | None, ArrayView | None]:
+        """Return the options, and weight and bias in the memory of `x`."""
+        return self._options, *self._held(self._norm, x).views
+
     def _arguments(self) -> dict[str, Any]:
         o = self._options
         return {
@@ -511,6 +524,10 @@ class _Held:
             )
             self.on_device[index] = held
         return held
+
+    def on_host(self) -> tuple[ArrayView | None, ...]:
+        """Return weight and bias in host memory."""
+        return self._on_host
 
     def load(self, index: int) -> None:
         """Upload to a CUDA device, once."""

@@ -273,7 +273,7 @@ FAMILIES = {
         since="5.23",
     ),
     # cast((1 + weight) * n)
-    "gemma3": Row("Gemma3ForCausalLM"),
+    "gemma3": Row("Gemma3ForCausalLM", SLIDING),
     "gemma3 seeing": Row("Gemma3ForConditionalGeneration", seeing(), package="gemma3"),
     "t5gemma2": Row(
         "T5Gemma2ForConditionalGeneration",

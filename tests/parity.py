@@ -1,25 +1,37 @@
 """
 Beside transformers' own modules: the share of values that differ, in tiny models of each family.
 
-``python tests/parity.py [--device cuda] [--json] [FAMILY ...]`` prints it.
+``python tests/parity.py [--qk] [--device cuda] [--json] [FAMILY ...]`` prints it: of each norm, or
+of queries and keys as a layer gives them to its attention function.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from families import FAMILIES, model_class, tiny
+from rotary import attention
 from tolerances import FLIPS_NEED, mismatch
 
-from cupy_headnorm import HeadNorm
+from cupy_headnorm import HeadNorm, QKNorm
 from cupy_headnorm.pretrained import head_norms
 
 DTYPES = ("bfloat16", "float16")
 OTHER = {"once": "before_weight", "before_weight": "once", "every_op": "once", "rstd": "once"}
+
+
+QK_FAMILIES = (
+    "qwen3", "gemma3", "glm4_moe", "cohere", "hunyuan_v1_dense", "llama4", "qwen3_vl", "stablelm",
+    "phi", "chameleon", "gemma3n", "gemma4", "embedding_gemma2", "lfm3", "nanochat", "neomme",
+)  # fmt: skip
+"""Each style, order, rounding and part of head_dim, in layers of each type."""
+MOST = 4096  # positions
 
 
 class Parity(NamedTuple):
@@ -61,6 +73,89 @@ def measure(model, norms, key, dtype, device):
     return Parity(right, mistaken, what)
 
 
+class QKParity(NamedTuple):
+    """Shares of values of a layer's q and k that differ from the real attention's."""
+
+    positions: float
+    given: float
+    """With the model's own cos and sin."""
+    v: float
+    rounding: float
+    """With the other rounding of the rotary embedding."""
+    what: str
+    order: float
+    """With norm and rotary embedding in the other order."""
+    turned: float
+    """Share of dims that turn."""
+
+
+def layers(model):
+    """Yield a layer of the tiny model for each rotary embedding, and its QKNorm."""
+    ropes = set()
+    for layer in sorted({layer for layer, role in model.norms if role == "q"}):
+        qk = QKNorm.from_pretrained(model.folder, layer, max_position=MOST)
+        if qk.rope is not None and qk.rope not in ropes:
+            ropes.add(qk.rope)
+            yield layer, qk
+
+
+def measure_qk(model, layer, qk, device):
+    """Compare a QKNorm with the layer's own forward pass."""
+    real = attention(model, layer, FLIPS_NEED, rows=len(qk.rope.sections), most=MOST, device=device)
+    parts = [real.parts[name] for name in qk.norms]
+
+    def shares(norm, **beside):
+        found = dict(zip(qk.norms, norm(*parts, **beside), strict=True))
+        pairs = {name: (bits(y), bits(real.results[name])) for name, y in found.items()}
+        v = mismatch(*pairs.pop("v")) if "v" in pairs else 0.0
+        return mismatch(
+            *(np.concatenate([one.ravel() for one in s]) for s in zip(*pairs.values(), strict=True))
+        ), v
+
+    def other(**fields):
+        norm = QKNorm(*qk.norms.values(), rope=dataclasses.replace(qk.rope, **fields))
+        return shares(norm, positions=real.positions)[0]
+
+    rounding = "once" if qk.rope.rounding == "every_op" else "every_op"
+    order = "after norm" if qk.rope.order == "before norm" else "before norm"
+    share, v = shares(qk, positions=real.positions)
+    return QKParity(
+        share,
+        shares(qk, cos=real.cos_sin[0], sin=real.cos_sin[1])[0],
+        v,
+        other(rounding=rounding, table="x"),
+        rounding,
+        other(order=order),
+        2 * np.count_nonzero(qk.rope.inverse_frequency) / parts[0].shape[-1],
+    )
+
+
+def qk_table(families, device, folder):
+    """Yield a line for each family, layer and dtype."""
+    for family in families:
+        reason = model_class(family)
+        if isinstance(reason, str):
+            yield {"family": family, "missing": reason}
+            continue
+        for dtype in DTYPES:
+            made = tiny(family, dtype, folder)
+            for layer, qk in layers(made):
+                found = measure_qk(made, layer, qk, device)
+                yield {
+                    "family": family,
+                    "layer": layer,
+                    "dtype": dtype,
+                    "order": qk.rope.order,
+                    "rounding": qk.rope.rounding,
+                    "turned": 100 * found.turned,
+                    "mismatch": 100 * found.positions,
+                    "mismatch_given": 100 * found.given,
+                    "mismatch_wrong": 100 * found.rounding,
+                    "wrong": found.what,
+                    "mismatch_order": 100 * found.order,
+                }
+
+
 def table(families, device, folder):
     """Yield a line for each family, role and dtype: the worst of its layers."""
     for family in families:
@@ -89,9 +184,25 @@ def table(families, device, folder):
                 }
 
 
+# heading: (key, how its value is written)
+COLUMNS = {
+    "family": ("family", "{}"), "role": ("role", "{}"), "dtype": ("dtype", "{}"),
+    "mismatch %": ("mismatch", "{:.4f}"), "rounding": ("rounding", "{}"),
+    "wrong %": ("mismatch_wrong", "{:.1f}"), "wrong rounding": ("wrong", "{}"),
+}  # fmt: skip
+QK_COLUMNS = {
+    "family": ("family", "{}"), "layer": ("layer", "{}"), "dtype": ("dtype", "{}"),
+    "turned %": ("turned", "{:.0f}"), "mismatch %": ("mismatch", "{:.4f}"),
+    "given %": ("mismatch_given", "{:.4f}"), "rounding": ("rounding", "{}"),
+    "wrong %": ("mismatch_wrong", "{:.1f}"), "order": ("order", "{}"),
+    "wrong order %": ("mismatch_order", "{:.1f}"),
+}  # fmt: skip
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Print the parity table.")
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}")
+    parser.add_argument("--qk", action="store_true", help="q and k, with their rotary embedding")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", action="store_true", help="one JSON list")
     chosen = parser.parse_args(arguments)
@@ -100,20 +211,19 @@ def main(arguments=None):
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        lines = list(table(chosen.families or FAMILIES, chosen.device, folder))
+        rows, default = (qk_table, QK_FAMILIES) if chosen.qk else (table, FAMILIES)
+        lines = list(rows(chosen.families or default, chosen.device, folder))
     if chosen.json:
         json.dump(lines, sys.stdout, indent=1)
         print()
         return
-    head = ("family", "role", "dtype", "mismatch %", "rounding", "wrong %", "wrong rounding")
+    columns = QK_COLUMNS if chosen.qk else COLUMNS
+    head = tuple(columns)
     cells = [
-        (
-            line["family"], line["role"], line["dtype"], f"{line['mismatch']:.4f}",
-            line["rounding"], f"{line['mismatch_wrong']:.1f}", line["wrong"],
-        )
+        tuple(form.format(line[name]) for name, form in columns.values())
         for line in lines
         if "missing" not in line
-    ]  # fmt: skip
+    ]
     try:
         from rich.console import Console
         from rich.table import Table
@@ -126,7 +236,7 @@ def main(arguments=None):
         for row in cells:
             shown.add_row(*row)
         console = Console()
-        console.width = max(console.width, 110)  # a file is no narrow terminal
+        console.width = max(console.width, 120)  # a file is no narrow terminal
         console.print(shown)
     for line in lines:
         if "missing" in line:

@@ -28,14 +28,18 @@ def nvrtc():
 
 
 def compiled(spec, config, memory, target):
+    return built("head_norm.cu", _kernels.compile_options(spec, config, memory), target)
+
+
+def built(source, options, target):
     """Return the compiler's log, in which ptxas reports each kernel, and the PTX."""
     compiler = nvrtc()
     from cupy._core.core import assemble_cupy_compiler_options
 
-    program = compiler.createProgram(_source.pasted("head_norm.cu"), "head_norm.cu", (), ())
+    program = compiler.createProgram(_source.pasted(source), source, (), ())
     options = (
         *assemble_cupy_compiler_options(()),
-        *_kernels.compile_options(spec, config, memory),
+        *options,
         f"-arch={target}",
         "-ftz=true",
         "--device-as-default-execution-space",
@@ -55,6 +59,10 @@ def compiled(spec, config, memory, target):
 def assert_no_spills(spec, config, memory, architecture):
     log, _ = compiled(spec, config, memory, f"sm_{architecture}")
     assert _kernels.macros(spec, config, memory)["HN_NAME"] in log
+    assert_none_spilt(log)
+
+
+def assert_none_spilt(log):
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert spills == [("0", "0")], log
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "cupy_headnorm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-BENCH = ("_timing", "_providers", "_costs", "_bench_report", "bench")
+BENCH = ("_timing", "_providers", "_qk_providers", "_costs", "_bench_report", "bench")
 REPORTS = (*BENCH, "_inspect_report")
 
 

@@ -48,6 +48,7 @@ def test_there_are_notebooks():
         "2-torch-and-checkpoints",
         "3-inside-the-kernel",
         "4-measuring",
+        "5-qk-and-rope",
     ]
 
 

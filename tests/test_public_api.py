@@ -13,6 +13,8 @@ NAMES = [
     "GPUUnavailableError",
     "HeadNorm",
     "LaunchConfig",
+    "QKNorm",
+    "Rope",
     "__version__",
     "environment",
     "head_norms",

@@ -8,25 +8,24 @@ from cupy_headnorm import _kernels, _launch, _source
 from cupy_headnorm._dtypes import BFLOAT16, FLOAT32
 from cupy_headnorm._spec import NormSpec
 
+SHARED = ["geometry.cuh", "norm.cuh", "reduce.cuh", "rows.cuh", "scalar.cuh", "vec.cuh"]
+HEADERS = {"head_norm.cu": SHARED, "qk_norm_rope.cu": sorted([*SHARED, "parts.cuh", "rope.cuh"])}
 
-def test_every_own_header_is_pasted_once():
-    text = _source.pasted("head_norm.cu")
+
+@pytest.mark.parametrize("kernel", HEADERS)
+def test_every_own_header_is_pasted_once(kernel):
+    text = _source.pasted(kernel)
     assert '#include "headnorm' not in text
     headers = sorted(p.name for p in (_source.kernels_folder() / "include/headnorm").iterdir())
-    assert headers == [
-        "geometry.cuh",
-        "norm.cuh",
-        "reduce.cuh",
-        "rows.cuh",
-        "scalar.cuh",
-        "vec.cuh",
-    ]
+    assert headers == HEADERS["qk_norm_rope.cu"]
     for header in headers:
-        assert text.count(f'#line 1 "include/headnorm/{header}"') == 1
+        pasted = text.count(f'#line 1 "include/headnorm/{header}"')
+        assert pasted == (header in HEADERS[kernel])
 
 
-def test_line_numbers_point_into_the_real_files():
-    text = _source.pasted("head_norm.cu")
+@pytest.mark.parametrize("kernel", HEADERS)
+def test_line_numbers_point_into_the_real_files(kernel):
+    text = _source.pasted(kernel)
     name, number = None, 0
     checked = set()
     for line in text.split("\n"):
@@ -39,7 +38,7 @@ def test_line_numbers_point_into_the_real_files():
             assert real[number - 1] == line, (name, number)
             checked.add(name)
         number += 1
-    assert len(checked) == 7
+    assert len(checked) == 1 + len(HEADERS[kernel])
 
 
 def test_missing_kernels_are_named(monkeypatch, tmp_path):

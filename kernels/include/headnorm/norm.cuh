@@ -53,22 +53,35 @@ __device__ __forceinline__ void load_parameters(Vec<W, G::kVec>& vec, const W* r
   }
 }
 
+// A lane of a folded row does the work of kFold lanes, and adds in the same order: a sum for each,
+// which `folded` puts together as the first step over the lanes would.
+template <int kFold, typename Acc>
+__device__ __forceinline__ Acc folded(const Acc (&sum)[kFold]) {
+  static_assert(kFold == 1 || kFold == 2, "one step over the lanes is done within them");
+  if constexpr (kFold == 2) {
+    return sum[0] + sum[1];
+  }
+  return sum[0];
+}
+
 // Adds a tile's values to `sum`, in the order of the vectors.
-template <typename G, typename Acc>
-__device__ __forceinline__ void add_values(Acc& sum, const Acc (&value)[G::kVectors][G::kVec]) {
+template <typename G, int kFold, typename Acc>
+__device__ __forceinline__ void add_values(Acc (&sum)[kFold],
+                                           const Acc (&value)[G::kVectors][G::kVec]) {
 #pragma unroll
   for (int j = 0; j < G::kVectors; ++j) {
 #pragma unroll
     for (int i = 0; i < G::kVec; ++i) {
-      sum += value[j][i];
+      sum[j % kFold] += value[j][i];
     }
   }
 }
 
 // Adds a tile's squares about `mean`, scaled, to `squares`.
-template <Kind kKind, typename G, typename Acc>
-__device__ __forceinline__ void add_squares(Acc& squares, const Acc (&value)[G::kVectors][G::kVec],
-                                            Acc mean, int tile, int lane) {
+template <Kind kKind, typename G, int kFold, typename Acc>
+__device__ __forceinline__ void add_squares(Acc (&squares)[kFold],
+                                            const Acc (&value)[G::kVectors][G::kVec], Acc mean,
+                                            int tile, int lane) {
   constexpr Acc kScale = static_cast<Acc>(sum_scale(G::kHeadDim));
 #pragma unroll
   for (int j = 0; j < G::kVectors; ++j) {
@@ -77,7 +90,7 @@ __device__ __forceinline__ void add_squares(Acc& squares, const Acc (&value)[G::
 #pragma unroll
     for (int i = 0; i < G::kVec; ++i) {
       const Acc centred = inside ? value[j][i] - mean : Acc(0);
-      squares = multiply_add(centred * kScale, centred, squares);
+      squares[j % kFold] = multiply_add(centred * kScale, centred, squares[j % kFold]);
     }
   }
 }
@@ -97,32 +110,44 @@ __device__ __forceinline__ Acc inverse_of(Acc squares, Acc eps, Acc (&partial)[k
   return kRounding == Rounding::rstd ? widen<Acc>(Round<T>::from(inverse)) : inverse;
 }
 
-// One vector of results. A weight or bias that is there for some rows only is `weighted`, `biased`.
-template <Rounding kRounding, typename T, int kVec, typename Acc, typename W, typename B>
+// One vector of results. `scale` is the weight with its offset.
+template <Rounding kRounding, typename T, bool kScaled, bool kShifted, int kVec, typename Acc>
 __device__ __forceinline__ Vec<T, kVec> finished(const Acc (&value)[kVec], Acc mean, Acc inverse,
-                                                 const Vec<W, kVec>& weight, Acc weight_offset,
-                                                 const Vec<B, kVec>& bias, bool weighted = true,
-                                                 bool biased = true) {
+                                                 const Acc (&scale)[kVec],
+                                                 const Acc (&bias)[kVec]) {
+  constexpr bool kBeforeWeight =
+      kRounding == Rounding::before_weight || kRounding == Rounding::every_op;
+  Acc y[kVec];
   Vec<T, kVec> result;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    Acc y = (value[i] - mean) * inverse;
-    if constexpr (kRounding == Rounding::before_weight || kRounding == Rounding::every_op) {
-      y = widen<Acc>(Round<T>::from(y));
-    }
-    if constexpr (kPresent<W>) {
-      const Acc scaled = y * (widen<Acc>(weight.element[i]) + weight_offset);
-      y = weighted ? scaled : y;
-    }
-    if constexpr (kPresent<B>) {
-      if constexpr (kRounding == Rounding::every_op) {
-        y = widen<Acc>(Round<T>::from(y));
-      }
-      const Acc shifted = y + widen<Acc>(bias.element[i]);
-      y = biased ? shifted : y;
-    }
-    result.element[i] = Round<T>::from(y);
+    y[i] = (value[i] - mean) * inverse;
   }
+  if constexpr (kBeforeWeight) {
+    round_to(result.element, y);
+  }
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    if constexpr (kBeforeWeight) {
+      y[i] = widen<Acc>(result.element[i]);
+    }
+    if constexpr (kScaled) {
+      y[i] *= scale[i];
+    }
+  }
+  if constexpr (kShifted && kRounding == Rounding::every_op) {
+    round_to(result.element, y);
+  }
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    if constexpr (kShifted) {
+      if constexpr (kRounding == Rounding::every_op) {
+        y[i] = widen<Acc>(result.element[i]);
+      }
+      y[i] += bias[i];
+    }
+  }
+  round_to(result.element, y);
   return result;
 }
 
@@ -174,7 +199,7 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
 
   Acc mean = 0;
   if constexpr (kKind == Kind::layer) {
-    Acc sum = 0;
+    Acc sum[1] = {};
 #pragma unroll 1
     for (int tile = 0; tile < G::kTiles; ++tile) {
       if constexpr (!kOneTile) {
@@ -182,10 +207,10 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
       }
       add_values<G>(sum, value);
     }
-    mean = mean_of<G>(sum, partial[0]);
+    mean = mean_of<G>(sum[0], partial[0]);
   }
 
-  Acc squares = 0;
+  Acc squares[1] = {};
 #pragma unroll 1
   for (int tile = 0; tile < G::kTiles; ++tile) {
     if constexpr (!kOneTile) {
@@ -193,7 +218,7 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
     }
     add_squares<kKind, G>(squares, value, mean, tile, lane);
   }
-  const Acc inverse = inverse_of<kRounding, T, G>(squares, p.eps, partial[1]);
+  const Acc inverse = inverse_of<kRounding, T, G>(squares[0], p.eps, partial[1]);
 
 #pragma unroll 1
   for (int tile = 0; tile < G::kTiles; ++tile) {
@@ -208,8 +233,19 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
         load_parameters<G>(weights[j], weight, first, row_exists);
         load_parameters<G>(biases[j], bias, first, row_exists);
       }
+      Acc scale[G::kVec];
+      Acc shift[G::kVec];
+#pragma unroll
+      for (int i = 0; i < G::kVec; ++i) {
+        if constexpr (kPresent<W>) {
+          scale[i] = widen<Acc>(weights[j].element[i]) + p.weight_offset;
+        }
+        if constexpr (kPresent<B>) {
+          shift[i] = widen<Acc>(biases[j].element[i]);
+        }
+      }
       results[j] =
-          finished<kRounding, T>(value[j], mean, inverse, weights[j], p.weight_offset, biases[j]);
+          finished<kRounding, T, kPresent<W>, kPresent<B>>(value[j], mean, inverse, scale, shift);
       if constexpr (kStoreAtOnce) {
         mover.store(results[j], out, tile, j);
       }

@@ -1,0 +1,239 @@
+// Normalizes the heads of queries, keys and values and turns them by their positions, in one
+// launch.
+//
+// A group of lanes keeps the cosines and sines of one token and walks several of its heads.
+//
+// Set from outside, one set a specialisation, beside those of head_norm.cu:
+//   HN_ROPE         none, half, half_flipped or interleaved
+//   HN_ROPE_FIRST   true where the norm comes after the rotary embedding
+//   HN_ROTARY_DIM   elements that turn, first ones first
+//   HN_EVERY_OP     true where every product and sum is rounded to x's type
+//   HN_TABLE        type of cosines and sines
+//   HN_WHOLE_ROWS   true where they have an entry for each element, not for each pair
+//   HN_TABLE_ACCESS entries moved by one load
+//   HN_POSITION     type of positions; headnorm::None where cosines and sines are the tokens' own
+//   HN_SECTIONS     none, chunks or interleaved, of HN_SECTION_SIZES frequencies
+//   HN_AXES         axes of the tokens, and one for the groups of a token
+//   HN_FOLD         lanes of head_norm.cu whose work a lane does: 1 or 2
+//   HN_OFFSET       true where a weight has an offset
+//   HN_ALIKE        true where all parts turn, and all or none have a weight, and a bias
+#include "headnorm/norm.cuh"
+#include "headnorm/parts.cuh"
+#include "headnorm/rope.cuh"
+
+#if __CUDA_ARCH__ < 800  // a multiprocessor holds no more than 1,024 threads
+#undef HN_BLOCKS
+#define HN_BLOCKS 1
+#endif
+
+namespace headnorm {
+
+using T = HN_X;
+using Acc = Accumulate<T>::type;
+using G =
+    Geometry<HN_HEAD_DIM, HN_VEC, HN_ACCESS, HN_PARAMETER_ACCESS, HN_LANES, HN_VECTORS, HN_THREADS>;
+using R = Rope<RopeStyle::HN_ROPE, HN_ROTARY_DIM, HN_EVERY_OP, HN_WHOLE_ROWS, Sections::HN_SECTIONS,
+               HN_SECTION_SIZES>;
+using Call = PartsParams<Acc, HN_AXES>;
+using Place = Token<Call, HN_AXES>;
+using Row = Vec<T, HN_VEC>[HN_VECTORS];
+using Values = Acc[HN_VECTORS][HN_VEC];
+constexpr bool kRope = R::kStyle != RopeStyle::none;
+
+// What a part's values are multiplied by and shifted by: by the weight with its offset and the
+// bias. 1 and -0 change nothing where a part has none.
+template <typename W, typename B>
+struct Scales {
+  static constexpr Rounding kRounding = Rounding::HN_ROUNDING;
+  // A rounded value times a weight of its own type: one instruction multiplies two and rounds.
+  static constexpr bool kTwo =
+      kMultipliesTwo && Two<T>::kThere && G::kVec % 2 == 0 && kSame<W, T> && !kPresent<B> &&
+      !HN_OFFSET && (kRounding == Rounding::before_weight || kRounding == Rounding::every_op);
+  Vec<W, G::kVec> weights[G::kVectors];
+  Values scale;
+  Values shift;
+
+  __device__ __forceinline__ void load(const Call& p, int part, int head, int lane, bool exists) {
+    const char* const weight = p.part[part].weight;
+    const char* const bias = p.part[part].bias;
+    Vec<B, G::kVec> biases[G::kVectors];
+#pragma unroll
+    for (int j = 0; j < G::kVectors; ++j) {
+      const int first = G::first_element(0, j, lane);
+      load_parameters<G>(weights[j],
+                         reinterpret_cast<const W*>(weight + head * p.heads[part].weight), first,
+                         exists && (HN_ALIKE || weight != nullptr));
+      load_parameters<G>(biases[j], reinterpret_cast<const B*>(bias + head * p.heads[part].bias),
+                         first, exists && (HN_ALIKE || bias != nullptr));
+    }
+#pragma unroll
+    for (int j = 0; j < G::kVectors; ++j) {
+#pragma unroll
+      for (int i = 0; i < G::kVec; ++i) {
+        if constexpr (kTwo) {
+          weights[j].element[i] =
+              !HN_ALIKE && weight == nullptr ? Round<W>::from(1) : weights[j].element[i];
+        } else if constexpr (kPresent<W>) {
+          const Acc w = widen<Acc>(weights[j].element[i]) + p.weight_offset[part];
+          scale[j][i] = !HN_ALIKE && weight == nullptr ? Acc(1) : w;
+        }
+        if constexpr (kPresent<B>) {
+          const Acc b = widen<Acc>(biases[j].element[i]);
+          shift[j][i] = !HN_ALIKE && bias == nullptr ? -Acc(0) : b;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ Vec<T, G::kVec> apply(const Acc (&value)[G::kVec], Acc mean,
+                                                   Acc inverse, int j) const {
+    if constexpr (kTwo) {
+      using Pair = typename Two<W>::type;
+      Vec<T, G::kVec> result =
+          finished<kRounding, T, false, false>(value, mean, inverse, value, value);
+#pragma unroll
+      for (int i = 0; i < G::kVec; i += 2) {
+        const Pair two = __hmul2_rn(Pair(result.element[i], result.element[i + 1]),
+                                    Pair(weights[j].element[i], weights[j].element[i + 1]));
+        result.element[i] = two.x;
+        result.element[i + 1] = two.y;
+      }
+      return result;
+    } else {
+      return finished<kRounding, T, kPresent<W>, kPresent<B>>(value, mean, inverse, scale[j],
+                                                              shift[j]);
+    }
+  }
+};
+
+// A row's elements as they were loaded, or as a model's rotary embedding rounded them.
+template <typename S>
+__device__ __forceinline__ void normalize(Row& row, const S& scales, Acc eps, int lane,
+                                          Acc (&partial)[2][kWarp]) {
+  Values value;
+#pragma unroll
+  for (int j = 0; j < G::kVectors; ++j) {
+#pragma unroll
+    for (int i = 0; i < G::kVec; ++i) {
+      value[j][i] = widen<Acc>(row[j].element[i]);
+    }
+  }
+  Acc mean = 0;
+  if constexpr (Kind::HN_KIND == Kind::layer) {
+    Acc sum[HN_FOLD] = {};
+    add_values<G>(sum, value);
+    mean = mean_of<G>(folded(sum), partial[0]);
+  }
+  Acc squares[HN_FOLD] = {};
+  add_squares<Kind::HN_KIND, G>(squares, value, mean, 0, lane);
+  const Acc inverse = inverse_of<Rounding::HN_ROUNDING, T, G>(folded(squares), eps, partial[1]);
+#pragma unroll
+  for (int j = 0; j < G::kVectors; ++j) {
+    row[j] = scales.apply(value[j], mean, inverse, j);
+  }
+}
+
+// Bytes to the cosines of the token, for each row of positions.
+template <typename Position>
+__device__ __forceinline__ void find_rows(long long (&row)[R::kPositionRows], const Call& p,
+                                          const Place& token, bool exists) {
+#pragma unroll
+  for (int r = 0; r < R::kPositionRows; ++r) {
+    if constexpr (kPresent<Position>) {
+      long long position = 0;
+      if (exists) {
+        const long long at = token.offset([](const TokenAxis& axis) { return axis.position; });
+        position = *reinterpret_cast<const Position*>(p.positions + at + r * p.position_row);
+      }
+      // Positions are data of the device: one past the tables must not read past them.
+      position = position < 0 ? 0 : position;
+      position = position < p.max_position ? position : p.max_position - 1;
+      row[r] = position * p.table_row;
+    } else {
+      row[r] = token.offset([](const TokenAxis& axis) { return axis.table; });
+    }
+  }
+}
+
+}  // namespace headnorm
+
+extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
+    HN_NAME(const __grid_constant__ headnorm::Call p) {
+  using namespace headnorm;
+  static_assert(G::kTiles == 1, "a row lies in registers");
+  static_assert(HN_THREADS % kWarp == 0, "shuffles need whole warps");
+  static_assert(HN_THREADS >= HN_LANES, "a row's lanes lie in one block");
+  constexpr int kMoved = Mover<T, G>::kStaged ? G::kThreads * G::kVec : 1;
+  constexpr int kExchanged = kRope && !R::kWithinLane<G> ? G::kThreads / G::kLanes * G::kTile : 1;
+  __shared__ Acc partial[2][kWarp];
+  __shared__ alignas(16) unsigned char moved[kMoved * sizeof(T)];
+  __shared__ alignas(16) unsigned char exchanged[kExchanged * sizeof(T)];
+
+  // No thread leaves early: all lanes of a warp must reach the shuffles, all threads the barriers.
+  const int local = threadIdx.x / HN_LANES;
+  const int lane = threadIdx.x % HN_LANES;
+  const long long group = static_cast<long long>(blockIdx.x) * p.groups_per_block + local;
+  const bool exists = local < p.groups_per_block && group < p.groups;
+  const Place token(p, exists ? group : 0);
+  const int among = token.group_of_token();
+  const int part = among < p.heads[0].groups_end ? 0 : among < p.heads[1].groups_end ? 1 : 2;
+  const PartHeads& heads = p.heads[part];
+  const int before = part == 0 ? 0 : p.heads[part - 1].groups_end;
+  const int first_head = (among - before) * p.heads_per_group;
+  const int count = exists ? heads.count - first_head : 0;
+  const char* x = p.part[part].x + first_head * heads.x +
+                  token.offset([part](const TokenAxis& axis) { return axis.x[part]; });
+  char* out = p.part[part].out + first_head * heads.out +
+              token.offset([part](const TokenAxis& axis) { return axis.out[part]; });
+  T* const stage = reinterpret_cast<T*>(exchanged) + (kExchanged > 1 ? local * G::kTile : 0);
+
+  const auto load = [&](Row& row, bool there) {
+    const Mover<T, G> mover{reinterpret_cast<T*>(moved), lane, there};
+#pragma unroll
+    for (int j = 0; j < G::kVectors; ++j) {
+      row[j] = {};
+      mover.load(row[j], reinterpret_cast<const T*>(x), 0, j);
+    }
+  };
+
+  Row next;
+  load(next, 0 < count);
+  Turn<T, HN_TABLE, R, G> turn;
+  if constexpr (kRope) {
+    long long rows[R::kPositionRows];
+    find_rows<HN_POSITION>(rows, p, token, exists);
+    turn.template load<HN_TABLE_ACCESS>(p.cosines, p.sines, rows, lane, exists);
+  }
+  Scales<HN_WEIGHT, HN_BIAS> scales;
+  scales.load(p, part, first_head, lane, 0 < count);
+  const bool scales_differ = heads.weight != 0 || heads.bias != 0;
+  for (int i = 0; i < p.heads_per_group; ++i) {
+    Row row;
+#pragma unroll
+    for (int j = 0; j < G::kVectors; ++j) {
+      row[j] = next[j];
+    }
+    // The next head is on its way while this one is worked on.
+    x += heads.x;
+    if (i + 1 < p.heads_per_group) {
+      load(next, i + 1 < count);
+    }
+    if (scales_differ && i > 0) {
+      scales.load(p, part, first_head + i, lane, i < count);
+    }
+    if constexpr (kRope && HN_ROPE_FIRST) {
+      rotate<HN_ALIKE>(row, turn, stage, lane, heads.turned);
+    }
+    normalize(row, scales, p.eps[part], lane, partial);
+    if constexpr (kRope && !HN_ROPE_FIRST) {
+      rotate<HN_ALIKE>(row, turn, stage, lane, heads.turned);
+    }
+    const Mover<T, G> mover{reinterpret_cast<T*>(moved), lane, i < count};
+#pragma unroll
+    for (int j = 0; j < G::kVectors; ++j) {
+      mover.store(row[j], reinterpret_cast<T*>(out), 0, j);
+    }
+    out += heads.out;
+    row_barrier<G::kLanes>();  // `partial` and `stage` are written again
+  }
+}

@@ -1,0 +1,196 @@
+"""Rotary embeddings against transformers' own classes and functions, from configs as released."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tolerances import FLIPS, FLIPS_FEW, FLIPS_NEED, TELLING, mismatch
+
+from cupy_headnorm import models
+from cupy_headnorm.rope import Rope, apply
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+import rotary  # noqa: E402
+from rotary import BASE, CASES, GEMMA4, QWEN3_VL, Theirs, halved, numpy_of, qwen3, saved  # noqa: E402
+
+ODD = {  # no rotary class of its own; needs sections; ignores its rotary_dim; head_dim is 73
+    "fuyu", "exaone4_5", "hunyuan_vl", "hunyuan_vl_text", "minimax_m3_vl", "minimax_m3_vl_text",
+    "qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_text",
+}  # fmt: skip
+NORMED_Q = [
+    name
+    for name, family in models.BY_MODEL_TYPE.items()
+    if name in rotary.CONFIG_MAPPING and name not in ODD
+    if any(role.name == "q" and role.weight != "full" for role in family.roles)
+]  # fmt: skip
+
+
+def ulps(a, b):
+    return np.abs(a.view(np.int32).astype(np.int64) - b.view(np.int32)).max()
+
+
+@pytest.mark.parametrize("form", ["as released", "as transformers saves it"])
+@pytest.mark.parametrize("name", CASES)
+def test_frequencies_and_scaling(name, form):
+    raw, layer = CASES[name]
+    theirs = Theirs(raw, layer)
+    rope = Rope.from_config(raw if form == "as released" else saved(theirs.whole), layer)
+    found = np.array(rope.inverse_frequency, np.float32)
+    assert rope.rotary_dim == 2 * len(theirs.frequencies)
+    # torch's power is one unit off at most; divided by a factor, that may be two.
+    assert ulps(found, theirs.frequencies) <= 2
+    assert np.count_nonzero(found != theirs.frequencies) <= 0.06 * len(found)
+    assert rope.attention_scaling == theirs.scaling
+    assert rope.max_position == 40960
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tables(name):
+    raw, layer = CASES[name]
+    theirs = Theirs(raw, layer)
+    rope = Rope.from_config(raw, layer, max_position=4096)
+    # With the module's own frequencies: far from 0 a unit in the last place is seen.
+    rope = dataclasses.replace(rope, inverse_frequency=theirs.frequencies)
+    for dtype in ("float32", "bfloat16", "float16"):
+        expected = theirs.cos_sin(getattr(torch, dtype), torch.arange(4096)[None])
+        for table, cos in zip(rope.tables(dtype), expected, strict=True):
+            cos = halved(numpy_of(cos)[0])
+            assert cos.dtype == (table.dtype if rope.table == "x" else np.float32)
+            cos = cos.astype(table.dtype)
+            assert mismatch(table, cos) < (0.1 if dtype == "float32" else FLIPS)
+            if dtype == "float32":
+                assert ulps(table, cos) <= (1 if rope.attention_scaling == 1 else 2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", CASES)
+def test_apply(name, dtype, rng):
+    raw, layer = CASES[name]
+    theirs, rope = Theirs(raw, layer), Rope.from_config(raw, layer)
+    head_dim = {"stablelm": 128, "glm4_moe": 128, "minimax_m2": 128}.get(name, rope.rotary_dim)
+    tokens = FLIPS_NEED // (2 * head_dim)
+    q = torch.from_numpy(rng.standard_normal((1, 2, tokens, head_dim), np.float32))
+    q = q.to(getattr(torch, dtype))
+    cos, sin = theirs.cos_sin(q.dtype, torch.arange(tokens)[None] * 7)
+    expected = numpy_of(theirs.apply(q, cos, sin))
+    x, cos, sin = numpy_of(q), numpy_of(cos)[:, None], numpy_of(sin)[:, None]
+    options = {"style": rope.style, "rotary_dim": rope.rotary_dim}
+    found = apply(x, cos, sin, rounding=rope.rounding, **options)
+    assert np.array_equal(found, expected)
+    if dtype != "float32":
+        other = "once" if rope.rounding == "every_op" else "every_op"
+        turning = 2 * np.count_nonzero(rope.inverse_frequency) / head_dim
+        wrong = apply(x, cos, sin, rounding=other, **options)
+        assert mismatch(wrong, expected) > TELLING * turning
+
+
+@pytest.mark.parametrize("name", NORMED_Q)
+def test_every_family(name, rng):
+    raw = saved(rotary.CONFIG_MAPPING[name]())
+    for layer in range(8):  # the first that has a rotary embedding
+        try:
+            rope = Rope.from_config(raw, layer, max_position=32)
+            break
+        except ValueError as error:
+            why = str(error)
+    else:
+        assert "is served: " in why
+        return
+    theirs = Theirs(raw, layer)
+    assert ulps(np.array(rope.inverse_frequency, np.float32), theirs.frequencies) <= 2
+    q = torch.from_numpy(rng.standard_normal((1, 2, 32, rope.rotary_dim))).to(torch.bfloat16)
+    positions = rng.integers(0, 32, (*([len(rope.sections)] if rope.sections else []), 1, 32))
+    cos, sin = theirs.cos_sin(q.dtype, torch.from_numpy(positions))
+    assert rope.table == ("x" if cos.dtype == q.dtype else "float32")
+    expected = numpy_of(theirs.apply(q, cos, sin))
+    x, cos, sin = numpy_of(q), *(halved(numpy_of(table))[:, None] for table in (cos, sin))
+    assert np.array_equal(apply(x, cos, sin, style=rope.style, rounding=rope.rounding), expected)
+    ours = [table[:, None] for table in rope.at(positions, cos.dtype)]
+    ours = apply(x, *ours, style=rope.style, rounding=rope.rounding)
+    assert mismatch(ours, expected) < FLIPS_FEW
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_vl"])
+def test_rows_of_positions(name, rng):
+    if name == "qwen3_vl":
+        theirs, rope = Theirs(QWEN3_VL, 0), Rope.from_config(QWEN3_VL, max_position=999)
+    else:  # no norms, and so not in the registry: chunks of frequencies
+        theirs = Theirs({"model_type": name, "text_config": {**BASE, "head_dim": None}}, 0)
+        rope = Rope.of_theta(1e6, 128, max_position=999, sections=(16, 24, 24))
+    rope = dataclasses.replace(rope, inverse_frequency=theirs.frequencies)
+    positions = rng.integers(0, 999, (3, 1, 64))
+    expected = theirs.cos_sin(torch.float32, torch.from_numpy(positions))
+    for found, cos in zip(rope.at(positions, np.float32), expected, strict=True):
+        assert np.abs(found - halved(numpy_of(cos))).max() <= 2.0**-23
+    assert tuple(rope.row_of_frequency.count(row) for row in range(3)) == rope.sections
+
+
+def test_cos_of_full_width_may_differ_within_a_pair(rng):
+    """HunyuanOCR's sections are of dims, not of frequencies; its rounding is Cohere's."""
+    sections = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 16, 16, 16]}
+    raw = {"model_type": "hunyuan_vl_text", **BASE, "rope_parameters": sections}
+    with pytest.raises(ValueError, match="the dims of a pair turn by different angles"):
+        Rope.from_config(raw)
+    theirs = Theirs(raw, 0)
+    q = torch.from_numpy(rng.standard_normal((1, 2, 64, 128))).to(torch.bfloat16)
+    cos, sin = theirs.cos_sin(q.dtype, torch.from_numpy(rng.integers(0, 999, (4, 1, 64))))
+    assert not torch.equal(cos[..., :64], cos[..., 64:])
+    found = apply(numpy_of(q), numpy_of(cos)[:, None], numpy_of(sin)[:, None], rounding="once")
+    assert np.array_equal(found, numpy_of(theirs.apply(q, cos, sin)))
+
+
+def test_positions_are_clamped_and_ropes_are_values():
+    rope = Rope.of_theta(1e4, 8, max_position=3, attention_scaling=2)
+    for table, found in zip(rope.tables("float64"), rope.at([-5, 2, 3, 9], "float64"), strict=True):
+        assert np.array_equal(found, table[[0, 2, 2, 2]])
+    assert configured(rotary_pct=0.25).rotary_dim == 32
+    assert hash(rope) == hash(Rope.of_theta(1e4, 8, max_position=3, attention_scaling=2.0))
+    x = np.linspace(-1, 1, 30).reshape(3, 10)
+    cos, sin = rope.tables("float64")
+    a, b = x[:, :4], x[:, 4:8]
+    expected = np.concatenate((a * cos - b * sin, b * cos + a * sin, x[:, 8:]), -1)
+    assert np.array_equal(apply(x, cos, sin, rotary_dim=8), expected)
+
+
+def rope(**fields):
+    return Rope(**{"rotary_dim": 4, "inverse_frequency": (1, 0.5), "max_position": 9} | fields)
+
+
+def configured(**fields):
+    return Rope.from_config(qwen3()[0] | fields)
+
+
+X = np.zeros((2, 8), np.float32)
+REFUSED = {
+    "rotary_dim is 3; needs an even number": lambda: rope(rotary_dim=3),
+    r"shape \(2,\); needs \(3,\), half of rotary_dim 6": lambda: rope(rotary_dim=6),
+    "an infinity or NaN; needs finite": lambda: rope(inverse_frequency=(1, np.inf)),
+    "style is 'neox'; needs one of": lambda: rope(style="neox"),
+    "'every_op' and table 'float32'; needs table 'x'": lambda: rope(table="float32"),
+    "max_position is 0; needs 1 or more": lambda: rope(max_position=0),
+    r"sections are \(1, 2\), together 3; needs 2, half": lambda: rope(sections=(1, 2)),
+    "rotary_dim is 4; needs at most head_dim, which is 2": lambda: rope().check(2),
+    "dtype float64; needs an integer dtype": lambda: rope().at(np.ones(3), "f"),
+    r"shape \(3,\); needs \(2, ...\), a row": lambda: rope(sections=(1, 1)).at([1, 1, 1], "f"),
+    "rotary_dim is 10; needs at most head_dim, which is 8": lambda: apply(X, X, X, rotary_dim=10),
+    "sin is 8 wide; needs 2 or 4, for": lambda: apply(X, X[:, :2], X, rotary_dim=4),
+    "type 'longrope'; needs one of": lambda: configured(rope_scaling={"rope_type": "longrope"}),
+    "type 'dynamic'; needs": lambda: configured(rope_scaling={"type": "dynamic", "alpha": 9.0}),
+    "type 'linear' has no factor": lambda: configured(rope_scaling={"type": "linear"}),
+    "rope_theta None; needs a number": lambda: configured(rope_theta=None),
+    "is 'gpt2'; needs one that .* has, or Rope": lambda: configured(model_type="gpt2"),
+    "mllama is served: it has none": lambda: configured(model_type="mllama"),
+    "deepseek_v4 is served: the last dims": lambda: configured(model_type="deepseek_v4"),
+    "sapiens2 is served: its vision tower": lambda: configured(model_type="sapiens2"),
+    "needs max_position=": lambda: configured(max_position_embeddings=None),
+    "layer is 12; needs 0 to 11": lambda: Rope.from_config(GEMMA4, 12),
+    "theta is -1; needs a number above 0": lambda: configured(rope_theta=-1),
+    "has no low_freq_factor": lambda: configured(rope_scaling={"type": "llama3", "factor": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused(message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        REFUSED[message]()
