@@ -7,8 +7,9 @@ Results are a dict of plain lists, strings and numbers:
 - ``timer``: whose arrays were timed, ``torch`` or ``cupy`` on a GPU, ``numpy`` on the host.
 - ``versions``: name to version of all that has a part in the numbers.
 - ``timings``: a list of ``tokens``, ``num_heads``, ``head_dim``, ``dtype``, ``kind``, ``layout``,
-  ``provider``, ``microseconds`` (device time a call), ``gigabytes_per_second`` (x read once, the
-  result written once) and ``share`` of the ceiling, the better of a copy and an in-place multiply.
+  ``num_kv_heads`` (0 but of kind ``qk-rope``), ``provider``, ``microseconds`` (device time a call),
+  ``gigabytes_per_second`` (x, or q and k, read once, the result written once) and ``share`` of the
+  ceiling, the better of a copy and an in-place multiply.
 - ``host``: a list of ``call`` and ``microseconds`` of the host for one token.
 - ``once``: name to number; the name ends in the unit.
 - ``targets``: a list of ``what``, ``needed``, ``measured``, ``where`` and ``met``.
@@ -22,10 +23,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from cupy_headnorm import _driver
+from cupy_headnorm import _driver, _qk_providers
 from cupy_headnorm._providers import CEILINGS, OURS, PROVIDERS, Case
 from cupy_headnorm._targets import Results, case_of
 
+_PROVIDERS = {**_qk_providers.PROVIDERS, **PROVIDERS}
 _KEYS = ("device", "date", "command", "timer", "versions", "timings", "host", "once", "unavailable")
 
 # Okabe and Ito's colours, told apart by every kind of eye; ours is the vermilion.
@@ -37,6 +39,9 @@ _COLOURS = {
     "eager": "#CC79A7",
     "compile": "#009E73",
     "liger": "#56B4E9",
+    "ours-positions": "#E69F00",
+    "ours-plain": "#56B4E9",
+    "ours-two": "#999999",
 }
 
 
@@ -91,7 +96,7 @@ def show(results: Results, on: Any) -> None:
 
 
 def _label(provider: str) -> str:
-    return PROVIDERS[provider].label if provider in PROVIDERS else provider
+    return _PROVIDERS[provider].label if provider in _PROVIDERS else provider
 
 
 def _timings(timings: list[dict[str, Any]]) -> Any:
@@ -101,8 +106,8 @@ def _timings(timings: list[dict[str, Any]]) -> Any:
     before = None
     for timing in timings:
         case = case_of(timing)
-        size = f"{case.tokens} x {case.num_heads} x {case.head_dim}"
-        shown = ("", "", "", "") if case == before else (size, *case[3:])
+        described = (case.size, case.dtype, case.kind, case.layout)
+        shown = ("", "", "", "") if case == before else described
         before = case
         table.add_row(
             *shown,
@@ -146,6 +151,8 @@ def read(path: Path) -> Results:
     missing = [key for key in _KEYS if not isinstance(results, dict) or key not in results]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}; needs a file of --json or --suite")
+    for timing in results["timings"]:
+        timing.setdefault("num_kv_heads", 0)  # files from before q and k were timed have none
     return results
 
 
@@ -198,7 +205,7 @@ def _lines(timings: list[dict[str, Any]]) -> tuple[Case | None, dict[str, list[t
             continue  # measured for a number to reach, not to compare
         ceiling[tokens] = speed / max(timing["share"], 1e-4)
         points[timing["provider"]].append((tokens, speed))
-    lines = {n: points[n] for n in PROVIDERS if n in points and n not in CEILINGS}
+    lines = {n: points[n] for n in _PROVIDERS if n in points and n not in CEILINGS}
     return case, lines | {"ceiling": list(ceiling.items())}
 
 
@@ -220,7 +227,7 @@ def _bandwidth(axes: Any, case: Any, lines: dict[str, list[Any]], host: Any) -> 
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens")
     axes.set_ylabel("GB/s, read and written")
-    size = f"{case.num_heads} heads x {case.head_dim}"
+    size = f"{case.heads} heads x {case.head_dim}"
     axes.set_title(f"Bandwidth: {case.kind}, {case.dtype}, {size}", fontsize=11)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False, fontsize=9)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,21 +29,50 @@ class Case(NamedTuple):
     dtype: str
     kind: str
     layout: str
+    num_kv_heads: int = 0
+    """Heads of k, where q and k are normalized together."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes read and written: x once, the result once."""
+        """Bytes read and written: x, or q and k, once, the result once."""
         itemsize = _dtypes.from_name(self.dtype, "dtype").itemsize
-        return 2 * self.tokens * self.num_heads * self.head_dim * itemsize
+        return 2 * self.tokens * (self.num_heads + self.num_kv_heads) * self.head_dim * itemsize
 
     @property
     def in_place(self) -> bool:
         """Whether the result replaces x."""
         return self.layout.endswith("in-place")
 
+    @property
+    def heads(self) -> str:
+        """Numbers of heads: ``32``, or ``32+8`` of q and k."""
+        return f"{self.num_heads}+{self.num_kv_heads}" if self.num_kv_heads else f"{self.num_heads}"
+
+    @property
+    def size(self) -> str:
+        """Tokens, heads and head_dim."""
+        return f"{self.tokens} x {self.heads} x {self.head_dim}"
+
     def __str__(self) -> str:
-        size = f"{self.tokens} x {self.num_heads} x {self.head_dim}"
-        return f"{size} {self.dtype} {self.kind} {self.layout}"
+        return f"{self.size} {self.dtype} {self.kind} {self.layout}"
+
+
+def cases(
+    tokens: Iterable[int],
+    heads: Iterable[int],
+    head_dims: Iterable[int],
+    dtypes: Iterable[str],
+    kinds: Iterable[str],
+    layouts: Iterable[str],
+    megabytes: float | None = None,
+    kv_heads: Iterable[int] = (0,),
+) -> Iterator[Case]:
+    """Yield every combination; `megabytes` sets the tokens so that what is read has that many."""
+    for fields in itertools.product(heads, head_dims, dtypes, kinds, layouts, kv_heads):
+        case = Case(1, *fields)
+        counts = tokens if megabytes is None else [max(1, int(megabytes * 2e6 / case.nbytes))]
+        for number in counts:
+            yield case._replace(tokens=number)
 
 
 class Workload(NamedTuple):
@@ -58,17 +88,32 @@ class Workload(NamedTuple):
     weight: Any
     norm: HeadNorm
 
+    tolerance = 2
+    """In eps of x's dtype: two roundings may differ."""
+
+    def expected(self, _: str) -> tuple[Any, ...]:
+        """Return new results of ours to hold a provider's against; the same for all here."""
+        return (self.norm(self.inputs[0]),)
+
 
 def prepare(case: Case, on: Timer, buffers: int | None = None) -> Workload:
     """Make the arrays of `case`, as many sets as outgrow the L2 unless told."""
-    dtype = _dtypes.from_name(case.dtype, "dtype")
-    shape = (case.tokens, case.num_heads, case.head_dim)
     random = np.random.default_rng(0)
+    plain = plain_pairs(case, on, random, buffers)
+    inputs = [_laid_out(x, case, on) for x, _ in plain]
+    results = inputs if case.in_place else [y for _, y in plain]
+    weight = on.array(random_weight(case, random))
+    return Workload(case, on, inputs, results, plain, weight, HeadNorm(weight, kind=case.kind))
 
-    def values(size: int) -> np.ndarray:
-        return random.standard_normal(size, np.float32)
 
-    block = on.array(values(min(math.prod(shape), _BLOCK)).astype(dtype.numpy))
+def plain_pairs(
+    case: Case, on: Timer, random: np.random.Generator, buffers: int | None = None
+) -> list[tuple[Any, Any]]:
+    """Return contiguous pairs of all that `case` reads, the first of each filled."""
+    dtype = _dtypes.from_name(case.dtype, "dtype")
+    shape = (case.tokens, case.num_heads + case.num_kv_heads, case.head_dim)
+    size = min(math.prod(shape), _BLOCK)
+    block = on.array(random.standard_normal(size, np.float32).astype(dtype.numpy))
     plain = []
     for _ in range(buffers or on.rotation(case.nbytes)):
         x, y = on.empty(shape, dtype), on.empty(shape, dtype)
@@ -77,15 +122,14 @@ def prepare(case: Case, on: Timer, buffers: int | None = None) -> Workload:
             part = flat[start : start + len(block)]
             part[:] = block[: len(part)]
         plain.append((x, y))
-    inputs = [_laid_out(x, case, on) for x, _ in plain]
-    results = inputs if case.in_place else [y for _, y in plain]
-    # Near 1, so that rows normalized in place again and again stay in range.
+    return plain
+
+
+def random_weight(case: Case, random: np.random.Generator) -> np.ndarray:
+    """Return weights near 1: rows normalized in place again and again stay in range."""
     size = case.head_dim
-    host_weight = (random.uniform(0.9, 1.1, size) * random.choice((-1, 1), size)).astype(
-        dtype.numpy
-    )
-    weight = on.array(host_weight)
-    return Workload(case, on, inputs, results, plain, weight, HeadNorm(weight, kind=case.kind))
+    values = random.uniform(0.9, 1.1, size) * random.choice((-1, 1), size)
+    return values.astype(_dtypes.from_name(case.dtype, "dtype").numpy)
 
 
 def _laid_out(x: Any, case: Case, on: Timer) -> Any:
@@ -141,11 +185,13 @@ def _naive(work: Workload) -> Call:
     return lambda i: whole_array(work.inputs[i], work.weight, work.case.kind)
 
 
+def tensor(array: Any, on: Timer) -> Any:
+    """Return an array of a timer as a torch tensor over the same memory."""
+    return _timing.as_torch(array) if on.name == "numpy" else array
+
+
 def _tensors(work: Workload) -> tuple[list[Any], Any]:
-    """Return inputs and weight as torch tensors over the same memory."""
-    if work.on.name == "numpy":
-        return [_timing.as_torch(x) for x in work.inputs], _timing.as_torch(work.weight)
-    return work.inputs, work.weight
+    return [tensor(x, work.on) for x in work.inputs], tensor(work.weight, work.on)
 
 
 def _functional(work: Workload) -> Call:
@@ -159,16 +205,21 @@ def _functional(work: Workload) -> Call:
 
 
 def _module(work: Workload, make: Callable[..., Any], shape: Any) -> Any:
-    """Build a module in the case's dtype, on its device, with its weight."""
+    return torch_module(
+        make, shape, _spec.DEFAULT_EPS[work.case.kind], tensor(work.weight, work.on)
+    )
+
+
+def torch_module(make: Callable[..., Any], shape: Any, eps: float, weight: Any) -> Any:
+    """Build a module of a weight's dtype, on its device, with its values."""
     import torch
 
-    _, weight = _tensors(work)
     # Outside inference mode, as a model is loaded: torch.compile guards on it.
     with torch.inference_mode(False):
-        module = make(shape, eps=_spec.DEFAULT_EPS[work.case.kind])
-        module = module.to(weight.device, weight.dtype).requires_grad_(False).eval()
-        module.weight.copy_(weight)
-    return module
+        made = make(shape, eps=eps)
+        made = made.to(weight.device, weight.dtype).requires_grad_(False).eval()
+        made.weight.copy_(weight)
+    return made
 
 
 def _eager_module(work: Workload) -> Any:
@@ -215,22 +266,22 @@ class Provider(NamedTuple):
     """Names of the timers it belongs to; it is not missed under others."""
     modules: tuple[str, ...] = ()
     in_place: bool = False
-    """Whether it can replace x: the others return memory of their own."""
+    """Whether it has a part where x is replaced: it does so, or is held against those that do."""
 
 
-_GPU, _ANY = ("cupy", "torch"), ("numpy", "cupy", "torch")
+GPU, ANY = ("cupy", "torch"), ("numpy", "cupy", "torch")
 CEILINGS = ("copy", "multiply")
 OURS = ("ours", "ours-row")
 PROVIDERS = {
-    "copy": Provider("device copy", _copy, _ANY, in_place=True),
-    "multiply": Provider("in-place multiply", _multiply, _ANY, in_place=True),
-    "ours": Provider("ours", _ours, _ANY, in_place=True),
-    "ours-row": Provider("ours, one block per row", _ours_one_row, _GPU, in_place=True),
+    "copy": Provider("device copy", _copy, ANY, in_place=True),
+    "multiply": Provider("in-place multiply", _multiply, ANY, in_place=True),
+    "ours": Provider("ours", _ours, ANY, in_place=True),
+    "ours-row": Provider("ours, one block per row", _ours_one_row, GPU, in_place=True),
     "naive": Provider("naive NumPy", _naive, ("numpy",)),
-    "functional": Provider("torch.nn.functional", _functional, _ANY, ("torch",)),
-    "eager": Provider("transformers, eager", _eager, _GPU, ("torch", "transformers")),
-    "compile": Provider("transformers, torch.compile", _compiled, _GPU, ("torch", "transformers")),
-    "liger": Provider("Liger", _liger, _GPU, ("torch", "liger_kernel.transformers.rms_norm")),
+    "functional": Provider("torch.nn.functional", _functional, ANY, ("torch",)),
+    "eager": Provider("transformers, eager", _eager, GPU, ("torch", "transformers")),
+    "compile": Provider("transformers, torch.compile", _compiled, GPU, ("torch", "transformers")),
+    "liger": Provider("Liger", _liger, GPU, ("torch", "liger_kernel.transformers.rms_norm")),
 }
 """In the order of tables."""
 
@@ -241,22 +292,16 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
-def find(on: Timer, wanted: list[str] | None = None) -> tuple[list[str], dict[str, str]]:
+def find(
+    on: Timer, wanted: list[str] | None = None, providers: dict[str, Provider] = PROVIDERS
+) -> tuple[list[str], dict[str, str]]:
     """
     Return the providers that can be measured, and the reasons of those that cannot.
 
     Without `wanted` those that another machine would be needed for are not mentioned.
-
-    Raises
-    ------
-    ValueError
-        A wanted provider is unknown.
     """
-    for name in wanted or ():
-        if name not in PROVIDERS:
-            raise ValueError(f"provider {name!r} is not known; needs one of {', '.join(PROVIDERS)}")
     found, unavailable = [], {}
-    for name, provider in PROVIDERS.items():
+    for name, provider in providers.items():
         if wanted and name not in wanted:
             continue
         if on.name not in provider.timers:
@@ -285,15 +330,16 @@ def _missing(provider: Provider, on: Timer) -> str:
     return ""
 
 
-def disagreement(call: Call, work: Workload) -> str:
+def disagreement(name: str, call: Call, work: Any) -> str:
     """Return how far a provider's result is from ours; empty where it is near enough."""
     eps = _dtypes.from_name(work.case.dtype, "dtype").eps
-    expected = work.norm(work.inputs[0])
-    result = call(0)
-    for part in (slice(None, 64), slice(-1, None)):
-        ours, theirs = work.on.host(expected[part]), work.on.host(result[part])
-        error = np.abs(theirs - ours).max() / np.abs(ours).max()
-        # Two roundings, and what float32 sums in another order are apart.
-        if not error <= 2 * eps + 1e-6:
-            return f"disagrees with ours by {error:.2g} of the largest value at {work.case}"
+    expected, result = work.expected(name), call(0)
+    results = result if isinstance(result, tuple) else (result,)
+    for own, other in zip(expected, results, strict=True):
+        for part in (slice(None, 64), slice(-1, None)):
+            ours, theirs = work.on.host(own[part]), work.on.host(other[part])
+            error = np.abs(theirs - ours).max() / np.abs(ours).max()
+            # And what float32 sums in another order are apart.
+            if not error <= work.tolerance * eps + 1e-6:
+                return f"disagrees with ours by {error:.2g} of the largest value at {work.case}"
     return ""

@@ -1,12 +1,14 @@
-"""The numbers to reach: what the results of a suite are held against."""
+"""The suite: its cases, and the numbers to reach that its results are held against."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from cupy_headnorm import _costs, _providers
-from cupy_headnorm._providers import Case
+from cupy_headnorm import _costs, _providers, _qk_providers
+from cupy_headnorm._providers import LAYOUTS, Case, cases
+from cupy_headnorm._timing import Timer
 
 Results = dict[str, Any]
 Measured = Iterator[tuple[float, str]]
@@ -66,18 +68,30 @@ def _odd(case: Case) -> bool:
     return row_bytes >= _ROW_BYTES and (odd or case.layout == "misaligned")
 
 
-def _one_token(against: Callable[[str], bool]) -> Callable[[Results], Measured]:
+def _qk_shares(tokens: int, *providers: str) -> Callable[[Results], Measured]:
+    def measured(results: Results) -> Measured:
+        for timing in _on_gpu(results):
+            case, name = case_of(timing), timing["provider"]
+            if case == _qk_providers.CASE._replace(tokens=tokens) and name in providers:
+                yield timing["share"], f"{name}, {case}"
+
+    return measured
+
+
+def _one_token(
+    against: Callable[[str], bool], case: Case = _costs.HOST_CASE, ours: tuple[str, ...] = ("ours",)
+) -> Callable[[Results], Measured]:
     """Compare the device time of one token with that of each provider that `against` names."""
 
     def measured(results: Results) -> Measured:
         spent = {
             timing["provider"]: timing["microseconds"]
             for timing in _on_gpu(results)
-            if case_of(timing) == _costs.HOST_CASE
+            if case_of(timing) == case
         }
-        for name, microseconds in spent.items():
-            if "ours" in spent and against(name):
-                yield spent["ours"] / microseconds, f"{spent['ours']} us, {name} {microseconds}"
+        for own, (name, microseconds) in itertools.product(ours, spent.items()):
+            if own in spent and against(name):
+                yield spent[own] / microseconds, f"{own} {spent[own]} us, {name} {microseconds}"
 
     return measured
 
@@ -105,6 +119,7 @@ def _is_peer(name: str) -> bool:
     return name not in _providers.CEILINGS + _providers.OURS
 
 
+_TURNED = ("ours", "ours-positions")
 _MISSES = ("plan_miss_torch_microseconds", "plan_miss_cupy_microseconds")
 
 TARGETS = (
@@ -156,6 +171,21 @@ TARGETS = (
         True,
         _once("whole_array_milliseconds", per="reference_milliseconds"),
     ),
+    Target("q and k, 16,384 tokens: share", 0.94, True, _qk_shares(16384, *_TURNED)),
+    Target("q and k, 4,096 tokens: share", 0.92, True, _qk_shares(4096, *_TURNED)),
+    Target("q and k, not turned: share", 0.96, True, _qk_shares(16384, "ours-plain")),
+    Target(
+        "q and k, 1 token: times a copy",
+        1.45,
+        False,
+        _one_token(lambda name: name == "copy", _qk_providers.CASE, _TURNED),
+    ),
+    Target(
+        "q and k, 1 token: times two norms",
+        1.0,
+        False,
+        _one_token(lambda name: name == "ours-two", _qk_providers.CASE, _TURNED),
+    ),
 )
 
 
@@ -185,3 +215,29 @@ def judge(results: Results) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def suite(on: Timer) -> Iterator[tuple[Case, list[str] | None]]:
+    """Yield the fixed set of cases, each with its providers; None is all that were found."""
+    one = ([32], [128], ["bfloat16"])
+    if on.name == "numpy":
+        for case in cases([1, 16, 256, 4096], *one, ["rms", "layer"], ["contiguous"]):
+            yield case, None
+        for tokens in (1, 32):
+            yield _qk_providers.CASE._replace(tokens=tokens), None
+        return
+    for case in cases([4**i for i in range(7)] + [8192, 32768], *one, ["rms"], ["contiguous"]):
+        yield case, None
+    for case in cases([1, 8192], *one, ["layer"], ["contiguous"]):
+        yield case, None
+    every = ["float16", "bfloat16", "float32"]
+    for head_dims, dtypes, kinds, layouts in (
+        (PLAIN, every, ["rms", "layer"], LAYOUTS[:-1]),
+        (UNEVEN, every[:2], ["rms", "layer"], ["contiguous"]),
+        (ODD, every, ["rms"], ["contiguous"]),
+        ((64, 128, 256), every, ["rms"], ["misaligned"]),
+    ):
+        for case in cases([], [32], head_dims, dtypes, kinds, layouts, megabytes=64):
+            yield case, ["ours"]
+    for tokens in (1, 32, 4096, 16384):
+        yield _qk_providers.CASE._replace(tokens=tokens), None

@@ -1,8 +1,9 @@
 """
 ``python -m cupy_headnorm bench``: our norm beside a copy of the same bytes and its peers.
 
-`_timing` has the clocks, `_providers` all that is timed, `_costs` what there is beside device time,
-`_targets` the numbers to reach, `_bench_report` tables, files and plots.
+`_timing` has the clocks, `_providers` and `_qk_providers` all that is timed, `_costs` what there is
+beside device time, `_targets` the suite and the numbers to reach, `_bench_report` tables, files and
+plots.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
-import itertools
 import math
 import platform
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,16 @@ from cupy_headnorm import (
     _interop,
     _kernels,
     _providers,
+    _qk_providers,
     _spec,
     _targets,
 )
-from cupy_headnorm._providers import CEILINGS, LAYOUTS, OURS, PROVIDERS, Case
-from cupy_headnorm._targets import Results
+from cupy_headnorm._providers import CEILINGS, LAYOUTS, PROVIDERS, Case, cases
+from cupy_headnorm._targets import Results, suite
 from cupy_headnorm._timing import Timer, timer
 from cupy_headnorm._version import __version__
+
+_OPS = {"norm": _providers, _qk_providers.KIND: _qk_providers}
 
 
 def count(text: str) -> int:
@@ -53,10 +56,17 @@ def _size(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `run` reads."""
+    parser.add_argument(
+        "--op",
+        choices=tuple(_OPS),
+        default="norm",
+        help="qk-rope: q and k of one packed buffer, normalized and turned in place",
+    )
     dtypes = [dtype.name for dtype in _dtypes.DTYPES]
     parser.add_argument("--tokens", type=count, nargs="+", default=[1, 64, 1024, 8192])
     parser.add_argument("--megabytes", type=_size, help="size of x, instead of --tokens")
     parser.add_argument("--num-heads", type=count, nargs="+", default=[32])
+    parser.add_argument("--num-kv-heads", type=count, nargs="+", default=[8], help="of qk-rope")
     parser.add_argument("--head-dim", type=count, nargs="+", default=[128])
     parser.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"])
     kinds = tuple(_spec.DEFAULT_EPS)
@@ -66,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--providers",
         nargs="+",
         metavar="NAME",
-        help=f"default: all found of {', '.join(PROVIDERS)}",
+        help=f"default: all found of {', '.join(PROVIDERS)}; "
+        f"of qk-rope: {', '.join(_qk_providers.PROVIDERS)}",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--host", action="store_true", help="host times, first calls, imports alone")
@@ -92,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace, command: str) -> None:
     """Measure, or read, what was `chosen`; print it, write it, draw it."""
     console = _bench_report.console()
+    _check_op(chosen)
     _check_places(chosen)
     if chosen.source is not None:
         results = _bench_report.read(chosen.source)
@@ -106,6 +118,15 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         console.print(f"\nwritten to {path}", markup=False)
     if chosen.plot is not None:
         _bench_report.plot(results, chosen.plot)
+
+
+def _check_op(chosen: argparse.Namespace) -> None:
+    """Raise where an option would say nothing."""
+    plain = (chosen.kind, chosen.layout, chosen.host, chosen.suite)
+    if chosen.op != "norm" and plain != (["rms"], ["contiguous"], False, None):
+        raise ValueError(
+            f"--op is {chosen.op}; needs it without --kind, --layout, --host and --suite"
+        )
 
 
 def _check_places(chosen: argparse.Namespace) -> None:
@@ -156,7 +177,8 @@ def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results
     from rich.progress import track
 
     on = timer()
-    names, unavailable = _providers.find(on, chosen.providers)
+    whole = chosen.suite is not None
+    names, unavailable = _found(on, list(_OPS) if whole else [chosen.op], chosen.providers)
     device, versions = _device_and_versions()
     results = {
         "device": device,
@@ -173,12 +195,14 @@ def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results
     }
     steps: list[Callable[[], None]] = []
     for case, providers in [] if chosen.host else _chosen_cases(chosen, on):
-        wanted = names if providers is None else [n for n in names if n in providers]
+        known = names[_op(case)]
+        wanted = known if providers is None else [n for n in known if n in providers]
         steps.append(partial(_time, results, case, wanted, on))
-    steps.append(partial(_host, results, names, on))
-    on_gpu, whole = on.name != "numpy", chosen.suite is not None
+    of_norm, on_gpu = chosen.op == "norm", on.name != "numpy"
+    if of_norm:
+        steps.append(partial(_host, results, names["norm"], on))
     for wanted, cost in (
-        (on_gpu, partial(_costs.plan_misses, on)),
+        (on_gpu and of_norm, partial(_costs.plan_misses, on)),
         (on_gpu and (chosen.host or whole), _costs.first_calls),
         (chosen.host or whole, _costs.import_times),
         (whole, partial(_costs.gpu_memory, on)),
@@ -193,6 +217,25 @@ def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results
     if chosen.suite is not None:
         results["targets"] = _targets.judge(results)
     return results
+
+
+def _op(case: Case) -> str:
+    return case.kind if case.kind in _OPS else "norm"
+
+
+def _found(
+    on: Timer, ops: list[str], wanted: list[str] | None
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return the providers of each op that can be measured, and the reasons of the others."""
+    known = list(dict.fromkeys(name for op in ops for name in _OPS[op].PROVIDERS))
+    for name in wanted or ():
+        if name not in known:
+            raise ValueError(f"provider {name!r} is not known; needs one of {', '.join(known)}")
+    names, unavailable = {}, {}
+    for op in ops:
+        names[op], reasons = _providers.find(on, wanted, _OPS[op].PROVIDERS)
+        unavailable |= reasons
+    return names, unavailable
 
 
 def _time(results: Results, case: Case, names: list[str], on: Timer) -> None:
@@ -221,24 +264,25 @@ def measure(
     A peer that raises or that disagrees with us gets no row
     but an entry in `unavailable`; one that cannot work in place is left out where it would have to.
     """
+    op = _OPS[_op(case)]
     with on:
-        work = _providers.prepare(case, on)
+        work = op.prepare(case, on)
         buffers = len(work.plain)
-        calls = {name: PROVIDERS[name].build(work) for name in CEILINGS}
+        calls = {name: op.PROVIDERS[name].build(work) for name in CEILINGS}
         times = {name: [on.microseconds(call, buffers)] for name, call in calls.items()}
         for name in names:
-            provider = PROVIDERS[name]
+            provider = op.PROVIDERS[name]
             if name not in CEILINGS and (provider.in_place or not case.in_place):
                 try:
                     call = provider.build(work)
-                    reason = _providers.disagreement(call, work)
+                    reason = _providers.disagreement(name, call, work)
                     if reason:
                         unavailable.setdefault(name, reason)
                     else:
                         times[name] = [on.microseconds(call, buffers)]
                         calls[name] = call
                 except Exception as error:
-                    if name in OURS:
+                    if name in op.OURS:
                         raise
                     reason = f"{_providers.one_line(error)} at {case}"
                     unavailable.setdefault(name, reason)
@@ -260,59 +304,21 @@ def measure(
     ]
 
 
-def cases(
-    tokens: Iterable[int],
-    heads: Iterable[int],
-    head_dims: Iterable[int],
-    dtypes: Iterable[str],
-    kinds: Iterable[str],
-    layouts: Iterable[str],
-    megabytes: float | None = None,
-) -> Iterator[Case]:
-    """Yield every combination; `megabytes` sets the tokens so that x has that many."""
-    for num_heads, head_dim, dtype, kind, layout in itertools.product(
-        heads, head_dims, dtypes, kinds, layouts
-    ):
-        itemsize = _dtypes.from_name(dtype, "dtype").itemsize
-        row = num_heads * head_dim * itemsize
-        counts = tokens if megabytes is None else [max(1, int(megabytes * 1e6 / row))]
-        for number in counts:
-            yield Case(number, num_heads, head_dim, dtype, kind, layout)
-
-
 def _chosen_cases(chosen: argparse.Namespace, on: Timer) -> Iterator[tuple[Case, list[str] | None]]:
     if chosen.suite is not None:
         yield from suite(on)
         return
+    kinds, layouts, kv_heads = chosen.kind, chosen.layout, [0]
+    if chosen.op != "norm":
+        kinds, layouts, kv_heads = [chosen.op], [_qk_providers.CASE.layout], chosen.num_kv_heads
     for case in cases(
         chosen.tokens,
         chosen.num_heads,
         chosen.head_dim,
         chosen.dtype,
-        chosen.kind,
-        chosen.layout,
+        kinds,
+        layouts,
         chosen.megabytes,
+        kv_heads,
     ):
         yield case, None
-
-
-def suite(on: Timer) -> Iterator[tuple[Case, list[str] | None]]:
-    """Yield the fixed set of cases, each with its providers; None is all that were found."""
-    one = ([32], [128], ["bfloat16"])
-    if on.name == "numpy":
-        for case in cases([1, 16, 256, 4096], *one, ["rms", "layer"], ["contiguous"]):
-            yield case, None
-        return
-    for case in cases([4**i for i in range(7)] + [8192, 32768], *one, ["rms"], ["contiguous"]):
-        yield case, None
-    for case in cases([1, 8192], *one, ["layer"], ["contiguous"]):
-        yield case, None
-    every = ["float16", "bfloat16", "float32"]
-    for head_dims, dtypes, kinds, layouts in (
-        (_targets.PLAIN, every, ["rms", "layer"], LAYOUTS[:-1]),
-        (_targets.UNEVEN, every[:2], ["rms", "layer"], ["contiguous"]),
-        (_targets.ODD, every, ["rms"], ["contiguous"]),
-        ((64, 128, 256), every, ["rms"], ["misaligned"]),
-    ):
-        for case in cases([], [32], head_dims, dtypes, kinds, layouts, megabytes=64):
-            yield case, ["ours"]

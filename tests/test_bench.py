@@ -327,9 +327,13 @@ def test_the_suite_holds_a_case_for_every_number_to_reach():
     timings = [timing(case, "ours") for case, _ in bench.suite(SimpleNamespace(name="torch"))]
     assert len(timings) < 300
     judged = _targets.judge(made_up(timings=timings))
-    for row in judged[:6]:
-        assert row["met"] is True, row
-    assert all(row["met"] is None for row in judged[6:])
+    # Those of q and k hold ours by positions and others against it too.
+    of_shares = [
+        row for row in judged if "share" in row["what"] and "not turned" not in row["what"]
+    ]
+    assert len(of_shares) == 8
+    assert all(row["met"] is True for row in of_shares), judged
+    assert all(row["met"] is None for row in judged if row not in of_shares)
     sized = {t["layout"] for t in timings}
     assert sized == set(_providers.LAYOUTS)
 
@@ -406,7 +410,7 @@ def test_host_times_and_single_numbers_are_held_against_their_targets():
         "whole_array_milliseconds": 250.0,
     }
     host = [{"call": call, "microseconds": us} for call, us in spent.items()]
-    rows = list(judge(host=host, once=once).values())[8:]
+    rows = list(judge(host=host, once=once).values())[8:18]
     assert [row["met"] for row in rows] == [
         True, False, True, False, False, True, False, True, False, True,
     ]  # fmt: skip
