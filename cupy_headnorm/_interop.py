@@ -157,21 +157,21 @@ class _DLPack:
         raw = _dlpack.read_capsule(capsule)
         dtype = _dtypes.from_dlpack(*raw.dtype, role, rows)
         view = view_of(raw, dtype, role, (x, capsule), self)
-        if role == "x":
-            self._check_way_back(x, view)
+        if role in RESULTS_OF:
+            self._check_way_back(x, view, role)
         return view
 
-    def _check_way_back(self, x: Any, view: ArrayView) -> None:
+    def _check_way_back(self, x: Any, view: ArrayView, role: str) -> None:
         namespace = getattr(x, "__array_namespace__", None)
         if namespace is None or not hasattr(namespace(), "from_dlpack"):
             raise TypeError(
-                f"x is a {type(x).__name__} without a namespace that has from_dlpack, for the "
-                "result; needs numpy.from_dlpack(x) or cupy.from_dlpack(x) instead"
+                f"{role} is a {type(x).__name__} without a namespace that has from_dlpack, for the "
+                f"result; needs numpy.from_dlpack({role}) or cupy.from_dlpack({role}) instead"
             )
         if view.layout.device.kind == "cpu" and view.layout.dtype.name == "bfloat16":
             raise TypeError(
-                f"x is a bfloat16 {type(x).__name__} on the host, where NumPy makes the result and "
-                "cannot hand bfloat16 on; needs another dtype, or a torch or NumPy array"
+                f"{role} is a bfloat16 {type(x).__name__} on the host, where NumPy makes the "
+                "result and cannot hand bfloat16 on; needs another dtype, or a torch or NumPy array"
             )
 
     def empty_like(self, view: ArrayView) -> tuple[Any, None]:
@@ -252,11 +252,11 @@ class _JAX(_DLPack):
             )
         _dtypes.from_numpy(x.dtype, role, rows)
 
-    def _check_way_back(self, x: Any, view: ArrayView) -> None:
+    def _check_way_back(self, x: Any, view: ArrayView, role: str) -> None:
         if view.layout.dtype.name == "float64" and not self._jax.config.jax_enable_x64:
             raise TypeError(
-                "x is float64 while jax_enable_x64 is off, where JAX makes every result float32; "
-                "needs jax.enable_x64(True) around the call, or another dtype"
+                f"{role} is float64 while jax_enable_x64 is off, where JAX makes every result "
+                "float32; needs jax.enable_x64(True) around the call, or another dtype"
             )
 
     def deliver(self, result: Any, like: ArrayView) -> Any:
@@ -273,6 +273,9 @@ class _JAX(_DLPack):
         x, _ = like.owner
         return self._jax.device_put(values, x.sharding)
 
+
+RESULTS_OF = {"x", "q", "k", "v"}
+"""Roles of arrays that results are made like."""
 
 _NUMPY = _NumPy()
 _DLPACK = _DLPack()
@@ -331,13 +334,15 @@ def view(x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
     return library_of(x, role).view(x, role, rows)
 
 
-def view_beside(x: ArrayView, array: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
-    """Describe `array`, which must come from the library of `x`."""
+def view_beside(
+    x: ArrayView, array: Any, role: str, rows: Rows = NUMBERS, *, of: str = "x"
+) -> ArrayView:
+    """Describe `array`, which must come from the library of `x`, called `of`."""
     library = library_of(array, role)
     if library is not x.library:
         raise TypeError(
             f"{role} is a {type(array).__name__} ({library.name}); "
-            f"needs the library of x, {x.library.name}"
+            f"needs the library of {of}, {x.library.name}"
         )
     return library.view(array, role, rows)
 

@@ -428,22 +428,22 @@ def check_out_layout(out: Layout) -> None:
         )
 
 
-def check_overlaps(inputs: Mapping[str, Placed | None], out: Placed) -> None:
-    """Refuse an `out` that shares bytes with an input, unless it is x itself."""
+def check_overlaps(
+    inputs: Mapping[str, Placed | None], out: Placed, of: str = "x", name_of_out: str = "out"
+) -> None:
+    """Refuse an `out` that shares bytes with an input, unless it is `of` itself."""
     for name, array in inputs.items():
-        if array is not None:
-            _check_overlap(name, array.pointer, array.layout, out.pointer, out.layout)
+        if array is None or (name == of and _is_in_place(array, out)):
+            continue
+        if overlap(array.pointer, array.layout, out.pointer, out.layout):
+            raise ValueError(
+                f"{name_of_out} overlaps {name} in part; needs {name} itself or separate memory"
+                if name == of
+                else f"{name_of_out} overlaps {name}; needs separate memory"
+            )
 
 
-def _check_overlap(name: str, pointer: int, layout: Layout, out_pointer: int, out: Layout) -> None:
-    """Refuse an `out` that shares bytes with an input, unless it is x itself."""
-    if name == "x" and pointer == out_pointer:
-        steps = zip(layout.shape, layout.strides, out.strides, strict=True)
-        if all(n < 2 or a == b for n, a, b in steps):  # the stride of one entry says nothing
-            return
-    if overlap(pointer, layout, out_pointer, out):
-        raise ValueError(
-            f"out overlaps {name} in part; needs {name} itself or separate memory"
-            if name == "x"
-            else f"out overlaps {name}; needs separate memory"
-        )
+def _is_in_place(x: Placed, out: Placed) -> bool:
+    # The stride of one entry says nothing.
+    steps = zip(x.layout.shape, x.layout.strides, out.layout.strides, strict=True)
+    return x.pointer == out.pointer and all(n < 2 or a == b for n, a, b in steps)

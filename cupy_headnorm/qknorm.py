@@ -308,11 +308,11 @@ class QKNorm:
                 else "no v is given; needs one for v_norm"
             )
         names = tuple(self._norms)
-        q = _interop.view(parts[0], "x")
+        q = _interop.view(parts[0], "q")
         library, device = q.library, q.layout.device
         views = {"q": q}
         for name, array in zip(names[1:], parts[1:], strict=True):
-            views[name] = _interop.view_beside(q, array, name)
+            views[name] = _interop.view_beside(q, array, name, of="q")
         on_gpu = device.kind == "cuda"
         stream = library.stream(device.index) if on_gpu else 0
         norms = {name: norm._part_beside(q) for name, norm in self._norms.items()}
@@ -328,7 +328,7 @@ class QKNorm:
             outs = {
                 name: views[name]
                 if target is array and library.takes_out
-                else _interop.view_beside(q, target, "out")
+                else _interop.view_beside(q, target, "out", of="q")
                 for name, target, array in zip(names, results, parts, strict=True)
             }
             for name, view in outs.items():
@@ -350,8 +350,10 @@ class QKNorm:
             plan = _Plan(call, launch)
             store(_plans, key, plan)
         if out is not None:
-            beside = [*tables, *(v for _, *held in norms.values() for v in held)]
-            _check_overlaps(views, outs, [view for view in beside if view is not None])
+            beside = dict(zip(("cos", "sin", "positions"), tables, strict=True))
+            for name, (_, weight, bias) in norms.items():
+                beside |= {f"the weight of {name}": weight, f"the bias of {name}": bias}
+            _check_overlaps(views, outs, beside)
         if plan.launch is not None:
             run = _parts_kernels.runner(plan.launch)
             _remember(self, library, arrays, heads_axis, run, made, (views, outs, tables))
@@ -392,14 +394,16 @@ class QKNorm:
             return None, (None, None, None)
         if given not in (["positions"], ["cos", "sin"]):
             raise ValueError(
-                f"{' and '.join(given) or 'nothing'} is given to turn by; needs positions alone, "
-                "or cos and sin"
+                f"given to turn by: {', '.join(given) or 'nothing'}; needs positions alone, or cos "
+                "and sin"
             )
         seen = None
         if positions is None:
-            tables = [_interop.view_beside(q, a, n) for n, a in (("cos", cos), ("sin", sin))]
+            tables = [
+                _interop.view_beside(q, a, n, of="q") for n, a in (("cos", cos), ("sin", sin))
+            ]
         else:
-            seen = _interop.view_beside(q, positions, "positions", _dtypes.POSITIONS)
+            seen = _interop.view_beside(q, positions, "positions", _dtypes.POSITIONS, of="q")
             tables = self._tables.beside(q, stream)
         turning = Turning(
             rope.style,
@@ -634,15 +638,14 @@ def _remember(
 
 
 def _check_overlaps(
-    views: Mapping[str, ArrayView], outs: Mapping[str, ArrayView], beside: Sequence[ArrayView]
+    views: Mapping[str, ArrayView],
+    outs: Mapping[str, ArrayView],
+    beside: Mapping[str, ArrayView | None],
 ) -> None:
     """Refuse an `out` that shares bytes with anything but the part that it is the result of."""
     for name, out in outs.items():
-        inputs = {"x": views[name]}
-        inputs |= {other: view for other, view in views.items() if other != name}
-        inputs |= {f"out of {other}": view for other, view in outs.items() if other != name}
-        inputs |= {f"array {i} beside q and k": view for i, view in enumerate(beside)}
-        _spec.check_overlaps(inputs, out)
+        others = {f"out of {other}": view for other, view in outs.items() if other != name}
+        _spec.check_overlaps({**views, **others, **beside}, out, name, f"out of {name}")
 
 
 def _on_host(

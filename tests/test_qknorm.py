@@ -261,11 +261,11 @@ REFUSED = {
     "int16 positions": ({"positions": np.arange(5, dtype="i2")}, "positions has dtype int16; need"),
     "positions of other tokens": ({"positions": np.arange(4)}, r"positions has shape \(4,\); need"),
     "positions of more axes": ({"positions": np.ones((1, 5), int)}, r"positions has shape \(1, 5"),
-    "nothing to turn by": ({"positions": None}, "nothing is given to turn by; needs positions alo"),
-    "positions, cos and sin": (COS | {"positions": np.arange(5)}, "positions and cos and sin is g"),
-    "positions and cos": ({"cos": f(5, D)}, "positions and cos is given to turn by; needs positio"),
-    "cos without sin": (COS | {"sin": None}, "cos is given to turn by; needs positions alone, or"),
-    "sin without cos": (COS | {"cos": None}, "sin is given to turn by; needs positions alone, or"),
+    "nothing to turn by": ({"positions": None}, "given to turn by: nothing; needs positions alone"),
+    "positions, cos and sin": (COS | {"positions": np.arange(5)}, "given to turn by: positions, c"),
+    "positions and cos": ({"cos": f(5, D)}, "given to turn by: positions, cos; needs positions"),
+    "cos without sin": (COS | {"sin": None}, "given to turn by: cos; needs positions alone, or"),
+    "sin without cos": (COS | {"cos": None}, "given to turn by: sin; needs positions alone, or"),
     "cos of wrong dtype": (
         COS | {n: f(5, D, dtype=np.float16) for n in ("cos", "sin")},
         "cos has dtype float16 and sin float16; needs that of q, float32, or float32 of both",
@@ -289,8 +289,8 @@ REFUSED = {
         {"out": (f(5, 3, D, dtype=np.float16), "k")},
         "out of q has dtype float16; needs that of q, float32",
     ),
-    "out crosswise": ({"q": f(5, 2, D), "out": ("k", "q")}, "out overlaps k; needs separate memor"),
-    "one out for both": ({"q": f(5, 2, D), "out": ("q", "q")}, "out overlaps (k|out of k|q); need"),
+    "out crosswise": ({"q": f(5, 2, D), "out": ("k", "q")}, "out of q overlaps k; needs"),
+    "one out for both": ({"q": f(5, 2, D), "out": ("q", "q")}, "out of q overlaps (k|out of k)"),
     "out is cos": (COS | {"q": f(5, D, 1), "k": f(5, D, 1)}, "needs a last axis of head_dim=64"),
 }  # fmt: skip
 
@@ -372,12 +372,12 @@ def test_refused_layouts_and_overlaps(library):
     with pytest.raises(ValueError, match="cos has a stride of 8 bytes on its last axis"):
         qk(heads[:, :3], k, cos=cos, sin=cos)
     q, new = heads[:, :3], library.array(f(5, 3, D))
-    with pytest.raises(ValueError, match="out overlaps x in part; needs x itself or separate"):
+    with pytest.raises(ValueError, match="out of q overlaps q in part; needs q itself or sep"):
         qk(q, k, positions=positions, out=(heads[:, 1:4], k))
     for out in ((q, heads[:, 2:4]), (new, heads[:, 2:4])):
-        with pytest.raises(ValueError, match="out (of k )?overlaps"):
+        with pytest.raises(ValueError, match="out of . overlaps"):
             qk(q, heads[:, 2:4], positions=positions, out=out)
-    with pytest.raises(ValueError, match="out overlaps"):  # with its own cosines
+    with pytest.raises(ValueError, match="out of q overlaps cos"):  # with its own cosines
         qk(new, k, cos=heads[:, 0], sin=heads[:, 1], out=(heads[:, :3], k))
     for width, counts in (
         (7 * D, {"num_heads": 4, "num_kv_heads": 2}),
@@ -436,7 +436,7 @@ def test_refused_norms():
 def test_other_libraries_and_read_only_results():
     torch = pytest.importorskip("torch")
     q, k = f(5, 3, D), f(5, 2, D)
-    with pytest.raises(TypeError, match=r"k is a Tensor \(torch\); needs the library of x, numpy"):
+    with pytest.raises(TypeError, match=r"k is a Tensor \(torch\); needs the library of q, numpy"):
         turner()(q, torch.from_numpy(k), positions=np.arange(5))
     with pytest.raises(TypeError, match="positions is a list; needs a NumPy, CuPy or torch array"):
         turner()(q, k, positions=[0, 1, 2, 3, 4])
