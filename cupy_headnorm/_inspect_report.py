@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_headnorm import _model_norms, checkpoint
+from cupy_headnorm import _model_norms
 from cupy_headnorm._model_norms import ModelNorm, Refused
 
 _SAME = (
@@ -29,9 +29,7 @@ def collect(folder: str, variant: str | None = None) -> dict[str, Any]:
         norm's ``weight`` and ``bias`` are the least, the largest and the mean value and the
         standard deviation over all its layers, as stored, or None.
     """
-    config = checkpoint.config(folder)
-    tensors, where = checkpoint.survey(folder, variant=variant)
-    found = _model_norms.find(config, tensors)
+    _, _, where, found = _model_norms.survey(folder, variant=variant)
     served: dict[Any, list[tuple[str, ModelNorm]]] = {}
     refused: dict[Any, list[Refused]] = {}
     for (_, role), norm in found.keyed().items():

@@ -176,6 +176,23 @@ def find(config: Mapping[str, Any], tensors: Tensors, *, full_width: bool = Fals
     return found
 
 
+class Survey(NamedTuple):
+    """A model's folder: what is in it, and where."""
+
+    config: dict[str, Any]
+    tensors: Tensors
+    where: Mapping[str, Path]
+    """The file that holds each tensor."""
+    found: ModelNorms
+
+
+def survey(folder: Any, *, variant: str | None = None, full_width: bool = False) -> Survey:
+    """Read a folder's config and headers and `find` its norms; errors are those of all three."""
+    config = checkpoint.config(folder)
+    tensors, where = checkpoint.survey(folder, variant=variant)
+    return Survey(config, tensors, where, find(config, tensors, full_width=full_width))
+
+
 def read(
     folder: Any, key: str, *, variant: str | None = None, full_width: bool = False
 ) -> tuple[ModelNorm, np.ndarray | None, np.ndarray | None]:
@@ -196,8 +213,7 @@ def read(
     Raises
     ------
     CheckpointError
-        The key is not found, or the norm is refused; beside the errors of `find` and of
-        `checkpoint.headers`.
+        The key is not found, or the norm is refused; beside the errors of `survey`.
     UnknownModelError
         Nothing is known of the model or of this norm.
     TypeError
@@ -205,9 +221,7 @@ def read(
     """
     if not isinstance(key, str):
         raise TypeError(f"key is {key!r}; needs a norm's name")
-    config = checkpoint.config(folder)
-    tensors, where = checkpoint.survey(folder, variant=variant)
-    found = find(config, tensors, full_width=full_width)
+    _, tensors, where, found = survey(folder, variant=variant, full_width=full_width)
     every = {norm.name: norm for norm in reversed((*found.norms, *found.refused))}
     norm = every.get(key) or _under_another_prefix(every, key)
     if norm is None and f"{key}.weight" in tensors:
@@ -231,7 +245,7 @@ def serve(norm: ModelNorm | Refused) -> ModelNorm:
 
 
 def load(where: Mapping[str, Path], norm: ModelNorm) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Read the weight and the bias of a norm; `checkpoint.survey` says where they are."""
+    """Read the weight and the bias of a norm; `survey` says where they are."""
 
     def array(names: tuple[str, ...]) -> np.ndarray | None:
         if _one_each(norm.name, names):

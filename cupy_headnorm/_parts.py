@@ -286,6 +286,7 @@ def _geometry(norm: PartNorm) -> _spec.Geometry:
 def check_norms(norms: Mapping[str, PartNorm]) -> None:
     """Refuse norms that one kernel cannot run together."""
     first = norms["q"]
+    dims = {name: _geometry(norm).head_dim for name, norm in norms.items()}
     for name, norm in norms.items():
         if norm.options.kind != first.options.kind:
             raise ValueError(
@@ -301,7 +302,6 @@ def check_norms(norms: Mapping[str, PartNorm]) -> None:
                 f"the norm of {name} has rounding {norm.options.rounding!r}; needs that of q, "
                 f"{first.options.rounding!r}"
             )
-        dims = {n: _geometry(other).head_dim for n, other in norms.items()}
         for other, head_dim in dims.items():
             if None not in (dims[name], head_dim) and head_dim != dims[name]:
                 raise ValueError(

@@ -71,9 +71,14 @@ def files(path: Any, *, variant: str | None = None) -> dict[str, Path]:
     raise CheckpointError(f"{path} holds {listed}; needs {singles[0]} or {indices[0]}")
 
 
-def headers(path: Any, *, variant: str | None = None) -> dict[str, tuple[str, tuple[int, ...]]]:
+def survey(
+    path: Any, *, variant: str | None = None
+) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Path]]:
     """
-    Return dtype, as safetensors spells it, and shape of every tensor; no tensor's data is read.
+    Return dtype, as safetensors spells it, and shape of every tensor, and the file that holds it.
+
+    No tensor's data is read. Tensors of a shard that its index does not name are among them:
+    transformers loads them too.
 
     Parameters
     ----------
@@ -87,17 +92,6 @@ def headers(path: Any, *, variant: str | None = None) -> dict[str, tuple[str, tu
     CheckpointError
         Beside the errors of `read_norm`: two shards hold one tensor, or a shard lacks what the
         index puts there.
-    """
-    return survey(path, variant=variant)[0]
-
-
-def survey(
-    path: Any, *, variant: str | None = None
-) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Path]]:
-    """
-    Return what `headers` does, and which file holds each tensor.
-
-    Tensors of a shard that its index does not name are among them: transformers loads them too.
     """
     where = files(path, variant=variant)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}

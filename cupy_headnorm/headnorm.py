@@ -431,8 +431,8 @@ class HeadNorm:
         """Describe the norm to those that run several in one launch."""
         from cupy_headnorm._parts import PartNorm  # imported with QKNorm
 
-        held = self._held.on_host()
-        return PartNorm(self._options, *(view and view.layout for view in held))
+        held = (view and view.layout for view in self._held.on_host)
+        return PartNorm(self._options, *held)
 
     def _part_beside(self, x: ArrayView) -> tuple[NormOptions, ArrayView | None, ArrayView | None]:
         """Return the options, and weight and bias in the memory of `x`."""
@@ -494,7 +494,7 @@ class _Held:
 
     def __init__(self, weight: np.ndarray | None, bias: np.ndarray | None) -> None:
         self._arrays = (weight, bias)
-        self._on_host = tuple(
+        self.on_host = tuple(
             None if array is None else _interop.view(array, name)
             for array, name in ((weight, "weight"), (bias, "bias"))
         )
@@ -504,7 +504,7 @@ class _Held:
     def __call__(self, norm: Norm, x: ArrayView) -> Parameters:
         device = x.layout.device
         if device.kind == "cpu":
-            return _dispatch.parameters(norm.options, *self._on_host)
+            return _dispatch.parameters(norm.options, *self.on_host)
         found = norm.ready.get(device.index)
         if found is None:
             if device.index not in self.on_device:
@@ -524,10 +524,6 @@ class _Held:
             )
             self.on_device[index] = held
         return held
-
-    def on_host(self) -> tuple[ArrayView | None, ...]:
-        """Return weight and bias in host memory."""
-        return self._on_host
 
     def load(self, index: int) -> None:
         """Upload to a CUDA device, once."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from cupy_headnorm import _model_norms, checkpoint
+from cupy_headnorm import _model_norms
 from cupy_headnorm._model_norms import ModelNorm, Refused
 from cupy_headnorm.headnorm import HeadNorm, Source
 
@@ -21,12 +21,12 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
     """
 
     def __init__(self, folder: str, variant: str | None = None) -> None:
-        config = checkpoint.config(folder)
-        tensors, self._where = checkpoint.survey(folder, variant=variant)
-        self._found = _model_norms.find(config, tensors)
+        self.config, _, self._where, self._found = _model_norms.survey(folder, variant=variant)
+        """What config.json holds."""
         self._folder = folder
         self._variant = variant
         self._keyed = self._found.keyed()
+        self._served = {k: norm for k, norm in self._keyed.items() if isinstance(norm, ModelNorm)}
         self._loaded: dict[tuple[int, str], HeadNorm] = {}
 
     @property
@@ -37,8 +37,7 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
     @property
     def described(self) -> Mapping[tuple[int, str], ModelNorm]:
         """What the model computes, and where its tensors lie, by layer and role."""
-        served = {key: norm for key, norm in self._keyed.items() if isinstance(norm, ModelNorm)}
-        return MappingProxyType(served)
+        return MappingProxyType(self._served)
 
     @property
     def refused(self) -> tuple[Refused, ...]:
@@ -65,13 +64,13 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
         return norm
 
     def __contains__(self, key: object) -> bool:
-        return key in self.described
+        return key in self._served
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        return iter(self.described)
+        return iter(self._served)
 
     def __len__(self) -> int:
-        return len(self.described)
+        return len(self._served)
 
     def __repr__(self) -> str:
         return f"<{len(self)} head norms of {self.model_type} in {self._folder!r}>"

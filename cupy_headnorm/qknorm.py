@@ -120,7 +120,8 @@ class QKNorm:
         ValueError
             The rotary embedding is not served (`cupy_headnorm.rope.Rope.from_config`).
         """
-        from cupy_headnorm import checkpoint, pretrained
+        from cupy_headnorm import pretrained
+        from cupy_headnorm.checkpoint import CheckpointError
 
         norms = pretrained.head_norms(model_dir, variant=variant)
         layer = _spec.integer(layer, "layer")
@@ -128,17 +129,16 @@ class QKNorm:
             try:
                 norms[layer, name]
             except KeyError:
-                raise checkpoint.CheckpointError(
+                raise CheckpointError(
                     f"{model_dir} has no norm of {name} in layer {layer}; needs one of its keys, "
                     f"{', '.join(map(str, list(norms)[:4])) or 'of which there are none'}"
                 ) from None
         found = [norms[layer, name] for name in _NAMES if (layer, name) in norms]
         described = norms.described[layer, "q"]
-        config = checkpoint.config(model_dir)
         embedding = None
-        if described.rope.order != "none" and rotary.turns(config, layer):
+        if described.rope.order != "none" and rotary.turns(norms.config, layer):
             embedding = Rope.from_config(
-                config, layer, head_dim=described.head_dim, max_position=max_position
+                norms.config, layer, head_dim=described.head_dim, max_position=max_position
             )
         return cls(*found, rope=embedding)
 
@@ -230,7 +230,7 @@ class QKNorm:
 
         Queries come first, then keys, then values, which only a `v_norm` touches. Returns `qkv`.
         """
-        _interop.library_of(qkv, "qkv")
+        library = _interop.library_of(qkv, "qkv")
         num_heads = _spec.count(_spec.integer(num_heads, "num_heads"), "num_heads")
         num_kv_heads = _spec.count(_spec.integer(num_kv_heads, "num_kv_heads"), "num_kv_heads")
         heads = num_heads + 2 * num_kv_heads
@@ -241,6 +241,11 @@ class QKNorm:
             raise ValueError(
                 f"qkv has shape {shape}; needs a last axis of {heads * head_dim}, "
                 f"{num_heads} + 2 * {num_kv_heads} heads of {head_dim}"
+            )
+        if not library.takes_out:
+            raise TypeError(
+                f"qkv is a {type(qkv).__name__}, which may forbid writing; needs a NumPy, CuPy or "
+                "torch array"
             )
         by_head = _split_last(qkv, (*shape[:-1], heads, head_dim))
         first_v = num_heads + num_kv_heads
@@ -694,12 +699,6 @@ def _on_host(
 
 def _split_last(qkv: Any, shape: tuple[int, ...]) -> Any:
     """Return a view of `qkv` with its last axis split."""
-    library = _interop.library_of(qkv, "qkv")
-    if not library.takes_out:
-        raise TypeError(
-            f"qkv is a {type(qkv).__name__}, which may forbid writing; needs a NumPy, CuPy or "
-            "torch array"
-        )
     if hasattr(qkv, "unflatten"):
         return qkv.unflatten(-1, shape[-2:])
     if qkv.shape[-1] > 1 and qkv.strides[-1] != qkv.itemsize:

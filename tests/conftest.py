@@ -1,5 +1,6 @@
 """Options, and the libraries that every test written against `library` runs on."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -76,3 +77,31 @@ def _without_pools():
 @pytest.fixture(params=_dtypes.DTYPES, ids=lambda dtype: dtype.name)
 def dtype(request):
     return request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Keep torch to one thread: on such small tensors others would spin more than they work."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Return the tiny model of a family and dtype, made once."""
+    import families
+
+    folder = tmp_path_factory.mktemp("families")
+    make = functools.cache(lambda name, dtype: families.tiny(name, dtype, folder))
+
+    def made(name, dtype="bfloat16"):
+        found = families.model_class(name)
+        if isinstance(found, str):
+            pytest.skip(found)
+        return make(name, dtype)
+
+    return made

@@ -16,7 +16,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from cupy_headnorm import HeadNorm, QKNorm, Rope
+from cupy_headnorm import HeadNorm, QKNorm, Rope, _timing
 
 CASES = {"prefill 1 x 4,096": (1, 4096), "decode 1 x 1": (1, 1), "decode 32 x 1": (32, 1)}
 
@@ -71,23 +71,8 @@ def caught(model, batch, tokens):
 
 def device_time(call):
     """Return microseconds a call in a replayed graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            kept = [call() for _ in range(12)]
-        times = []
-        for _ in range(15):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(stream)
-            graph.replay()
-            stop.record(stream)
-            stop.synchronize()
-            times.append(start.elapsed_time(stop) * 1e3 / len(kept))
-    return statistics.median(times)
+    with _timing.TorchGpu() as on:
+        return on.microseconds(lambda _: call(), buffers=1)
 
 
 def host_time(call, device):

@@ -130,58 +130,51 @@ def measure_qk(model, layer, qk, device):
     )
 
 
-def qk_table(families, device, folder):
-    """Yield a line for each family, layer and dtype."""
+def lines(made, dtype, device):
+    """Yield a line for each role: the worst of its layers."""
+    ours = head_norms(made.folder)
+    for role in dict.fromkeys(role for _, role in made.norms):
+        layers = [key for key in made.norms if key[1] == role]
+        if lost := [layer for layer, _ in layers if (layer, role) not in ours]:
+            yield {"role": role, "missing": f"head_norms has no {role} of layers {lost}"}
+            continue
+        found = [measure(made, ours, key, dtype, device) for key in layers]
+        yield {
+            "role": role,
+            "mismatch": 100 * max(one.right for one in found),
+            "rounding": ours[layers[0]].rounding,
+            "mismatch_wrong": 100 * min(one.wrong for one in found),
+            "wrong": found[0].what,
+        }
+
+
+def qk_lines(made, dtype, device):
+    """Yield a line for each layer."""
+    for layer, qk in layers(made):
+        found = measure_qk(made, layer, qk, device)
+        yield {
+            "layer": layer,
+            "order": qk.rope.order,
+            "rounding": qk.rope.rounding,
+            "turned": 100 * found.turned,
+            "mismatch": 100 * found.positions,
+            "mismatch_given": 100 * found.given,
+            "mismatch_wrong": 100 * found.rounding,
+            "wrong": found.what,
+            "mismatch_order": 100 * found.order,
+        }
+
+
+def table(lines_of, families, device, folder):
+    """Yield the lines of each family and dtype, and why a family has none."""
     for family in families:
         reason = model_class(family)
         if isinstance(reason, str):
             yield {"family": family, "missing": reason}
             continue
         for dtype in DTYPES:
-            made = tiny(family, dtype, folder)
-            for layer, qk in layers(made):
-                found = measure_qk(made, layer, qk, device)
-                yield {
-                    "family": family,
-                    "layer": layer,
-                    "dtype": dtype,
-                    "order": qk.rope.order,
-                    "rounding": qk.rope.rounding,
-                    "turned": 100 * found.turned,
-                    "mismatch": 100 * found.positions,
-                    "mismatch_given": 100 * found.given,
-                    "mismatch_wrong": 100 * found.rounding,
-                    "wrong": found.what,
-                    "mismatch_order": 100 * found.order,
-                }
-
-
-def table(families, device, folder):
-    """Yield a line for each family, role and dtype: the worst of its layers."""
-    for family in families:
-        reason = model_class(family)
-        if isinstance(reason, str):
-            yield {"family": family, "missing": reason}
-            continue
-        for dtype in DTYPES:
-            made = tiny(family, dtype, folder)
-            ours = head_norms(made.folder)
-            for role in dict.fromkeys(role for _, role in made.norms):
-                layers = [key for key in made.norms if key[1] == role]
-                if lost := [layer for layer, _ in layers if (layer, role) not in ours]:
-                    reason = f"head_norms has no {role} of layers {lost}"
-                    yield {"family": family, "role": role, "dtype": dtype, "missing": reason}
-                    continue
-                found = [measure(made, ours, key, dtype, device) for key in layers]
-                yield {
-                    "family": family,
-                    "role": role,
-                    "dtype": dtype,
-                    "mismatch": 100 * max(one.right for one in found),
-                    "rounding": ours[layers[0]].rounding,
-                    "mismatch_wrong": 100 * min(one.wrong for one in found),
-                    "wrong": found[0].what,
-                }
+            for line in lines_of(tiny(family, dtype, folder), dtype, device):
+                yield {"family": family, "dtype": dtype} | line
 
 
 # heading: (key, how its value is written)
@@ -211,17 +204,17 @@ def main(arguments=None):
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        rows, default = (qk_table, QK_FAMILIES) if chosen.qk else (table, FAMILIES)
-        lines = list(rows(chosen.families or default, chosen.device, folder))
+        lines_of, default = (qk_lines, QK_FAMILIES) if chosen.qk else (lines, FAMILIES)
+        rows = list(table(lines_of, chosen.families or default, chosen.device, folder))
     if chosen.json:
-        json.dump(lines, sys.stdout, indent=1)
+        json.dump(rows, sys.stdout, indent=1)
         print()
         return
     columns = QK_COLUMNS if chosen.qk else COLUMNS
     head = tuple(columns)
     cells = [
         tuple(form.format(line[name]) for name, form in columns.values())
-        for line in lines
+        for line in rows
         if "missing" not in line
     ]
     try:
@@ -238,7 +231,7 @@ def main(arguments=None):
         console = Console()
         console.width = max(console.width, 120)  # a file is no narrow terminal
         console.print(shown)
-    for line in lines:
+    for line in rows:
         if "missing" in line:
             print(f"{line['family']}: {line['missing']}")
 

@@ -204,11 +204,11 @@ def test_folder_without_permission(shards, monkeypatch):
 
 def test_headers_are_those_of_all_shards(shards):
     folder, *_ = shards
-    assert checkpoint.headers(folder) == {
+    assert checkpoint.survey(folder)[0] == {
         f"{KEY}.weight": ("BF16", (3, 64)),
         f"{KEY}.bias": ("F32", (3, 64)),
     }
-    assert checkpoint.headers(folder / "model-00002-of-00002.safetensors") == {
+    assert checkpoint.survey(folder / "model-00002-of-00002.safetensors")[0] == {
         f"{KEY}.bias": ("F32", (3, 64))
     }
 
@@ -218,10 +218,10 @@ def test_headers_need_every_shard(shards):
     first = folder / "model-00001-of-00002.safetensors"
     save_file({"other.weight": weight}, first)
     with pytest.raises(CheckpointError, match=rf"lacks {KEY}.weight, which the index puts there"):
-        checkpoint.headers(folder)
+        checkpoint.survey(folder)
     first.unlink()
     with pytest.raises(CheckpointError, match=r"model-00001-of-00002.safetensors does not exist"):
-        checkpoint.headers(folder)
+        checkpoint.survey(folder)
 
 
 def test_two_files_that_hold_one_tensor(shards):
@@ -233,7 +233,7 @@ def test_two_files_that_hold_one_tensor(shards):
         match=rf"model-00001-of-00002.safetensors and .*model-00002-of-00002.safetensors both hold "
         rf"{KEY}.weight; needs one file for each tensor",
     ):
-        checkpoint.headers(folder)
+        checkpoint.survey(folder)
 
 
 def test_an_index_that_puts_one_tensor_in_two_files(shards):
@@ -256,11 +256,11 @@ def test_headers_leave_no_folder(shards, shard):
     folder, *_ = shards
     index(folder, {f"{KEY}.weight": shard})
     with pytest.raises(CheckpointError, match="outside its folder; needs a path inside"):
-        checkpoint.headers(folder)
+        checkpoint.survey(folder)
 
 
 def names_of(folder, variant=None):
-    return set(checkpoint.headers(folder, variant=variant))
+    return set(checkpoint.survey(folder, variant=variant)[0])
 
 
 def test_files_are_looked_for_in_the_libraries_order(tmp_path):
@@ -295,7 +295,7 @@ def test_variants(tmp_path):
 @pytest.mark.parametrize("variant", ["../x", "a/b", "a\\b", "C:x", "\0", 16])
 def test_a_variant_is_no_path(tmp_path, variant):
     with pytest.raises(CheckpointError, match="needs a part of a file's name, such as 'fp16'"):
-        checkpoint.headers(tmp_path, variant=variant)
+        checkpoint.survey(tmp_path, variant=variant)
 
 
 def test_config(tmp_path):

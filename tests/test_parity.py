@@ -1,6 +1,5 @@
 """Models' own norms, built by transformers, beside ours, loaded from their checkpoints."""
 
-import functools
 import json
 import re
 import sys
@@ -19,6 +18,7 @@ from tolerances import (
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 import families  # noqa: E402  they import torch
 import parity  # noqa: E402
@@ -31,30 +31,6 @@ DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 # The scope brings the tests of a family together, so that one worker makes its model.
 BY_FAMILY = pytest.mark.parametrize("family", families.FAMILIES, scope="session")
 SHARED_AND_PER_HEAD = ["qwen3", "persimmon", "cohere", "stablelm", "chameleon", "xlstm"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Keep torch to one thread: on such small tensors others would spin more than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """Return the tiny model of a family and dtype, made once."""
-    folder = tmp_path_factory.mktemp("families")
-    make = functools.cache(lambda name, dtype: families.tiny(name, dtype, folder))
-
-    def made(name, dtype="bfloat16"):
-        found = families.model_class(name)
-        if isinstance(found, str):
-            pytest.skip(found)
-        return make(name, dtype)
-
-    return made
 
 
 @pytest.mark.parametrize("device", DEVICES)

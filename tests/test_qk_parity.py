@@ -1,6 +1,5 @@
 """Queries and keys as models give them to their attention function, beside `QKNorm`."""
 
-import functools
 import json
 
 import numpy as np
@@ -13,37 +12,13 @@ from cupy_headnorm import CheckpointError, HeadNorm, QKNorm, _dtypes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-import families  # noqa: E402  they import torch
-import parity  # noqa: E402
+import parity  # noqa: E402  it imports torch
 from rotary import attention  # noqa: E402
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 BY_FAMILY = pytest.mark.parametrize("family", parity.QK_FAMILIES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Keep torch to one thread: on such small tensors others would spin more than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """Return the tiny model of a family and dtype, made once."""
-    folder = tmp_path_factory.mktemp("families")
-    make = functools.cache(lambda name, dtype: families.tiny(name, dtype, folder))
-
-    def made(name, dtype):
-        found = families.model_class(name)
-        if isinstance(found, str):
-            pytest.skip(found)
-        return make(name, dtype)
-
-    return made
 
 
 @pytest.mark.parametrize("device", DEVICES)
