@@ -3,9 +3,9 @@ QKNorm beside a model's own path, on what the attention of a random Qwen3-0.6B r
 
     python tests/in_model.py [--device cpu|cuda] [--layers N]
 
-Queries, keys, cosines and sines of layer 0 are caught in a forward pass: prefill of 4,096 tokens
-and decoding of 1 token in batches of 1 and 32. Times are of replayed graphs (device) and of calls
-until they return (host); on a CPU there is the host's alone.
+Queries, keys, cosines, sines and positions of layer 0 are caught in a forward pass: prefill of
+4,096 tokens and decoding of 1 token in batches of 1 and 32. Times are of replayed graphs (device)
+and of calls until they return (host); on a CPU there is the host's alone.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def model_of(layers, device):
 
 
 def caught(model, batch, tokens):
-    """Return q, k, cos and sin as layer 0 has them, decoding after 100 tokens."""
+    """Return q, k, cos, sin and positions as layer 0 has them, decoding after 100 tokens."""
     attention, found = model.model.layers[0].self_attn, {}
     hooks = [
         getattr(attention, f"{n}_norm").register_forward_pre_hook(
@@ -51,7 +51,9 @@ def caught(model, batch, tokens):
     hooks.append(
         attention.register_forward_pre_hook(
             lambda module, given, named: found.update(
-                zip(("cos", "sin"), named["position_embeddings"], strict=True)
+                cos=named["position_embeddings"][0],
+                sin=named["position_embeddings"][1],
+                positions=named["position_ids"],
             ),
             with_kwargs=True,
         )
@@ -102,10 +104,8 @@ def main():
     qk = QKNorm(q_norm, k_norm, rope=Rope.of_theta(1e6, 128, max_position=8192))
     for name, (batch, tokens) in CASES.items():
         found = caught(model, batch, tokens)
-        q, k, cos, sin = (found[n] for n in ("q", "k", "cos", "sin"))
-        first = 100 - 1 if tokens == 1 else 0
-        positions = torch.arange(first, first + tokens, device=q.device)[None].expand(batch, -1)
-        positions = positions.contiguous()
+        q, k, cos, sin, positions = (found[n] for n in ("q", "k", "cos", "sin", "positions"))
+        positions = positions.expand(batch, -1)
 
         def theirs(q=q, k=k, cos=cos, sin=sin):
             normed = (attention.q_norm(q).transpose(1, 2), attention.k_norm(k).transpose(1, 2))
