@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,9 @@ _SAME = (
     "heads_axis", "shape", "dtype", "rope", "notes",
 )  # fmt: skip
 """What the layers of one row have in common."""
+
+
+_Arrays = tuple[np.ndarray | None, np.ndarray | None]
 
 
 def collect(folder: str, variant: str | None = None) -> dict[str, Any]:
@@ -32,7 +34,10 @@ def collect(folder: str, variant: str | None = None) -> dict[str, Any]:
     _, _, where, found = _model_norms.survey(folder, variant=variant)
     served: dict[Any, list[tuple[str, ModelNorm]]] = {}
     refused: dict[Any, list[Refused]] = {}
-    for (_, role), norm in found.keyed().items():
+    keyed = found.keyed()
+    norms = [norm for norm in keyed.values() if isinstance(norm, ModelNorm)]
+    loaded = dict(zip(norms, _model_norms.load_all(where, norms), strict=True))
+    for (_, role), norm in keyed.items():
         if isinstance(norm, ModelNorm):
             alike = tuple(getattr(norm, name) for name in _SAME)
             served.setdefault((role, alike), []).append((role, norm))
@@ -43,7 +48,7 @@ def collect(folder: str, variant: str | None = None) -> dict[str, Any]:
         "checkpoint": str(folder),
         "variant": variant,
         "model_type": found.model_type,
-        "norms": [_row(where, alike) for alike in served.values()],
+        "norms": [_row(loaded, alike) for alike in served.values()],
         "refused": [
             {
                 "name": place,
@@ -59,10 +64,9 @@ def collect(folder: str, variant: str | None = None) -> dict[str, Any]:
     }
 
 
-def _row(where: Mapping[str, Path], alike: list[tuple[str, ModelNorm]]) -> dict[str, Any]:
+def _row(loaded: Mapping[ModelNorm, _Arrays], alike: list[tuple[str, ModelNorm]]) -> dict[str, Any]:
     role, first = alike[0]
-    read = [_model_norms.load(where, norm) for _, norm in alike]
-    weights, biases = zip(*read, strict=True)
+    weights, biases = zip(*(loaded[norm] for _, norm in alike), strict=True)
     return {
         "name": _model_norms.without_layer(first.name),
         "layers": [norm.layer for _, norm in alike],

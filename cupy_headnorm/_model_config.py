@@ -11,6 +11,8 @@ from cupy_headnorm.models import Family, Role, Rope
 
 _MOST = 2**31 - 1
 """Of what a config counts."""
+_MOST_ROPES = 100
+"""Fields or types of layers; models have 15."""
 
 
 def short(value: Any) -> str:
@@ -87,6 +89,10 @@ class Fields:
             given = self.config.get(name)
             if not isinstance(given, Mapping):
                 continue
+            if len(given) > _MOST_ROPES:  # each layer looks at all of them
+                raise CheckpointError(
+                    f"config.json's {name} has {len(given)} fields; needs {_MOST_ROPES} at most"
+                )
             # Some have one set for each type of layer.
             sets = {kind: nested for kind, nested in given.items() if isinstance(nested, Mapping)}
             kind = str(self.get("layer_types", layer))

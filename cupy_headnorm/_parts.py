@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cupy_headnorm import _dtypes, _spec
+from cupy_headnorm import _spec, _turning
 from cupy_headnorm._dtypes import DType
 from cupy_headnorm._layout import Layout
-from cupy_headnorm._spec import NormOptions, Shape
+from cupy_headnorm._spec import NormOptions
+from cupy_headnorm._turning import RopeSpec, Steps, Turning
 
 PARTS = 3
 """As kParts in headnorm/parts.cuh."""
@@ -26,32 +27,6 @@ class PartNorm(NamedTuple):
     options: NormOptions
     weight: Layout | None
     bias: Layout | None
-
-
-class RopeSpec(NamedTuple):
-    """What a kernel knows of a rotary embedding when it is compiled."""
-
-    style: str
-    first: bool
-    """The norm comes after it."""
-    rotary_dim: int
-    every_op: bool
-    table: DType
-    whole_rows: bool
-    """Cosines and sines have an entry for each element, not for each pair."""
-    position: DType | None
-    """None where cosines and sines are the tokens' own."""
-    sections: tuple[int, ...]
-    interleaved_sections: bool
-
-    @property
-    def name(self) -> str:
-        """Part of a kernel's name: ``rope_half_d128_bf16``."""
-        words = ["rope", self.style.replace(" ", "_"), f"d{self.rotary_dim}", self.table.short]
-        words += ["before"] * self.first + ["rounded_once"] * (not self.every_op)
-        words += [f"positions_{self.position.short}"] if self.position else []
-        words += ["sections"] * bool(self.sections)
-        return "_".join(words)
 
 
 class PartsSpec(NamedTuple):
@@ -123,23 +98,6 @@ class PartsCall(NamedTuple):
     table_alignment: int
 
 
-class Turning(NamedTuple):
-    """A rotary embedding beside a call: what it is, and the arrays that it is read from."""
-
-    style: str
-    first: bool
-    rotary_dim: int
-    every_op: bool
-    sections: tuple[int, ...]
-    interleaved_sections: bool
-    turned: tuple[bool, ...]
-    """By part."""
-    cos: Layout
-    sin: Layout
-    positions: Layout | None
-    """None where cos and sin are the tokens' own."""
-
-
 def describe(
     norms: Mapping[str, PartNorm],
     x: Mapping[str, Layout],
@@ -159,105 +117,91 @@ def describe(
     TypeError
         A dtype or device does not fit.
     """
-    first = x["q"]
+    q = x["q"]
     heads_axis = _spec.checked_heads_axis(heads_axis)
-    tokens_shape: Shape = ()
-    head_dim = _head_dim(norms, first)
-    spec = _spec_of(norms, first.dtype, head_dim)
-    for name, layout in x.items():
-        _check_beside(name, layout, first)
-        shape = layout.shape
-        if len(shape) < 2 or not -len(shape) <= heads_axis < len(shape) - 1:
-            raise ValueError(
-                f"{name} has shape {shape} and heads_axis is {heads_axis}; needs heads on one axis "
-                "and head_dim on the last"
-            )
-        if shape[-1] != head_dim:
-            raise ValueError(f"{name} has shape {shape}; needs a last axis of head_dim={head_dim}")
-        tokens = _without_heads(shape, heads_axis)
-        tokens_shape = tokens if name == "q" else tokens_shape
-        if tokens != tokens_shape:
-            raise ValueError(
-                f"{name} has shape {shape} and q {first.shape}; needs the same tokens, as they "
-                f"differ on other axes than heads_axis={heads_axis}"
-            )
-        if out[name].shape != shape:
-            raise ValueError(
-                f"out of {name} has shape {out[name].shape}; needs that of {name}, {shape}"
-            )
-        if out[name].device != layout.device:
-            raise TypeError(
-                f"out of {name} is on {out[name].device}; needs the device of q, {layout.device}"
-            )
-        if out[name].dtype is not layout.dtype:
-            raise TypeError(
-                f"out of {name} has dtype {out[name].dtype}; needs that of {name}, {layout.dtype}"
-            )
-        _spec.check_last_stride(layout, name)
-        _spec.check_last_stride(out[name], f"out of {name}")
+    head_dim = _head_dim(norms, q)
+    spec = _spec_of(norms, q.dtype, head_dim)
+    for name in x:
+        _check_part(name, x[name], out[name], q, head_dim, heads_axis)
     parts = tuple(_part(name, norms[name], x[name], out[name], head_dim, heads_axis) for name in x)
-    table_strides = position_strides = (0,) * len(tokens_shape)
-    table_row = position_row = max_position = 0
+    tokens_shape = _without_heads(q.shape, heads_axis)
+    none = (0,) * len(tokens_shape)
+    steps = Steps(none, none)
+    tables = []
     if turning is not None:
-        rope = _rope_spec(turning, head_dim, first)
+        rope = _turning.rope_spec(turning, head_dim, q)
         spec = spec._replace(rope=rope, alike=spec.alike and all(turning.turned))
         parts = tuple(p._replace(turned=t) for p, t in zip(parts, turning.turned, strict=True))
-        for name, layout in (("cos", turning.cos), ("sin", turning.sin)):
+        tables = [turning.cos, turning.sin]
+        for name, layout in zip(("cos", "sin"), tables, strict=True):
             _spec.check_last_stride(layout, name)
-        if turning.cos.strides != turning.sin.strides:
-            raise ValueError(
-                f"cos has strides {turning.cos.strides} bytes and sin {turning.sin.strides}; "
-                "needs the same of both"
-            )
-        if turning.positions is None:
-            table_strides = _broadcast("cos", turning.cos, tokens_shape, 1)
-        else:
-            max_position, table_row = turning.cos.shape[0], turning.cos.strides[0]
-            positions = turning.positions
-            if turning.sections:
-                rows = len(turning.sections)
-                if not positions.shape or positions.shape[0] != rows:
-                    raise ValueError(
-                        f"positions have shape {positions.shape}; needs ({rows}, ...), a row for "
-                        "each of the sections"
-                    )
-                position_row = positions.strides[0]
-                positions = positions._replace(
-                    shape=positions.shape[1:], strides=positions.strides[1:]
-                )
-            position_strides = _broadcast("positions", positions, tokens_shape, 0)
+        steps = _turning.steps(turning, tokens_shape)
     axes = [
         TokenAxis(
             size,
             tuple(_without_heads(layout.strides, heads_axis)[axis] for layout in x.values()),
             tuple(_without_heads(out[name].strides, heads_axis)[axis] for name in x),
-            position_strides[axis],
-            table_strides[axis],
+            steps.position[axis],
+            steps.table[axis],
         )
         for axis, size in enumerate(tokens_shape)
     ]
     tokens = math.prod(tokens_shape)
     merged = _merged(axes) if tokens else ()
-    strides = [s for a in merged for s in (*a.x, *a.out)] + [s for p in parts for s in (p.x, p.out)]
+    strides = [s for axis in merged for s in (*axis.x, *axis.out)]
+    # The stride of one head says nothing: NumPy makes it an element's where x's is 0.
+    strides += [s for part in parts if part.num_heads > 1 for s in (part.x, part.out)]
     parameters = tuple(
         (layout.dtype, math.gcd(layout.alignment, stride))
         for norm, part in zip(norms.values(), parts, strict=True)
         for layout, stride in ((norm.weight, part.weight), (norm.bias, part.bias))
         if layout is not None
     )
-    tables = [] if turning is None else [turning.cos, turning.sin]
     return PartsCall(
         spec,
         parts,
         merged,
         tokens,
-        table_row,
-        position_row,
-        max_position,
+        steps.table_row,
+        steps.position_row,
+        steps.max_position,
         math.gcd(*(v.alignment for v in (*x.values(), *out.values())), *strides),
         parameters,
-        math.gcd(16, *(v.alignment for v in tables), table_row, *(a.table for a in merged)),
+        math.gcd(16, *(v.alignment for v in tables), steps.table_row, *(a.table for a in merged)),
     )
+
+
+def _check_part(
+    name: str, x: Layout, out: Layout, q: Layout, head_dim: int, heads_axis: int
+) -> None:
+    """Check one part, beside q, and its result."""
+    shape = x.shape
+    if x.dtype is not q.dtype:
+        raise TypeError(f"{name} has dtype {x.dtype}; needs that of q, {q.dtype}")
+    if x.device != q.device:
+        raise TypeError(f"{name} is on {x.device}; needs the device of q, {q.device}")
+    if len(shape) != len(q.shape):
+        raise ValueError(f"{name} has shape {shape} and q {q.shape}; needs as many axes as q")
+    if len(shape) < 2 or not -len(shape) <= heads_axis < len(shape) - 1:
+        raise ValueError(
+            f"{name} has shape {shape} and heads_axis is {heads_axis}; needs heads on one axis "
+            "and head_dim on the last"
+        )
+    if shape[-1] != head_dim:
+        raise ValueError(f"{name} has shape {shape}; needs a last axis of head_dim={head_dim}")
+    if _without_heads(shape, heads_axis) != _without_heads(q.shape, heads_axis):
+        raise ValueError(
+            f"{name} has shape {shape} and q {q.shape}; needs the same tokens, as they "
+            f"differ on other axes than heads_axis={heads_axis}"
+        )
+    if out.shape != shape:
+        raise ValueError(f"out of {name} has shape {out.shape}; needs that of {name}, {shape}")
+    if out.device != x.device:
+        raise TypeError(f"out of {name} is on {out.device}; needs the device of q, {x.device}")
+    if out.dtype is not x.dtype:
+        raise TypeError(f"out of {name} has dtype {out.dtype}; needs that of {name}, {x.dtype}")
+    _spec.check_last_stride(x, name)
+    _spec.check_last_stride(out, f"out of {name}")
 
 
 def _without_heads(values: tuple[int, ...], heads_axis: int) -> tuple[int, ...]:
@@ -339,29 +283,20 @@ def _spec_of(norms: Mapping[str, PartNorm], x: DType, head_dim: int) -> PartsSpe
     )
 
 
-def _check_beside(name: str, layout: Layout, q: Layout) -> None:
-    if layout.dtype is not q.dtype:
-        raise TypeError(f"{name} has dtype {layout.dtype}; needs that of q, {q.dtype}")
-    if layout.device != q.device:
-        raise TypeError(f"{name} is on {layout.device}; needs the device of q, {q.device}")
-    if len(layout.shape) != len(q.shape):
-        raise ValueError(
-            f"{name} has shape {layout.shape} and q {q.shape}; needs as many axes as q"
-        )
-
-
 def _part(
     name: str, norm: PartNorm, x: Layout, out: Layout, head_dim: int, heads_axis: int
 ) -> Part:
     num_heads = x.shape[heads_axis]
     wanted = _geometry(norm).num_heads
+    # A weight (1, head_dim) serves any number of heads, as in `HeadNorm`. num_heads=1 does not: x
+    # without an axis of heads, which `HeadNorm` takes then, would have its tokens taken for heads.
     if wanted not in (None, num_heads) and not (wanted == 1 and norm.options.num_heads is None):
         raise ValueError(
             f"{name} has shape {x.shape}, {num_heads} heads; needs num_heads={wanted}, as its norm"
         )
     weight = _spec.parameter_stride(norm.weight, f"weight of {name}", head_dim)
     bias = _spec.parameter_stride(norm.bias, f"bias of {name}", head_dim)
-    one = wanted == 1  # a weight (1, head_dim) is shared, and has no second row
+    one = wanted == 1  # then there is no second row
     return Part(
         num_heads,
         x.strides[heads_axis],
@@ -371,61 +306,6 @@ def _part(
         norm.options.eps,
         norm.options.weight_offset,
         turned=False,
-    )
-
-
-def _rope_spec(turning: Turning, head_dim: int, q: Layout) -> RopeSpec:
-    cos, sin, positions = turning.cos, turning.sin, turning.positions
-    rotary_dim = turning.rotary_dim
-    if rotary_dim > head_dim:
-        raise ValueError(f"rotary_dim is {rotary_dim}; needs head_dim={head_dim} at most")
-    for name, layout in (("cos", cos), ("sin", sin), ("positions", positions)):
-        if layout is not None and layout.device != q.device:
-            raise TypeError(f"{name} is on {layout.device}; needs the device of q, {q.device}")
-    if cos.dtype is not sin.dtype or cos.dtype not in (
-        q.dtype,
-        q.dtype.accumulate,
-        _dtypes.FLOAT32,
-    ):
-        raise TypeError(
-            f"cos has dtype {cos.dtype} and sin {sin.dtype}; needs that of q, {q.dtype}, or "
-            "float32 of both"
-        )
-    if cos.shape != sin.shape:
-        raise ValueError(f"cos has shape {cos.shape} and sin {sin.shape}; needs the same")
-    width = cos.shape[-1] if cos.shape else 0
-    if width not in (rotary_dim, rotary_dim // 2):
-        raise ValueError(
-            f"cos has shape {cos.shape}; needs a last axis of {rotary_dim} or {rotary_dim // 2}, "
-            f"for rotary_dim={rotary_dim}"
-        )
-    return RopeSpec(
-        turning.style,
-        turning.first,
-        rotary_dim,
-        turning.every_op,
-        cos.dtype,
-        width == rotary_dim,
-        None if positions is None else positions.dtype,
-        turning.sections,
-        turning.interleaved_sections,
-    )
-
-
-def _broadcast(name: str, layout: Layout, tokens: Shape, last: int) -> tuple[int, ...]:
-    """Return strides along the tokens' axes; `last` axes of the array are its own."""
-    own = layout.shape[: len(layout.shape) - last]
-    strides = layout.strides[: len(own)]
-    missing = len(tokens) - len(own)
-    if missing < 0 or any(
-        n not in (1, wanted) for n, wanted in zip(own, tokens[missing:], strict=True)
-    ):
-        raise ValueError(
-            f"{name} has shape {layout.shape}; needs {tokens} of q's tokens"
-            f"{' and a last axis of its own' if last else ''}, or what broadcasts to it"
-        )
-    return (0,) * missing + tuple(
-        0 if n == 1 else stride for n, stride in zip(own, strides, strict=True)
     )
 
 

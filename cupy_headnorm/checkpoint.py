@@ -1,74 +1,48 @@
-"""Safetensors files: a file, or a folder with one file or with shards, and its config.json."""
+"""Tensors of safetensors files, whole or in shards: what there is, reading, writing."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cupy_headnorm import _dtypes
+from cupy_headnorm._checkpoint_files import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    CheckpointError,
+    config,
+    files,
+    keys_of,
+    open_file,
+)
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
-_STEMS = ("model", "diffusion_pytorch_model")
-"""Of files in a folder: transformers' name, then diffusers'."""
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "SINGLE",
+    "CheckpointError",
+    "config",
+    "files",
+    "head_name",
+    "heads_of",
+    "read_heads",
+    "read_many",
+    "read_norm",
+    "read_one",
+    "read_tensor",
+    "stacked",
+    "survey",
+    "tensor_names",
+    "write_norm",
+]
 
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or does not hold what was asked for."""
-
-
-def config(folder: Any) -> dict[str, Any]:
-    """
-    Read a folder's config.json.
-
-    Raises
-    ------
-    CheckpointError
-        It is not there, or holds no JSON object.
-    """
-    path = Path(folder) / CONFIG
-    try:
-        there = path.is_file()
-        text = path.read_bytes() if there else b""
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
-    if not there:
-        raise CheckpointError(
-            f"{folder} has no {CONFIG}, which says what the model is; needs a model's folder, or "
-            "HeadNorm.from_safetensors with kind, eps, weight_offset and rounding"
-        )
-    try:
-        read = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON ({error}); needs a model's {CONFIG}") from error
-    if not isinstance(read, dict):
-        raise CheckpointError(f"{path} holds a {type(read).__name__}; needs a JSON object")
-    return read
-
-
-def files(path: Any, *, variant: str | None = None) -> dict[str, Path]:
-    """Return which file holds which tensor; parameters and errors are those of `headers`."""
-    path = Path(path)
-    singles, indices = _names(variant)
-    try:
-        if not path.is_dir():
-            return dict.fromkeys(_keys(path), path)
-        for single, index in zip(singles, indices, strict=True):
-            if (path / single).is_file():
-                return dict.fromkeys(_keys(path / single), path / single)
-            if (path / index).is_file():
-                return _indexed(path / index)
-        listed = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
-    raise CheckpointError(f"{path} holds {listed}; needs {singles[0]} or {indices[0]}")
+_LONGEST_NAME = 1000
 
 
 def survey(
@@ -91,14 +65,19 @@ def survey(
     ------
     CheckpointError
         Beside the errors of `read_norm`: two shards hold one tensor, or a shard lacks what the
-        index puts there.
+        index puts there; a name is longer than 1000 characters.
     """
     where = files(path, variant=variant)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     holder: dict[str, Path] = {}
     for file_path in dict.fromkeys(where.values()):
-        with _open(file_path) as file:
+        with open_file(file_path) as file:
             for name in file.keys():  # noqa: SIM118  a safe_open is no mapping
+                if len(name) > _LONGEST_NAME:
+                    raise CheckpointError(
+                        f"{file_path} has a tensor's name of {len(name)} characters, "
+                        f"{name[:40]}...; needs {_LONGEST_NAME} at most"
+                    )
                 other = holder.setdefault(name, file_path)
                 if other != file_path:
                     raise CheckpointError(
@@ -135,25 +114,26 @@ def read_norm(
     Raises
     ------
     CheckpointError
-        Nothing readable is there, a shard is missing or lies outside the folder, or the key is
-        not found; the message lists near matches.
+        Nothing readable is there, a shard is missing or is named by a path, or the key is not
+        found; the message lists near matches.
     TypeError
         The tensor's dtype is not float16, bfloat16, float32 or float64 (float8, say).
     """
     where = files(path, variant=variant)
-    arrays = []
-    for part in ("weight", "bias"):
+
+    def array(part: str) -> np.ndarray | None:
         whole, heads = f"{key}.{part}", heads_of(where, key, part)
         if whole in where:
-            arrays.append(_read(where[whole], whole))
-        else:
-            arrays.append(read_heads(where, heads) if heads else None)
-    if all(array is None for array in arrays):
+            return read_one(where, whole)
+        return read_heads(where, heads) if heads else None
+
+    weight, bias = array("weight"), array("bias")
+    if weight is None and bias is None:
         raise CheckpointError(
             f"{path} has no tensor {key}.weight; needs one of its keys, such as "
             + _near(key, list(where))
         )
-    return arrays[0], arrays[1]
+    return weight, bias
 
 
 def heads_of(names: Iterable[str], key: str, part: str) -> list[str]:
@@ -183,18 +163,45 @@ def head_name(key: str, head: int, part: str) -> str:
 
 def read_one(where: Mapping[str, Path], name: str) -> np.ndarray:
     """Read a tensor of which `files` says where it is; errors are those of `read_norm`."""
-    return _read(where[name], name)
+    return read_many(where, [name])[name]
+
+
+def read_many(where: Mapping[str, Path], names: Iterable[str]) -> dict[str, np.ndarray]:
+    """
+    Read tensors, opening each file once; errors are those of `read_norm`.
+
+    To open a file is to parse all of its header: of a long one, for each of its tensors, that
+    takes hours.
+    """
+    of_file: dict[Path, list[str]] = {}
+    for name in names:
+        of_file.setdefault(where[name], []).append(name)
+    return dict(read for path, own in of_file.items() for read in _read(path, own))
 
 
 def read_heads(where: Mapping[str, Path], names: Iterable[str]) -> np.ndarray:
     """Read tensors of one head each, stacked; errors are those of `read_norm`."""
     names = list(names)
-    arrays = [_read(where[name], name) for name in names]
-    kinds = {(array.dtype.name, array.shape) for array in arrays}
+    read = read_many(where, names)
+    return stacked({name: read[name] for name in names})
+
+
+def stacked(heads: Mapping[str, np.ndarray]) -> np.ndarray:
+    """
+    Stack tensors of one head each, by name.
+
+    Raises
+    ------
+    CheckpointError
+        They differ in dtype or shape.
+    """
+    kinds = {(array.dtype.name, array.shape) for array in heads.values()}
     if len(kinds) > 1:
         told = " and ".join(f"{dtype} {shape}" for dtype, shape in sorted(kinds))
-        raise CheckpointError(f"{names[0]} and its like are {told}; needs one dtype and shape")
-    return np.stack(arrays)
+        raise CheckpointError(
+            f"{next(iter(heads))} and its like are {told}; needs one dtype and shape"
+        )
+    return np.stack(list(heads.values()))
 
 
 def tensor_names(path: Any) -> list[str]:
@@ -208,7 +215,7 @@ def read_tensor(path: Any, name: str, *, variant: str | None = None) -> np.ndarr
     if name not in where:
         near = difflib.get_close_matches(name, list(where), n=3, cutoff=0.5) or sorted(where)[:3]
         raise CheckpointError(f"{path} has no tensor {name}; it has {', '.join(near) or 'none'}")
-    return _read(where[name], name)
+    return read_one(where, name)
 
 
 def write_norm(path: Any, key: str, weight: np.ndarray | None, bias: np.ndarray | None) -> None:
@@ -220,12 +227,12 @@ def write_norm(path: Any, key: str, weight: np.ndarray | None, bias: np.ndarray 
     import safetensors
     from safetensors.numpy import save_file
 
-    tensors = {f"{key}.weight": weight, f"{key}.bias": bias}
-    tensors = {name: array for name, array in tensors.items() if array is not None}
+    given = {f"{key}.weight": weight, f"{key}.bias": bias}
+    tensors = {name: array for name, array in given.items() if array is not None}
     if not tensors:
         raise ValueError("the norm has neither weight nor bias; needs one to be written")
     if Path(path).exists():
-        others = sorted(set(_keys(Path(path))) - {f"{key}.weight", f"{key}.bias"})
+        others = sorted(set(keys_of(Path(path))) - given.keys())
         if others:
             raise CheckpointError(
                 f"{path} exists and holds {others[0]} among {len(others)} other tensors, which "
@@ -243,82 +250,21 @@ def _near(key: str, names: list[str]) -> str:
     return ", ".join(near) if near else "none: it holds no tensors"
 
 
-def _names(variant: str | None) -> tuple[list[str], list[str]]:
-    """Return the names that single files and indices may have, in order."""
-    if variant is not None and (not isinstance(variant, str) or set(variant) & set('/\\:\0"')):
-        raise CheckpointError(
-            f"variant is {variant!r}; needs a part of a file's name, such as 'fp16'"
-        )
-    part = f".{variant}" if variant else ""
-    return (
-        [f"{stem}{part}.safetensors" for stem in _STEMS],
-        [f"{stem}.safetensors.index{part}.json" for stem in _STEMS],
-    )
+def _read(path: Path, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    import safetensors
 
-
-def _indexed(index: Path) -> dict[str, Path]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        members = dict(pairs)
-        for name, value in pairs:
-            if isinstance(value, str) and members[name] != value:
-                raise CheckpointError(
-                    f"{index} puts {name} in {value!r} and in {members[name]!r}; "
-                    "needs one file for each tensor"
+    with open_file(path) as file:
+        held = set(file.keys())
+        for name in names:
+            if name not in held:
+                raise CheckpointError(f"{path} lacks {name}, which the index puts there")
+            stored = file.get_slice(name).get_dtype()
+            if stored not in _dtypes.BY_SAFETENSORS:
+                raise TypeError(
+                    f"{name} has dtype {stored}; needs {' or '.join(_dtypes.BY_SAFETENSORS)}"
                 )
-        return members
-
-    try:
-        weight_map = json.loads(index.read_bytes(), object_pairs_hook=once)["weight_map"]
-        entries = [(str(name), str(shard)) for name, shard in weight_map.items()]
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{index} is no index ({type(error).__name__}: {error}); "
-            'needs JSON with a "weight_map" of tensor names to shards'
-        ) from error
-    files = {}
-    shards: dict[str, Path] = {}
-    for name, shard in entries:
-        # Links are followed, as download caches use them; names that climb out are not.
-        parts = {*PurePosixPath(shard).parts, *PureWindowsPath(shard).parts}
-        if ".." in parts or PurePosixPath(shard).is_absolute() or PureWindowsPath(shard).anchor:
-            raise CheckpointError(
-                f"{index} puts {name} in {shard!r}, outside its folder; needs a path inside"
-            )
-        files[name] = shards.setdefault(shard, index.parent / shard)
-    return files
-
-
-def _open(path: Path) -> Any:
-    import ml_dtypes  # noqa: F401  registers bfloat16, which safetensors asks NumPy for
-    import safetensors
-
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"{path} does not exist; needs a safetensors file")
-        return safetensors.safe_open(path, framework="np")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no readable safetensors file ({error})") from error
-
-
-def _keys(path: Path) -> list[str]:
-    with _open(path) as file:
-        return list(file.keys())
-
-
-def _read(path: Path, name: str) -> np.ndarray:
-    import safetensors
-
-    with _open(path) as file:
-        if name not in file.keys():  # noqa: SIM118  a safe_open is no mapping
-            raise CheckpointError(f"{path} lacks {name}, which the index puts there")
-        stored = file.get_slice(name).get_dtype()
-        if stored not in _dtypes.BY_SAFETENSORS:
-            raise TypeError(
-                f"{name} has dtype {stored}; needs {' or '.join(_dtypes.BY_SAFETENSORS)}"
-            )
-        try:
-            return file.get_tensor(name)
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path} cannot give {name} ({error})") from error
+            try:
+                yield name, file.get_tensor(name)
+            except (safetensors.SafetensorError, ValueError) as error:
+                # NumPy refuses shapes that safetensors allows: of 65 axes, or (0, 2**63).
+                raise CheckpointError(f"{path} cannot give {name} ({error})") from error

@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 
 
 class Rope(NamedTuple):
-    """The rotary embedding beside a norm."""
+    """
+    The rotary embedding beside a norm, as far as the family tells.
+
+    Its angles are in each model's config, from which `cupy_headnorm.Rope` is made.
+    """
 
     order: str = "after norm"
     """``"after norm"``, ``"before norm"`` or ``"none"``."""
@@ -108,12 +112,14 @@ class Family(NamedTuple):
 def _pair(
     q: str | tuple[str, ...],
     k: str | tuple[str, ...],
+    /,
     attention: str | tuple[str, ...] = "self_attn",
+    *,
+    projected: bool = True,
     **shared: Any,
 ) -> tuple[Role, Role]:
     """Return the roles q and k that differ in name and number of heads only."""
     attentions = (attention,) if isinstance(attention, str) else attention
-    projected = shared.pop("projected", True)
 
     def stems(names: str | tuple[str, ...]) -> tuple[str, ...]:
         names = (names,) if isinstance(names, str) else names
@@ -163,9 +169,9 @@ def _sizes(
 _QK = ("q_norm", "k_norm")
 _EITHER = ("head_dim", "hidden")
 
-_CAST_FIRST = {"rounding": "before_weight", "result": "promoted"}
+_CAST_FIRST: dict[str, Any] = {"rounding": "before_weight", "result": "promoted"}
 """weight * cast(n): qwen3:49, and 40 copies of it."""
-_ONE_PLUS = {"weight_offset": 1.0}
+_ONE_PLUS: dict[str, Any] = {"weight_offset": 1.0}
 """cast(n * (1 + weight)), the weight stored less one: gemma3:135, and 6 copies of it."""
 
 _GATE = "a gate is part of the norm, multiplied in before the result is rounded"
@@ -198,6 +204,7 @@ _V_OF_K = Role(
 )
 """Without a weight; layers that use another layer's keys and values have neither norm."""
 
+# Text models whose heads are normalized one by one.
 _HEADS = (
     # qwen3:49, :229, :244; qwen3_moe:146; qwen3_vl:492; qwen3_vl_moe:254; qwen3_omni_moe:1454
     *_alike(
@@ -631,10 +638,11 @@ _HEADS = (
     ),
 )
 
-_FULL = {"weight": "full", "head_dim": _EITHER}
+_FULL: dict[str, Any] = {"weight": "full", "head_dim": _EITHER}
 """Over all heads at once, before they are told apart."""
 
-_WHOLE = (
+# Models that normalize all heads of a token together.
+_FULL_WIDTH = (
     # olmo2:50, :213, :227; olmo3:161; flex_olmo:225
     *_alike(
         {
@@ -721,7 +729,8 @@ _WHOLE = (
     ),
 )
 
-_RANKS = (
+# Models that normalize low-rank projections, and some of them an indexer's keys.
+_LOW_RANK = (
     # deepseek_v3:380, :392 and its like
     Family(
         (
@@ -803,7 +812,8 @@ _RANKS = (
     ),
 )
 
-_OUTPUTS = (
+# What is left: norms of outputs, and rows that serve no norm but say why.
+_OTHERS = (
     # diffllama:242, :308
     Family(
         ("diffllama",),
@@ -866,7 +876,8 @@ _OUTPUTS = (
     ),
 )
 
-_SEEN = (
+# Towers beside a text model, and encoders of video and audio.
+_VISION_AND_AUDIO = (
     # sapiens2:331, :461, :478; keys' heads differ by layer
     Family(
         ("sapiens2",),
@@ -984,12 +995,17 @@ def _joint(
     return tuple(roles)
 
 
-_DIFFUSERS = {"rounding": "before_weight", "result": "weight"}
+def _self_and_cross(**shared: Any) -> tuple[Role, ...]:
+    """Return q and k of a layer's self-attention, ``attn1``, and of its cross-attention."""
+    return (*_joint("attn1", **shared), *_named("cross", _joint("attn2", **shared)))
+
+
+_DIFFUSERS: dict[str, Any] = {"rounding": "before_weight", "result": "weight"}
 """diffusers.models.normalization.RMSNorm rounds to its weight's dtype, and multiplies in it."""
-_TORCH = {"rounding": "once"}
+_TORCH: dict[str, Any] = {"rounding": "once"}
 """torch.nn.RMSNorm, of torch 2.8 and later; earlier ones rounded before the weight."""
 
-
+# Diffusion transformers, named by their classes in diffusers.
 _DIFFUSION = (
     # attention_processor.py, JointAttnProcessor2_0
     Family(
@@ -999,7 +1015,7 @@ _DIFFUSION = (
             *_named("second", _joint("attn2", heads_axis=-3, **_DIFFUSERS)),
         ),
         rope=Rope("none"),
-        defaults={"num_attention_heads": 18, "attention_head_dim": 64, "qk_norm": None},
+        defaults=_sizes(18, attention_head_dim=64) | {"qk_norm": None},
         flag="qk_norm",
         tower="transformer",
     ),
@@ -1012,8 +1028,8 @@ _DIFFUSION = (
                 "BriaTransformer2DModel",
                 "LongCatImageTransformer2DModel",
                 "OvisImageTransformer2DModel",
-            ): {"num_attention_heads": 24, "attention_head_dim": 128},
-            "Flux2Transformer2DModel": {"num_attention_heads": 48, "attention_head_dim": 128},
+            ): _sizes(24, attention_head_dim=128),
+            "Flux2Transformer2DModel": _sizes(48, attention_head_dim=128),
         },
         roles=_joint(added=("q", "k"), **_TORCH),
         rope=Rope(style="interleaved"),
@@ -1022,21 +1038,15 @@ _DIFFUSION = (
     # transformer_hunyuan_video.py:71
     *_alike(
         {
-            ("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"): {
-                "num_attention_heads": 24,
-                "attention_head_dim": 128,
-                "qk_norm": "rms_norm",
-            },
-            "HunyuanImageTransformer2DModel": {
-                "num_attention_heads": 28,
-                "attention_head_dim": 128,
-                "qk_norm": "rms_norm",
-            },
-            "HunyuanVideo15Transformer3DModel": {
-                "num_attention_heads": 16,
-                "attention_head_dim": 128,
-                "qk_norm": "rms_norm",
-            },
+            ("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"): _sizes(
+                24, attention_head_dim=128, qk_norm="rms_norm"
+            ),
+            "HunyuanImageTransformer2DModel": _sizes(
+                28, attention_head_dim=128, qk_norm="rms_norm"
+            ),
+            "HunyuanVideo15Transformer3DModel": _sizes(
+                16, attention_head_dim=128, qk_norm="rms_norm"
+            ),
         },
         roles=_joint(added=("q", "k"), **_DIFFUSERS),
         rope=Rope(style="interleaved", note="on the image only"),
@@ -1048,7 +1058,7 @@ _DIFFUSION = (
         ("QwenImageTransformer2DModel",),
         _joint(added=("q", "k"), **_DIFFUSERS),
         rope=Rope(style="interleaved"),
-        defaults={"num_attention_heads": 24, "attention_head_dim": 128},
+        defaults=_sizes(24, attention_head_dim=128),
         tower="transformer",
     ),
     # transformer_lumina2.py:102, :174; transformer_z_image.py:104, :209
@@ -1067,12 +1077,9 @@ _DIFFUSION = (
     # transformer_cosmos.py:172
     Family(
         ("CosmosTransformer3DModel",),
-        (
-            *_joint("attn1", eps=1e-5, heads_axis=-3, **_DIFFUSERS),
-            *_named("cross", _joint("attn2", eps=1e-5, heads_axis=-3, **_DIFFUSERS)),
-        ),
+        _self_and_cross(eps=1e-5, heads_axis=-3, **_DIFFUSERS),
         rope=Rope(note="in self-attention only"),
-        defaults={"num_attention_heads": 32, "attention_head_dim": 128},
+        defaults=_sizes(32, attention_head_dim=128),
         tower="transformer",
     ),
     # transformer_mochi.py, normalization.py:573
@@ -1080,11 +1087,7 @@ _DIFFUSION = (
         ("MochiTransformer3DModel",),
         _joint("attn1", added=("q", "k"), eps=1e-5),
         rope=Rope(style="interleaved", note="on the video only"),
-        defaults={
-            "num_attention_heads": 24,
-            "attention_head_dim": 128,
-            "qk_norm": "rms_norm",
-        },
+        defaults=_sizes(24, attention_head_dim=128, qk_norm="rms_norm"),
         flag="qk_norm",
         tower="transformer",
     ),
@@ -1129,7 +1132,7 @@ _DIFFUSION = (
         ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
         _joint("attn1", kind="layer", bias=True, heads_axis=-3),
         rope=Rope(style="interleaved", note="on the video only"),
-        defaults={"num_attention_heads": 30, "attention_head_dim": 64},
+        defaults=_sizes(30, attention_head_dim=64),
         tower="transformer",
     ),
     # transformer_cogview4.py:146; transformer_glm_image.py; transformer_cogview3plus.py
@@ -1137,14 +1140,14 @@ _DIFFUSION = (
         ("CogView4Transformer2DModel", "GlmImageTransformer2DModel"),
         _joint("attn1", kind="layer", weight="none", eps=1e-5, heads_axis=-3),
         rope=Rope(note="on the image only"),
-        defaults={"num_attention_heads": 64, "attention_head_dim": 40},
+        defaults=_sizes(64, attention_head_dim=40),
         tower="transformer",
     ),
     Family(
         ("CogView3PlusTransformer2DModel",),
         _joint("attn1", kind="layer", weight="none", heads_axis=-3),
         rope=Rope("none"),
-        defaults={"num_attention_heads": 64, "attention_head_dim": 40},
+        defaults=_sizes(64, attention_head_dim=40),
         tower="transformer",
     ),
     # attention_processor.py, AuraFlowAttnProcessor2_0; normalization.py:84; the same norm is on the
@@ -1153,7 +1156,7 @@ _DIFFUSION = (
         ("AuraFlowTransformer2DModel",),
         _joint(kind="layer", weight="none", eps=1e-5),
         rope=Rope("none"),
-        defaults={"num_attention_heads": 12, "attention_head_dim": 256},
+        defaults=_sizes(12, attention_head_dim=256),
         tower="transformer",
     ),
     # transformer_wan.py and its like
@@ -1165,33 +1168,25 @@ _DIFFUSION = (
                 "WanAnimateTransformer3DModel",
                 "ChronoEditTransformer3DModel",
                 "HeliosTransformer3DModel",
-            ): {"num_attention_heads": 40, "attention_head_dim": 128, "eps": 1e-6},
-            "SkyReelsV2Transformer3DModel": {
-                "num_attention_heads": 16,
-                "attention_head_dim": 128,
-                "eps": 1e-6,
-            },
+            ): _sizes(40, attention_head_dim=128, eps=1e-6),
+            "SkyReelsV2Transformer3DModel": _sizes(16, attention_head_dim=128, eps=1e-6),
         },
-        roles=(
-            *_joint("attn1", weight="full", eps="eps", **_TORCH),
-            *_named("cross", _joint("attn2", weight="full", eps="eps", **_TORCH)),
-        ),
+        roles=_self_and_cross(weight="full", eps="eps", **_TORCH),
         rope=Rope(style="interleaved", note="in self-attention only"),
         tower="transformer",
     ),
     # transformer_ltx.py
     Family(
         ("LTXVideoTransformer3DModel",),
-        (
-            *_joint("attn1", weight="full", eps=1e-5, **_TORCH),
-            *_named("cross", _joint("attn2", weight="full", eps=1e-5, **_TORCH)),
-        ),
+        _self_and_cross(weight="full", eps=1e-5, **_TORCH),
         rope=Rope(style="interleaved", note="in self-attention only"),
-        defaults={"num_attention_heads": 32, "attention_head_dim": 64},
+        defaults=_sizes(32, attention_head_dim=64),
         tower="transformer",
     ),
 )
 
-FAMILIES = (*_HEADS, *_WHOLE, *_RANKS, *_OUTPUTS, *_SEEN, *_DIFFUSION)
+FAMILIES = (*_HEADS, *_FULL_WIDTH, *_LOW_RANK, *_OTHERS, *_VISION_AND_AUDIO, *_DIFFUSION)
 
-BY_MODEL_TYPE = {name: family for family in FAMILIES for name in family.model_types}
+BY_MODEL_TYPE: Mapping[str, Family] = {
+    name: family for family in FAMILIES for name in family.model_types
+}

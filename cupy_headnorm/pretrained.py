@@ -21,8 +21,10 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
     """
 
     def __init__(self, folder: str, variant: str | None = None) -> None:
-        self.config, _, self._where, self._found = _model_norms.survey(folder, variant=variant)
+        survey = _model_norms.survey(folder, variant=variant)
+        self.config = survey.config
         """What config.json holds."""
+        self._where, self._found = survey.where, survey.found
         self._folder = folder
         self._variant = variant
         self._keyed = self._found.keyed()

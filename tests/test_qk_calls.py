@@ -27,6 +27,7 @@ from cupy_headnorm import (
     _kernels,
     _layout,
     _parts_kernels,
+    _qk_dispatch,
     qknorm,
     reference,
 )
@@ -98,16 +99,16 @@ def device(request, monkeypatch):
 @pytest.fixture
 def slow(monkeypatch):
     """Forget all calls, and list those that go step by step."""
-    monkeypatch.setattr(qknorm, "_thread", qknorm._Thread())
-    monkeypatch.setattr(qknorm, "_plans", {})
+    monkeypatch.setattr(_qk_dispatch, "_thread", _qk_dispatch._Thread())
+    monkeypatch.setattr(_qk_dispatch, "_plans", {})
     seen = []
-    step_by_step = QKNorm._step_by_step
+    step_by_step = qknorm.step_by_step
 
-    def listing(self, arrays, *rest, **options):
+    def listing(norms, tables, arrays, *rest, **options):
         seen.append(arrays)
-        return step_by_step(self, arrays, *rest, **options)
+        return step_by_step(norms, tables, arrays, *rest, **options)
 
-    monkeypatch.setattr(QKNorm, "_step_by_step", listing)
+    monkeypatch.setattr(qknorm, "step_by_step", listing)
     return seen
 
 
@@ -422,7 +423,7 @@ def test_a_call_runs_after_what_its_stream_was_given_before(owner, default, firs
     sources = [owner.array(part) for part in values]
     arrays = [owner.array(np.zeros_like(part)) for part in values]
     if first:
-        qknorm._thread.calls.clear()
+        _qk_dispatch._thread.calls.clear()
     stream = owner.stream(default=default)
     with owner.on(stream):
         reserved = [part + part for part in (*arrays, *arrays)]  # asking for memory may wait

@@ -14,8 +14,22 @@ import pytest
 from cases import Layout, random
 from qk_cases import AROUND, COVERING, MAX_POSITION, Case, check
 
-from cupy_headnorm import HeadNorm, QKNorm, Rope, _parts_launch, qknorm
-from cupy_headnorm._dtypes import BFLOAT16, FLOAT16, FLOAT32
+from cupy_headnorm import (
+    HeadNorm,
+    QKNorm,
+    Rope,
+    _layout,
+    _parts,
+    _parts_launch,
+    _qk_dispatch,
+    _spec,
+)
+from cupy_headnorm import rope as rotary
+from cupy_headnorm._dtypes import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64
+from cupy_headnorm._parts import PartNorm
+from cupy_headnorm._turning import Turning
+
+GPU = _layout.Device("cuda", 0)
 
 
 def held(parameters, head_dim):
@@ -32,8 +46,8 @@ def run(library, qk, parts, beside, **more):
 @pytest.fixture
 def forgotten(monkeypatch):
     """Forget all calls and plans."""
-    monkeypatch.setattr(qknorm, "_thread", qknorm._Thread())
-    monkeypatch.setattr(qknorm, "_plans", {})
+    monkeypatch.setattr(_qk_dispatch, "_thread", _qk_dispatch._Thread())
+    monkeypatch.setattr(_qk_dispatch, "_plans", {})
 
 
 @pytest.mark.parametrize("case", list(dict.fromkeys(AROUND + COVERING)), ids=str)
@@ -49,8 +63,8 @@ def test_matches_float64(library, case, rng, forgotten, monkeypatch):
     if library.on_gpu:
         # As with many tokens, when a group of threads walks several heads.
         monkeypatch.setattr(_parts_launch, "FEW_THREADS", -1)
-        qknorm._plans.clear()
-        qknorm._thread.calls.clear()
+        _qk_dispatch._plans.clear()
+        _qk_dispatch._thread.calls.clear()
         for y, right in zip(run(library, qk, parts, beside), found, strict=True):
             np.testing.assert_array_equal(y, right)
 
@@ -356,6 +370,10 @@ def test_missing_v_sections_and_no_rope(library):
     per_head = HeadNorm(f(4, D))
     with pytest.raises(ValueError, match=r"q has shape \(5, 3, 64\), 3 heads; needs num_heads=4"):
         QKNorm(per_head, norm)(q, k)
+    one = HeadNorm(f(D), num_heads=1)
+    with pytest.raises(ValueError, match=r"k has shape \(5, 2, 64\), 2 heads; needs num_heads=1"):
+        QKNorm(norm, one)(q, k)
+    QKNorm(norm, HeadNorm(f(1, D)))(q, k)
 
 
 def test_refused_layouts_and_overlaps(library):
@@ -516,3 +534,44 @@ def test_pickle_copy_repr(rng):
         f"QKNorm({', '.join(map(repr, qk.norms.values()))}, rope=<half, rotary_dim=64, after norm>)"
     )
     assert "rope" not in repr(QKNorm(HeadNorm(), HeadNorm()))
+
+
+def planned(dtype, head_dim):
+    """Return the geometry of q and k that turn, on a GPU."""
+    x = _layout.Layout((1, 1, head_dim), (0, 0, dtype.itemsize), dtype, GPU, 16)
+    row = _layout.Layout((1, 2), (0, dtype.itemsize), dtype, GPU, 16)
+    norm = PartNorm(_spec.options("rms", head_dim=head_dim), None, None)
+    turning = Turning("half", False, 2, True, (), False, (True, True), row, row, None)
+    parts = {"q": x, "k": x}
+    return _parts_launch.plan(_parts.describe(dict.fromkeys("qk", norm), parts, parts, turning, -2))
+
+
+PROMISED = {dtype: 3072 if dtype is FLOAT64 else 4096 for dtype in DTYPES}
+"""Of a head, in QKNorm's docstring."""
+
+
+@pytest.mark.parametrize("row", DTYPES, ids=str)
+def test_heads_of_any_promised_length_fit_a_gpu(row):
+    for head_dim in range(2, PROMISED[row] + 1):
+        planned(row, head_dim)  # refuses what does not fit
+
+
+@pytest.mark.parametrize(
+    ("row", "head_dim", "message"),
+    [
+        (FLOAT16, 16384, "takes 65536 bytes of shared memory to turn; needs 49152 at most"),
+        (FLOAT64, 3073, "takes 53248 bytes of shared memory to turn; needs 49152 at most"),
+        (BFLOAT16, 4097, "head_dim is 4097; needs .* at most for bfloat16"),
+    ],
+    ids=str,
+)
+def test_a_head_too_long_for_a_gpu_is_refused_there_alone(row, head_dim, message, rng):
+    with pytest.raises(ValueError, match=message):
+        planned(row, head_dim)
+    q = rng.standard_normal((2, 1, head_dim)).astype(row.numpy)
+    norm = HeadNorm(head_dim=head_dim)
+    rope = Rope.of_theta(1e4, 64, max_position=4)
+    y, _ = QKNorm(norm, norm, rope=rope)(q, q, positions=np.arange(2))
+    cos, sin = rope.at(np.arange(2), row.numpy)
+    expected = rotary.apply(norm(q), cos[:, None], sin[:, None], rotary_dim=64)
+    np.testing.assert_array_equal(y, expected)

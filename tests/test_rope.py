@@ -6,13 +6,25 @@ import numpy as np
 import pytest
 from tolerances import FLIPS, FLIPS_FEW, FLIPS_NEED, TELLING, mismatch
 
-from cupy_headnorm import models
+from cupy_headnorm import _rope_config, models
 from cupy_headnorm.rope import Rope, apply
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import rotary  # noqa: E402
-from rotary import BASE, CASES, GEMMA4, QWEN3_VL, Theirs, halved, numpy_of, qwen3, saved  # noqa: E402
+from rotary import (  # noqa: E402
+    BASE,
+    CASES,
+    GEMMA4,
+    OLMO3,
+    QWEN3_VL,
+    YARN,
+    Theirs,
+    halved,
+    numpy_of,
+    qwen3,
+    saved,
+)
 
 ODD = {  # no rotary class of its own; needs sections; ignores its rotary_dim; head_dim is 73
     "fuyu", "exaone4_5", "hunyuan_vl", "hunyuan_vl_text", "minimax_m3_vl", "minimax_m3_vl_text",
@@ -185,7 +197,11 @@ REFUSED = {
     "sapiens2 is served: its vision tower": lambda: configured(model_type="sapiens2"),
     "needs max_position=": lambda: configured(max_position_embeddings=None),
     "layer is 12; needs 0 to 11": lambda: Rope.from_config(GEMMA4, 12),
+    "layer is 4; needs 0 to 3, as layer_types have it": lambda: _rope_config.turns(OLMO3, 4),
     "theta is -1; needs a number above 0": lambda: configured(rope_theta=-1),
+    "type 'yarn' has no factor; needs one": lambda: configured(
+        rope_scaling=YARN | {"factor": None}, max_position_embeddings=None
+    ),
     "has no low_freq_factor": lambda: configured(rope_scaling={"type": "llama3", "factor": 2}),
 }  # fmt: skip
 

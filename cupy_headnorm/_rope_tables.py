@@ -1,0 +1,144 @@
+"""The cosines and sines of a call: given with it, or looked up by position in tables made once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupy_headnorm import _dtypes, _interop, _kernels
+from cupy_headnorm import rope as rotary
+from cupy_headnorm._arrays import ArrayView
+from cupy_headnorm._dispatch import identity
+from cupy_headnorm._turning import Turning
+from cupy_headnorm.rope import Rope
+
+
+class RopeCall(NamedTuple):
+    """A rotary embedding beside a call, and the arrays that it is read from."""
+
+    rope: Rope
+    turning: Turning
+    cos: ArrayView
+    sin: ArrayView
+    positions: ArrayView | None
+    """None where cos and sin are the tokens' own."""
+
+    @property
+    def views(self) -> dict[str, ArrayView]:
+        """The arrays by name."""
+        positions = {} if self.positions is None else {"positions": self.positions}
+        return {"cos": self.cos, "sin": self.sin, **positions}
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Those of cosines, sines and positions, as the kernel takes them."""
+        return self.cos.pointer, self.sin.pointer, self.positions.pointer if self.positions else 0
+
+    def in_numpy(self, axes: int, heads_axis: int) -> Callable[[np.ndarray], np.ndarray]:
+        """Return what turns host arrays of so many axes."""
+        rope, cos, sin = self.rope, self.cos.as_numpy(), self.sin.as_numpy()
+        if self.positions is not None:
+            cos, sin = rope.at(self.positions.as_numpy(), cos.dtype)
+        at = heads_axis if heads_axis < 0 else heads_axis - axes
+        cos, sin = (
+            np.expand_dims(t.reshape((1,) * (axes - 1 - t.ndim) + t.shape), at) for t in (cos, sin)
+        )
+
+        def turn(x: np.ndarray) -> np.ndarray:
+            return rotary.apply(
+                x, cos, sin, style=rope.style, rounding=rope.rounding, rotary_dim=rope.rotary_dim
+            )
+
+        return turn
+
+
+class Tables:
+    """A rotary embedding's cosines and sines in each memory and dtype where they were needed."""
+
+    def __init__(self, rope: Rope | None) -> None:
+        self.rope = rope
+        self._lock = threading.Lock()
+        self.identity = identity(rope)
+        """Stands for `rope`, or for none, in the keys of remembered calls."""
+        self.ready: dict[tuple[str, int, str], tuple[ArrayView, ArrayView]] = {}
+        self.addresses: dict[tuple[int, Any], tuple[int, int]] = {}
+        """Of cosines and sines, by CUDA device and the library's own dtype of q."""
+
+    def describe(
+        self,
+        names: tuple[str, ...],
+        q: ArrayView,
+        positions: Any,
+        cos: Any,
+        sin: Any,
+        stream: int,
+    ) -> RopeCall | None:
+        """Describe what turns the parts called `names`; None where there is no embedding."""
+        rope = self.rope
+        given = [
+            n for n, a in (("positions", positions), ("cos", cos), ("sin", sin)) if a is not None
+        ]
+        if rope is None:
+            if given:
+                raise ValueError(
+                    f"{given[0]} is given and there is no rope; needs QKNorm(rope=...)"
+                )
+            return None
+        if given not in (["positions"], ["cos", "sin"]):
+            raise ValueError(
+                f"given to turn by: {', '.join(given) or 'nothing'}; needs positions alone, or cos "
+                "and sin"
+            )
+        seen = None
+        if positions is None:
+            cos_view = _interop.view_beside(q, cos, "cos", of="q")
+            sin_view = _interop.view_beside(q, sin, "sin", of="q")
+        else:
+            seen = _interop.view_beside(q, positions, "positions", _dtypes.POSITIONS, of="q")
+            cos_view, sin_view = self._beside(rope, q, stream)
+        turning = Turning(
+            rope.style,
+            rope.order == "before norm",
+            rope.rotary_dim,
+            rope.rounding == "every_op",
+            rope.sections if positions is not None else (),
+            rope.interleaved_sections,
+            tuple(name != "v" for name in names),
+            cos_view.layout,
+            sin_view.layout,
+            None if seen is None else seen.layout,
+        )
+        return RopeCall(rope, turning, cos_view, sin_view, seen)
+
+    def _beside(self, rope: Rope, q: ArrayView, stream: int) -> tuple[ArrayView, ArrayView]:
+        """Return views of both tables for arrays like `q`."""
+        device, dtype = q.layout.device, q.layout.dtype
+        if rope.table == "float32" and dtype.name != "float64":
+            dtype = _dtypes.FLOAT32
+        key = (device.kind, device.index, dtype.name)
+        found = self.ready.get(key)
+        if found is None and device.kind == "cpu":
+            # Not under the lock: in the child of a fork it may be held by a thread that is gone.
+            cos, sin = rope.tables(dtype.numpy)
+            found = (_interop.view(cos, "table"), _interop.view(sin, "table"))
+            found = self.ready.setdefault(key, found)
+        elif found is None:
+            _kernels.refuse_capture(stream, f"the tables are not on {device} yet")
+            with self._lock:
+                found = self.ready.get(key)
+                if found is None:
+                    cos, sin = rope.tables(dtype.numpy)
+                    index = device.index
+                    found = (_interop.upload(cos, index), _interop.upload(sin, index))
+                    self.ready[key] = found
+        return found
+
+    def unload(self) -> None:
+        """Wait for the work in flight and free every device copy."""
+        with self._lock:
+            held, self.ready, self.addresses = self.ready, {}, {}
+        for index in {index for kind, index, _ in held if kind == "cuda"}:
+            _interop.synchronize(index)
