@@ -9,10 +9,11 @@ CUDA = $(shell $(PYTHON) cupy_headnorm/_driver.py)
 TORCH = $(if $(filter cuda12,$(CUDA)),torch<2.11,torch==2.13.0)
 # A folder of real weights and activations for the tests: make test REAL=DIR
 REAL ?=
+CUDA_SOURCES = kernels/*.cu kernels/include/headnorm/*.cuh
 PYTEST = $(BIN)/python -m pytest $(if $(REAL),--real=$(REAL))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format compile gpu bench parity real notebooks wheel clean
+.PHONY: help demo test coverage lint format compile gpu bench parity real notebooks wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,15 +24,19 @@ demo: $(VENV)/demo ## write, load and apply a checkpoint, on a GPU where there i
 test: $(VENV)/test ## all tests that need no GPU, and with one those too
 	HEADNORM_REQUIRE_NVRTC=1 $(PYTEST) -n auto
 
-lint: $(VENV)/test ## formatting and style
+coverage: $(VENV)/test ## the Python lines that tests without a GPU run: 95 % at least
+	HEADNORM_REQUIRE_NVRTC=1 $(PYTEST) -n auto -m "not gpu" --cov --cov-report=term-missing:skip-covered
+
+lint: $(VENV)/test ## formatting, style and types
 	$(BIN)/ruff format --check cupy_headnorm tests notebooks
 	$(BIN)/ruff check cupy_headnorm tests notebooks
-	$(BIN)/clang-format --dry-run -Werror kernels/*.cu kernels/include/headnorm/*.cuh
+	$(BIN)/clang-format --dry-run -Werror $(CUDA_SOURCES)
+	$(BIN)/mypy --strict cupy_headnorm
 
 format: $(VENV)/test ## bring the sources into form
 	$(BIN)/ruff format cupy_headnorm tests notebooks
 	$(BIN)/ruff check --fix cupy_headnorm tests notebooks
-	$(BIN)/clang-format -i kernels/*.cu kernels/include/headnorm/*.cuh
+	$(BIN)/clang-format -i $(CUDA_SOURCES)
 
 compile: $(VENV)/test ## compile the kernels for every GPU from sm_75 to sm_120, without one
 	HEADNORM_REQUIRE_NVRTC=1 $(PYTEST) -n auto --all-architectures tests/test_compile.py
@@ -60,7 +65,7 @@ $(VENV)/real: $(VENV)/test
 	@touch $@
 
 clean: ## remove all that make and Python left
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

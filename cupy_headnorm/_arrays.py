@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from cupy_headnorm import _dlpack, _dtypes
 from cupy_headnorm._dtypes import NUMBERS, Rows
 from cupy_headnorm._layout import CPU, Device, Layout, alignment_of, as_numpy
+
+
+class AnyArray(Protocol):
+    """An array of any library, as far as type checkers can tell: JAX's has no ``__dlpack__``."""
+
+    @property
+    def shape(self) -> Any:
+        """Lengths of the axes."""
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the elements, as the library has it."""
+
+
+Array = TypeVar("Array", bound=AnyArray)
+"""The type of an array and of what is made like it."""
 
 
 class ArrayView(NamedTuple):
@@ -46,7 +62,7 @@ class Library(Protocol):
     allocates_in_graphs: bool
     """Whether new memory may be asked for while its stream is captured into a CUDA graph."""
 
-    def glance(self, x: Any) -> tuple[int, tuple[Any, ...]] | None:
+    def glance(self, x: Any, /) -> tuple[int, tuple[Any, ...]] | None:
         """
         Return the address of CUDA memory and all else that a plan depends on, for a look-up.
 
@@ -67,13 +83,13 @@ class Library(Protocol):
     def deliver(self, result: Any, like: ArrayView) -> Any:
         """Turn what `empty_like` gave into the producer's array."""
 
-    def stream(self, index: int) -> int:
+    def stream(self, index: int, /) -> int:
         """Return the handle of the current stream on CUDA device `index`."""
 
     def launched(self, owners: tuple[Any, ...], index: int, stream: int) -> None:
         """Take note that work reading the memory of `owners` was queued on a device's `stream`."""
 
-    def wrote(self, arrays: tuple[Any, ...]) -> None:
+    def wrote(self, arrays: tuple[Any, ...], /) -> None:
         """Take note that `arrays`, given by the caller, were written."""
 
     def to_host(self, x: Any, role: str) -> np.ndarray:
@@ -83,11 +99,19 @@ class Library(Protocol):
         """Bring `values` to the library and device of `like`."""
 
 
-class Plain:
+class Plain(Library):
     """Defaults for a library whose arrays are written where they lie."""
 
     takes_out = True
     allocates_in_graphs = False
+
+    def glance(self, x: Any, /) -> tuple[int, tuple[Any, ...]] | None:
+        """Tell nothing: only `view` can."""
+        return None
+
+    def address(self, x: Any) -> int:
+        """Return the address that `view` finds."""
+        return self.view(x, "result").pointer
 
     def deliver(self, result: Any, like: ArrayView) -> Any:
         """Return `result`: it is the producer's already."""
@@ -96,7 +120,7 @@ class Plain:
     def launched(self, owners: tuple[Any, ...], index: int, stream: int) -> None:
         """Do nothing: the library orders reuse of its memory by its own streams."""
 
-    def wrote(self, arrays: tuple[Any, ...]) -> None:
+    def wrote(self, arrays: tuple[Any, ...], /) -> None:
         """Do nothing: the library keeps no account of writes."""
 
 

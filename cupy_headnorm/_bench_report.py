@@ -145,7 +145,7 @@ def read(path: Path) -> Results:
         The file holds something else.
     """
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results: Results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}); needs a file of --json") from error
     missing = [key for key in _KEYS if not isinstance(results, dict) or key not in results]

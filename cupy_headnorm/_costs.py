@@ -86,7 +86,8 @@ def host_times(on: Timer, names: list[str]) -> tuple[list[dict[str, Any]], dict[
 def _synchronize(on: Timer) -> Callable[[], None]:
     if on.name == "numpy":
         return lambda: None
-    return _interop.import_cupy().cuda.Device().synchronize
+    synchronize: Callable[[], None] = _interop.import_cupy().cuda.Device().synchronize
+    return synchronize
 
 
 def _host_row(
@@ -125,7 +126,7 @@ def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield CUPY_IN_PLACE, partial(norm, array, out=array)
     yield CUPY_NEW, partial(norm, array)
     if work.on.name == "torch":
-        import torch
+        from torch.utils.dlpack import from_dlpack
 
         yield TORCH_IN_PLACE, partial(norm, x, out=x)
         yield TORCH_NEW, partial(norm, x)
@@ -135,7 +136,7 @@ def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
             view = cupy.from_dlpack(x)
             result = cupy.empty_like(view)
             kernel((1,), (128,), (view, weight, result))
-            return torch.from_dlpack(result)
+            return from_dlpack(result)
 
         yield "from_dlpack, RawKernel, from_dlpack", through_dlpack
 
@@ -245,7 +246,7 @@ def reference_costs(tokens: int = 2**16) -> dict[str, float]:
     }
 
 
-def gpu_memory(on: Timer) -> dict[str, int]:
+def gpu_memory(on: Timer) -> dict[str, float]:
     """Return bytes that a call on torch tensors takes beside its result."""
     if on.name != "torch":
         return {}

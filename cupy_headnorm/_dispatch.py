@@ -20,7 +20,7 @@ from cupy_headnorm._arrays import ArrayView, Library
 from cupy_headnorm._interop import quick
 from cupy_headnorm._launch import LaunchConfig
 from cupy_headnorm._layout import Device
-from cupy_headnorm._spec import NormCall, NormOptions
+from cupy_headnorm._spec import Kind, NormCall, NormOptions
 from cupy_headnorm._torch import untraced
 
 
@@ -68,7 +68,7 @@ class Norm:
 
 
 @functools.lru_cache(maxsize=256, typed=True)
-def _of_options(kind: str, **options: Any) -> Norm:
+def _of_options(kind: Kind, **options: Any) -> Norm:
     return Norm(_spec.options(kind, **options))
 
 
@@ -76,7 +76,7 @@ _IMMUTABLE = {bool, float, int, str, type(None)}
 
 
 @untraced
-def of_options(kind: str, **options: Any) -> Norm:
+def of_options(kind: Kind, **options: Any) -> Norm:
     """Return the norm of a function's arguments, checked once where they cannot change."""
     if _IMMUTABLE.issuperset(map(type, options.values())):
         return _of_options(kind, **options)
@@ -89,8 +89,8 @@ class _Call:
 
     run: Callable[[int, int, int, int, int], None]
     """Launches, from the addresses of x, out, weight and bias, and a stream."""
-    make: Callable[[Any], Any] | None
-    """Makes the result, where none is given."""
+    make: Any
+    """A function of x that makes the result, where none is given; else None."""
     reach: tuple[tuple[int, int], ...]
     """Of x, out, and a function's weight and bias: first byte and byte after the last, from the
     address."""
@@ -129,6 +129,8 @@ def apply(norm: Norm, x: Any, weight: Any = None, bias: Any = None, out: Any = N
     if library is None or (seen := library.glance(x)) is None:
         return step_by_step(norm, x, weight, bias, out)
     x_address, x_key = seen
+    out_key: tuple[Any, ...] | None
+    key: tuple[Any, ...]
     if norm.held is None:
         parameters = _glance_parameters(norm, library, weight, bias)
     else:
@@ -179,14 +181,15 @@ def apply(norm: Norm, x: Any, weight: Any = None, bias: Any = None, out: Any = N
 
 def _glance_parameters(norm: Norm, library: Library, weight: Any, bias: Any) -> Parameters | None:
     """Look at a function's weight and bias; None where they need more than a look."""
-    addresses, keys = [0, 0], [None, None]
+    addresses = [0, 0]
+    keys: list[tuple[Any, ...] | None] = [None, None]
     for i, array in enumerate((weight, bias)):
         if array is not None:
             seen = library.glance(array) if quick.get(type(array)) is library else None
             if seen is None:
                 return None
             addresses[i], keys[i] = seen
-    return Parameters((norm.options, *keys), *addresses)
+    return Parameters((norm.options, *keys), addresses[0], addresses[1])
 
 
 def _may_overlap(call: _Call, x: int, out: int, parameters: Parameters, *, in_place: bool) -> bool:
@@ -218,7 +221,8 @@ def _family_key(
 
 def _result_key(x_key: tuple[Any, ...], out_key: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what a family's key says of the result."""
-    return _family_key(None, x_key, out_key)[1][-1]
+    of_result: tuple[Any, ...] = _family_key(None, x_key, out_key)[1][-1]
+    return of_result
 
 
 def _of_other_length(
@@ -305,7 +309,7 @@ def step_by_step(
     if on_gpu:
         _interop.import_cupy()
     stream = library.stream(device.index) if on_gpu else 0
-    inputs = {"x": x_view}
+    inputs: dict[str, ArrayView | None] = {"x": x_view}
     if norm.held is None:
         for name, array in (("weight", weight), ("bias", bias)):
             inputs[name] = None if array is None else _interop.view_beside(x_view, array, name)
@@ -335,12 +339,17 @@ def step_by_step(
     if dry:
         return None
     if plan.launch is not None:
-        addresses = (view.pointer if view else 0 for view in (weight_view, bias_view))
-        run(x_view.pointer, out_view.pointer, *addresses, stream)
+        weight_address = weight_view.pointer if weight_view else 0
+        bias_address = bias_view.pointer if bias_view else 0
+        run(x_view.pointer, out_view.pointer, weight_address, bias_address, stream)
         library.launched(tuple(inputs.values()), device.index, stream)
     elif not on_gpu:
         reference.apply(
-            plan.call, *(v and v.as_numpy() for v in (x_view, weight_view, bias_view, out_view))
+            plan.call,
+            x_view.as_numpy(),
+            weight_view and weight_view.as_numpy(),
+            bias_view and bias_view.as_numpy(),
+            out_view.as_numpy(),
         )
     if out is None:
         return library.deliver(result, x_view)
@@ -351,14 +360,14 @@ def step_by_step(
 def _remember(
     norm: Norm,
     arrays: tuple[Any, Any, Any, Any],
-    views: tuple[ArrayView | None, ...],
+    views: tuple[ArrayView, ArrayView, ArrayView | None, ArrayView | None],
     launch: _kernels.Launch,
     run: Callable[[int, int, int, int, int], None],
     make: Callable[[Any], Any] | None,
 ) -> None:
     """Let `apply` find this call, if a glance at its arrays tells that it is the same again."""
     x, weight, bias, out = arrays
-    x_view, out_view, *_ = views
+    x_view, out_view, weight_view, bias_view = views
     library = quick.get(type(x))
     if library is None or (out is not None and quick.get(type(out)) is not library):
         return
@@ -376,14 +385,20 @@ def _remember(
     call = _Call(run, make, reach, out_view.layout.alignment)
     key = (identity, x_key) if out is x else (identity, x_key, None if out is None else out_key)
     store(_thread.calls, key, call)
-    lead = _spec.tokens_axis(norm.options, *(view and view.layout for view in views))
+    x_layout, out_layout = x_view.layout, out_view.layout
+    lead = _spec.tokens_axis(
+        norm.options,
+        x_layout,
+        out_layout,
+        weight_view and weight_view.layout,
+        bias_view and bias_view.layout,
+    )
     if lead is not None:
-        layouts = (x_view.layout, out_view.layout)
         family = _Family(
             call,
             launch,
-            x_view.layout.shape[lead],
-            tuple(layout.strides[lead] for layout in layouts),
+            x_layout.shape[lead],
+            (x_layout.strides[lead], out_layout.strides[lead]),
             _result_key(x_key, out_key),
         )
         _, family_key = _family_key(identity, x_key, None if out is None else out_key)
@@ -422,14 +437,13 @@ def _prepared(
     return _kernels.prepare(call, device.index, stream, config)
 
 
-def plan(norm: Norm, x: Any) -> LaunchConfig:
+def plan(
+    options: NormOptions, x: ArrayView, weight: ArrayView | None, bias: ArrayView | None
+) -> LaunchConfig:
     """Return the geometry for a result laid out like `x`; that of an H100 for host memory."""
-    x_view = _interop.view(x, "x")
-    device = x_view.layout.device
-    weight, bias = norm.held(norm, x_view).views
     call = _spec.describe(
-        norm.options, x_view.layout, weight and weight.layout, bias and bias.layout, x_view.layout
+        options, x.layout, weight and weight.layout, bias and bias.layout, x.layout
     )
-    if device.kind == "cpu":
+    if x.layout.device.kind == "cpu":
         return _launch.plan(call)
-    return _launch.plan(call, _kernels.limits(device.index))
+    return _launch.plan(call, _kernels.limits(x.layout.device.index))

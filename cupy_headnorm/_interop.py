@@ -57,7 +57,7 @@ class _NumPy(Plain):
     def empty_like(self, view: ArrayView) -> tuple[Any, None]:
         return dense_like(view.as_numpy(), partial(np.empty_like, subok=False)), None
 
-    def stream(self, index: int) -> int:
+    def stream(self, index: int, /) -> int:
         raise NotImplementedError("host memory has no stream")
 
     def to_host(self, x: Any, role: str) -> np.ndarray:
@@ -76,7 +76,7 @@ class _CuPy(Plain):
         self._current_stream = cupy.cuda.get_current_stream
         self._current_device = cupy.cuda.runtime.getDevice
 
-    def glance(self, x: Any) -> tuple[int, tuple[Any, ...]] | None:
+    def glance(self, x: Any, /) -> tuple[int, tuple[Any, ...]] | None:
         memory = x.data
         address = memory.ptr
         if not address:
@@ -84,7 +84,8 @@ class _CuPy(Plain):
         return address, (memory.device_id, x.shape, x.strides, x.dtype, address & 15)
 
     def address(self, x: Any) -> int:
-        return x.data.ptr
+        address: int = x.data.ptr
+        return address
 
     def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
         if type(x) is not self._cupy.ndarray:
@@ -115,24 +116,25 @@ class _CuPy(Plain):
 
         return result, another
 
-    def stream(self, index: int) -> int:
-        return self._current_stream(index).ptr
+    def stream(self, index: int, /) -> int:
+        handle: int = self._current_stream(index).ptr
+        return handle
 
     def to_host(self, x: Any, role: str) -> np.ndarray:
         self.view(x, role)
-        return x.get()
+        values: np.ndarray = x.get()
+        return values
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
         with self._cupy.cuda.Device(like.layout.device.index):
             return self._cupy.asarray(values)
 
 
-class _DLPack:
+class _DLPack(Plain):
     """Any other producer: read through a capsule, results through its namespace."""
 
     name = "DLPack"
     takes_out = False
-    allocates_in_graphs = False
 
     def __init__(self) -> None:
         self._in_flight: deque[tuple[Any, Any]] = deque()
@@ -190,8 +192,9 @@ class _DLPack:
         with import_cupy().cuda.Device(like.layout.device.index):
             return from_dlpack(result)
 
-    def stream(self, index: int) -> int:
-        return import_cupy().cuda.get_current_stream(index).ptr
+    def stream(self, index: int, /) -> int:
+        handle: int = import_cupy().cuda.get_current_stream(index).ptr
+        return handle
 
     def launched(self, owners: tuple[Any, ...], index: int, stream: int) -> None:
         # Nobody else keeps the producers' memory from being reused while the kernel reads it. The
@@ -206,13 +209,14 @@ class _DLPack:
             while self._in_flight and self._in_flight[0][0].done:
                 passed.append(self._in_flight.popleft())
 
-    def wrote(self, arrays: tuple[Any, ...]) -> None:
+    def wrote(self, arrays: tuple[Any, ...], /) -> None:
         raise NotImplementedError("out is refused when it is viewed")
 
     def to_host(self, x: Any, role: str) -> np.ndarray:
         view = self.view(x, role)
         if view.layout.device.kind == "cuda":
-            return import_cupy().from_dlpack(x).get()
+            values: np.ndarray = import_cupy().from_dlpack(x).get()
+            return values
         return view.as_numpy()
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:

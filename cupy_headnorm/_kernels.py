@@ -133,7 +133,7 @@ class _Axis(ctypes.Structure):
     ]
 
 
-def _params_type(real: type, axes: int) -> type[ctypes.Structure]:
+def _params_type(real: type[ctypes.c_float | ctypes.c_double], axes: int) -> type[ctypes.Structure]:
     class Params(ctypes.Structure):
         """``headnorm::Params``."""
 
@@ -335,7 +335,7 @@ def runner(launch: Launch) -> Callable[[int, int, int, int, int], None]:
         write(params, 0, x, out, weight, bias)
         start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
 
-    launch_here.keeps = arguments  # type: ignore[attr-defined]
+    vars(launch_here).update(keeps=arguments)  # their address is in use
     return on_its_device(launch_here, device)
 
 

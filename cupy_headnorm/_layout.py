@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from cupy_headnorm._dtypes import DType
 
-_OVERLAP_WORK = 10_000
+_OVERLAP_WORK: Any = 10_000  # NumPy's annotations know two special numbers alone
 """Steps `np.shares_memory` may take on one pair: 6 ms at worst, at 0.6 us a step. Slices of model
 tensors need under 100."""
 
 
-class Device(NamedTuple):
-    """``("cpu", 0)`` or ``("cuda", index)``."""
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The host, ``Device("cpu", 0)``, or a CUDA device by its index."""
 
     kind: str
     index: int

@@ -101,7 +101,7 @@ class _Axis(ctypes.Structure):
     ]
 
 
-def _params_type(real: type, axes: int) -> type[ctypes.Structure]:
+def _params_type(real: type[ctypes.c_float | ctypes.c_double], axes: int) -> type[ctypes.Structure]:
     class Params(ctypes.Structure):
         """``headnorm::PartsParams``."""
 
@@ -216,5 +216,5 @@ def runner(launch: PartsLaunch) -> Callable[..., None]:
         write(params, 0, *addresses)
         start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
 
-    launch_here.keeps = arguments  # type: ignore[attr-defined]
+    vars(launch_here).update(keeps=arguments)  # their address is in use
     return _kernels.on_its_device(launch_here, device)

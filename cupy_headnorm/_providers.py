@@ -7,7 +7,7 @@ import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -88,8 +88,10 @@ class Workload(NamedTuple):
     weight: Any
     norm: HeadNorm
 
-    tolerance = 2
-    """In eps of x's dtype: two roundings may differ."""
+    @property
+    def tolerance(self) -> int:
+        """In eps of x's dtype: two roundings may differ."""
+        return 2
 
     def expected(self, _: str) -> tuple[Any, ...]:
         """Return new results of ours to hold a provider's against; the same for all here."""
@@ -103,7 +105,8 @@ def prepare(case: Case, on: Timer, buffers: int | None = None) -> Workload:
     inputs = [_laid_out(x, case, on) for x, _ in plain]
     results = inputs if case.in_place else [y for _, y in plain]
     weight = on.array(random_weight(case, random))
-    return Workload(case, on, inputs, results, plain, weight, HeadNorm(weight, kind=case.kind))
+    norm = HeadNorm(weight, kind=cast(_spec.Kind, case.kind))
+    return Workload(case, on, inputs, results, plain, weight, norm)
 
 
 def plain_pairs(
@@ -128,7 +131,7 @@ def plain_pairs(
 def random_weight(case: Case, random: np.random.Generator) -> np.ndarray:
     """Return weights near 1: rows normalized in place again and again stay in range."""
     size = case.head_dim
-    values = random.uniform(0.9, 1.1, size) * random.choice((-1, 1), size)
+    values: np.ndarray = random.uniform(0.9, 1.1, size) * random.choice((-1, 1), size)
     return values.astype(_dtypes.from_name(case.dtype, "dtype").numpy)
 
 
@@ -167,7 +170,7 @@ def _ours(work: Workload) -> Call:
 def _ours_one_row(work: Workload) -> Call:
     config = dataclasses.replace(work.norm.plan(work.inputs[0]), rows_per_block=1)
     return lambda i: ops.launch(
-        config, work.inputs[i], work.weight, kind=work.case.kind, out=work.results[i]
+        config, work.inputs[i], work.weight, kind=work.norm.kind, out=work.results[i]
     )
 
 
@@ -177,8 +180,9 @@ def whole_array(x: np.ndarray, weight: np.ndarray, kind: str) -> np.ndarray:
     if kind == "layer":
         wide = wide - wide.mean(-1, keepdims=True)
     eps = np.float32(_spec.DEFAULT_EPS[kind])
-    y = wide * (1 / np.sqrt((wide * wide).mean(-1, keepdims=True) + eps))
-    return (y * weight.astype(np.float32, copy=False)).astype(x.dtype, copy=False)
+    y: np.ndarray = wide * (1 / np.sqrt((wide * wide).mean(-1, keepdims=True) + eps))
+    y = y * weight.astype(np.float32, copy=False)
+    return y.astype(x.dtype, copy=False)
 
 
 def _naive(work: Workload) -> Call:
@@ -243,7 +247,7 @@ def _compiled(work: Workload) -> Call:
 
     # Past eight shapes of one module dynamo would silently run it eagerly.
     torch.compiler.reset()
-    module = torch.compile(_eager_module(work), dynamic=False)
+    module: Callable[..., Any] = torch.compile(_eager_module(work), dynamic=False)
     inputs, _ = _tensors(work)
     return lambda i: module(inputs[i])
 
@@ -261,7 +265,8 @@ class Provider(NamedTuple):
     """Something to measure."""
 
     label: str
-    build: Callable[[Workload], Call]
+    build: Callable[[Any], Call]
+    """From a `Workload` of its operation."""
     timers: tuple[str, ...]
     """Names of the timers it belongs to; it is not missed under others."""
     modules: tuple[str, ...] = ()

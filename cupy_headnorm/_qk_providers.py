@@ -21,7 +21,7 @@ CASE = Case(1, 32, 128, "bfloat16", KIND, "packed-qkv-in-place", num_kv_heads=8)
 _THETA, _MAX_POSITION = 1e6, 40960  # Qwen3-8B's
 _FIRST = 1000
 """Position of the first token: at 0 nothing would turn."""
-_NORM = {"kind": "rms", "eps": _spec.DEFAULT_EPS["rms"]}
+_EPS = _spec.DEFAULT_EPS["rms"]
 
 Parts = tuple[Any, Any]
 """Of q and of k."""
@@ -44,17 +44,23 @@ class Workload(NamedTuple):
     """Of each token, ``(tokens, head_dim)``: one for all buffers, as for a model's layers."""
     sin: Any
 
-    tolerance = 3
-    """
-    In eps of x's dtype: a compiler keeps all but the last rounding in float32, two of the norm and
-    one of the product for each of the two values that go into a result.
-    """
+    @property
+    def tolerance(self) -> int:
+        """
+        In eps of x's dtype.
+
+        A compiler keeps all but the last rounding in float32, two of the norm and one of the
+        product for each of the two values that go into a result.
+        """
+        return 3
 
     def expected(self, name: str) -> Parts:
         """Return new results of ours to hold a provider's against."""
         if name in _UNTURNED:
-            return tuple(norm(part) for norm, part in zip(self.norms, self.inputs[0], strict=True))
-        return self.qk(*self.inputs[0], cos=self.cos, sin=self.sin)
+            (q_norm, k_norm), (q, k) = self.norms, self.inputs[0]
+            return q_norm(q), k_norm(k)
+        results: Parts = self.qk(*self.inputs[0], cos=self.cos, sin=self.sin)
+        return results
 
 
 def prepare(case: Case, on: Timer, buffers: int | None = None) -> Workload:
@@ -68,16 +74,16 @@ def prepare(case: Case, on: Timer, buffers: int | None = None) -> Workload:
         packed = on.empty((case.tokens, heads, case.head_dim), dtype)
         packed[:, :turned] = x
         inputs.append((packed[:, : case.num_heads], packed[:, case.num_heads : turned]))
-    weights = tuple(on.array(_providers.random_weight(case, random)) for _ in "qk")
-    norms = tuple(HeadNorm(weight, rounding="before_weight", **_NORM) for weight in weights)
+    weights = [on.array(_providers.random_weight(case, random)) for _ in "qk"]
+    q_norm, k_norm = (HeadNorm(weight, eps=_EPS, rounding="before_weight") for weight in weights)
     last = _FIRST + case.tokens
     rope = Rope.of_theta(_THETA, case.head_dim, max_position=max(last, _MAX_POSITION))
     positions = np.arange(_FIRST, last)
     halves = rope.at(positions, dtype.numpy)
     cos, sin = (on.array(np.concatenate((half, half), -1)) for half in halves)
     return Workload(
-        case, on, inputs, plain, weights, norms,
-        QKNorm(*norms, rope=rope), on.array(positions), cos, sin,
+        case, on, inputs, plain, (weights[0], weights[1]), (q_norm, k_norm),
+        QKNorm(q_norm, k_norm, rope=rope), on.array(positions), cos, sin,
     )  # fmt: skip
 
 
@@ -125,14 +131,17 @@ def _attention(work: Workload) -> Callable[..., Any]:
     """Return what Qwen3's attention does to q and k between its projections and its softmax."""
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
-    shape, eps = work.case.head_dim, _NORM["eps"]
     q_norm, k_norm = (
-        _providers.torch_module(Qwen3RMSNorm, shape, eps, _providers.tensor(weight, work.on))
+        _providers.torch_module(
+            Qwen3RMSNorm, work.case.head_dim, _EPS, _providers.tensor(weight, work.on)
+        )
         for weight in work.weights
     )
 
     def turned(q: Any, k: Any, cos: Any, sin: Any) -> Parts:
-        return apply_rotary_pos_emb(q_norm(q).transpose(1, 2), k_norm(k).transpose(1, 2), cos, sin)
+        parts = q_norm(q).transpose(1, 2), k_norm(k).transpose(1, 2)
+        results: Parts = apply_rotary_pos_emb(*parts, cos, sin)
+        return results
 
     return turned
 

@@ -6,16 +6,19 @@ import functools
 import math
 import operator
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from cupy_headnorm import _dtypes
 from cupy_headnorm._dtypes import DType
 from cupy_headnorm._layout import Layout, Placed, overlap, overlaps_itself
 
-DEFAULT_EPS = {"rms": 1e-6, "layer": 1e-5}
+Kind = Literal["rms", "layer"]
+Rounding = Literal["once", "before_weight", "every_op", "rstd"]
+
+DEFAULT_EPS: dict[str, float] = {"rms": 1e-6, "layer": 1e-5}
 """By kind. Qwen3 and Gemma use 1e-6, torch's and Cohere's LayerNorm 1e-5."""
 
-ROUNDINGS = ("once", "before_weight", "every_op", "rstd")
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 MAX_AXES = 64
 """Of an array, in NumPy, CuPy and torch."""
@@ -26,13 +29,13 @@ Shape = tuple[int, ...]
 class NormOptions(NamedTuple):
     """The arguments of a norm that are no arrays, checked. Build one with `options`."""
 
-    kind: str
+    kind: Kind
     eps: float
     num_heads: int | None
     head_dim: int | None
     heads_axis: int
     weight_offset: float
-    rounding: str
+    rounding: Rounding
     result: str = "x"
     """Dtype of a model's own result: see `check_result`."""
 
@@ -40,12 +43,12 @@ class NormOptions(NamedTuple):
 class NormSpec(NamedTuple):
     """What one compiled kernel computes."""
 
-    kind: str
+    kind: Kind
     x: DType
     weight: DType | None
     bias: DType | None
     head_dim: int
-    rounding: str
+    rounding: Rounding
 
     @property
     def name(self) -> str:
@@ -83,15 +86,15 @@ class NormCall(NamedTuple):
     """Largest power of two, at most 16, dividing every row's address in x, out, weight, bias."""
 
 
-def integer(value: object, name: str) -> int:
+def integer(value: Any, name: str) -> int:
     """Check an integer, a Python or a NumPy one."""
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}; needs an integer") from None
 
 
-def count(value: object, name: str) -> int | None:
+def count(value: Any, name: str) -> int | None:
     """Check a number of things, 1 or more, or None."""
     if value is None:
         return None
@@ -101,11 +104,11 @@ def count(value: object, name: str) -> int | None:
     return number
 
 
-def _real(value: object, name: str) -> float:
+def _real(value: Any, name: str) -> float:
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}; needs a number") from None
     if not math.isfinite(number):
@@ -113,7 +116,7 @@ def _real(value: object, name: str) -> float:
     return number
 
 
-def checked_heads_axis(value: object) -> int:
+def checked_heads_axis(value: Any) -> int:
     """Check the axis of the heads as far as can be without x."""
     axis = integer(value, "heads_axis")
     if not -MAX_AXES <= axis < MAX_AXES:
@@ -126,14 +129,14 @@ def checked_heads_axis(value: object) -> int:
 
 
 def options(
-    kind: str,
+    kind: Kind,
     *,
     eps: float | None = None,
     num_heads: int | None = None,
     head_dim: int | None = None,
     heads_axis: int = -2,
     weight_offset: float = 0.0,
-    rounding: str = "once",
+    rounding: Rounding = "once",
 ) -> NormOptions:
     """Check the arguments that are no arrays."""
     if kind not in tuple(DEFAULT_EPS):
@@ -207,6 +210,8 @@ def geometry(
     split by num_heads; else the length of a 1-D one.
     """
     shapes = {n: s for n, s in (("weight", weight), ("bias", bias)) if s is not None}
+    if not shapes:
+        return Geometry(num_heads, head_dim, read_as_flat=False)
     for name, shape in shapes.items():
         if len(shape) not in (1, 2) or 0 in shape:
             raise ValueError(
@@ -214,7 +219,7 @@ def geometry(
                 "or (num_heads * head_dim,)"
             )
     read_as_flat = False
-    if head_dim is None and shapes:
+    if head_dim is None:
         name, shape = max(shapes.items(), key=lambda item: len(item[1]))  # a 2-D one, if any
         head_dim = shape[-1]
         if len(shape) == 1 and num_heads is not None and num_heads > 1:
@@ -225,7 +230,7 @@ def geometry(
                     f"needs head_dim={shape[0]} beside it if all heads share the {name}"
                 )
             read_as_flat = True
-    if num_heads is None and head_dim is not None:
+    if num_heads is None:
         for name, shape in sorted(shapes.items(), key=lambda item: -len(item[1])):  # 2-D first
             heads, rest = (shape[0], 0) if len(shape) == 2 else divmod(shape[0], head_dim)
             if rest or heads == 0:
@@ -237,7 +242,7 @@ def geometry(
                 num_heads = heads
                 break
     for name, shape in shapes.items():
-        allowed = {(head_dim,)}
+        allowed: set[Shape] = {(head_dim,)}
         if num_heads is not None:
             allowed |= {(num_heads, head_dim), (num_heads * head_dim,)}
         if shape not in allowed:
@@ -246,9 +251,10 @@ def geometry(
     return Geometry(num_heads, head_dim, read_as_flat)
 
 
-def _head_axis(shape: Shape, heads: Geometry, heads_axis: int) -> tuple[bool, int | None]:
+def _head_axis(
+    shape: Shape, num_heads: int | None, head_dim: int, heads_axis: int, *, read_as_flat: bool
+) -> tuple[bool, int | None]:
     """Tell whether x is flat and, if heads matter, which of its axes (split, if flat) is theirs."""
-    num_heads, head_dim, read_as_flat = heads
     outer = len(shape) - 1
     if heads_axis != -2 and not (-len(shape) <= heads_axis < outer):
         raise ValueError(
@@ -345,9 +351,7 @@ def describe(
         if layout is not None and layout.device != x.device:
             raise TypeError(f"{name} is on {layout.device}; needs the device of x, {x.device}")
     heads = geometry(opts.num_heads, opts.head_dim, weight and weight.shape, bias and bias.shape)
-    if heads.head_dim is None:
-        heads = heads._replace(head_dim=x.shape[-1])
-    head_dim = heads.head_dim
+    head_dim = x.shape[-1] if heads.head_dim is None else heads.head_dim
     if head_dim == 0:
         raise ValueError(f"x has shape {x.shape}; needs a head_dim of 1 or more")
     check_parameters(opts, weight, bias)
@@ -357,7 +361,9 @@ def describe(
     weight_stride = parameter_stride(weight, "weight", head_dim)
     bias_stride = parameter_stride(bias, "bias", head_dim)
 
-    flat, heads_axis = _head_axis(x.shape, heads, opts.heads_axis)
+    flat, heads_axis = _head_axis(
+        x.shape, heads.num_heads, head_dim, opts.heads_axis, read_as_flat=heads.read_as_flat
+    )
     axes = [
         RowAxis(n, sx, so, *((weight_stride, bias_stride) if axis == heads_axis else (0, 0)))
         for axis, (n, sx, so) in enumerate(

@@ -104,7 +104,8 @@ class Gpu(_OnGpu):
 
     def host(self, array: Any) -> np.ndarray:
         """Return `array` as float64 on the host."""
-        return array.get().astype(np.float64)
+        values: np.ndarray = array.get()
+        return values.astype(np.float64)
 
     def copy(self, to: Any, source: Any) -> None:
         """Copy contiguous bytes with the driver's own copy."""
@@ -142,8 +143,8 @@ class TorchGpu(_OnGpu):
     def __init__(self) -> None:
         import torch
 
-        self._torch = torch
-        self._stream = torch.cuda.Stream()
+        self._torch: Any = torch  # annotated in part
+        self._stream = self._torch.cuda.Stream()
         self._entered = contextlib.ExitStack()
 
     def __enter__(self) -> TorchGpu:
@@ -164,7 +165,8 @@ class TorchGpu(_OnGpu):
 
     def host(self, array: Any) -> np.ndarray:
         """Return `array` as float64 on the host."""
-        return array.double().cpu().numpy()
+        values: np.ndarray = array.double().cpu().numpy()
+        return values
 
     def copy(self, to: Any, source: Any) -> None:
         """Copy contiguous bytes: torch asks the driver's own copy."""

@@ -27,7 +27,7 @@ class _Untraced:
     _told = False
 
     def __bool__(self) -> bool:
-        rules = sys.modules.get("torch._dynamo.trace_rules")
+        rules: Any = sys.modules.get("torch._dynamo.trace_rules")
         if not self._told and hasattr(rules, "add"):
             self._told = True
             rules.add("cupy_headnorm")
@@ -44,10 +44,11 @@ def untraced(function: Function) -> Function:
 
     The attributes are Dynamo's own. They need no torch, and a call costs nothing more.
     """
-    function._torchdynamo_disable = _UNTRACED
-    function._torchdynamo_disable_msg = (
-        "cupy_headnorm launches kernels of its own, which no graph of torch holds; needs "
-        "torch.compile without fullgraph, or a call outside of what is compiled or exported"
+    vars(function).update(
+        _torchdynamo_disable=_UNTRACED,
+        _torchdynamo_disable_msg="cupy_headnorm launches kernels of its own, which no graph of "
+        "torch holds; needs torch.compile without fullgraph, or a call outside of what is compiled "
+        "or exported",
     )
     return function
 
@@ -101,11 +102,10 @@ def _glance(torch: Any) -> Callable[[Any], tuple[int, tuple[Any, ...]] | None]:
 
 def _version_counter(torch: Any) -> Callable[[tuple[Any, ...]], None]:
     """Return the function inside torch's public one, in half the time, where it does the same."""
-    inner = getattr(torch._C, "_increment_version", None)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), contextlib.suppress(AttributeError, TypeError):
+        inner: Callable[[tuple[Any, ...]], None] = torch._C._increment_version
         probe = torch.empty(0, device="cpu")
-        with contextlib.suppress(TypeError):
-            inner((probe,))
+        inner((probe,))
         if probe._version == 1:
             return inner
     return lambda arrays: torch.autograd.graph.increment_version(arrays[0])
@@ -116,6 +116,9 @@ class Torch(Plain):
 
     name = "torch"
     allocates_in_graphs = True
+    glance: Callable[[Any], tuple[int, tuple[Any, ...]] | None]
+    wrote: Callable[[tuple[Any, ...]], None]
+    stream: Callable[[int], int]
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
@@ -209,14 +212,16 @@ class Torch(Plain):
 
     def address(self, x: Any) -> int:
         try:
-            return x.data_ptr()
+            address: int = x.data_ptr()
         except RuntimeError:  # made inside a transform of torch.func
             return 0
+        return address
 
     def _stream(self, index: int) -> int:
         if self._api:
             return self._api.stream(index)
-        return self._torch.cuda.current_stream(index).cuda_stream
+        handle: int = self._torch.cuda.current_stream(index).cuda_stream
+        return handle
 
     def to_host(self, x: Any, role: str) -> np.ndarray:
         with self._torch.no_grad():

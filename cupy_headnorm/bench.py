@@ -180,7 +180,7 @@ def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results
     whole = chosen.suite is not None
     names, unavailable = _found(on, list(_OPS) if whole else [chosen.op], chosen.providers)
     device, versions = _device_and_versions()
-    results = {
+    results: Results = {
         "device": device,
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -201,18 +201,24 @@ def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results
     of_norm, on_gpu = chosen.op == "norm", on.name != "numpy"
     if of_norm:
         steps.append(partial(_host, results, names["norm"], on))
-    for wanted, cost in (
+    for is_wanted, cost in (
         (on_gpu and of_norm, partial(_costs.plan_misses, on)),
         (on_gpu and (chosen.host or whole), _costs.first_calls),
         (chosen.host or whole, _costs.import_times),
         (whole, partial(_costs.gpu_memory, on)),
         (whole, _costs.reference_costs),
     ):
-        if wanted:
+        if is_wanted:
             steps.append(partial(_once, results, cost))
     # A thread that redraws the bar would take its time from the calls.
-    shown = {"transient": True, "auto_refresh": False, "disable": not console.is_terminal}
-    for step in track(steps, "measuring", console=console, **shown):
+    for step in track(
+        steps,
+        "measuring",
+        console=console,
+        transient=True,
+        auto_refresh=False,
+        disable=not console.is_terminal,
+    ):
         step()
     if chosen.suite is not None:
         results["targets"] = _targets.judge(results)
@@ -231,7 +237,8 @@ def _found(
     for name in wanted or ():
         if name not in known:
             raise ValueError(f"provider {name!r} is not known; needs one of {', '.join(known)}")
-    names, unavailable = {}, {}
+    names: dict[str, list[str]] = {}
+    unavailable: dict[str, str] = {}
     for op in ops:
         names[op], reasons = _providers.find(on, wanted, _OPS[op].PROVIDERS)
         unavailable |= reasons

@@ -207,8 +207,8 @@ def _load(chosen: argparse.Namespace) -> HeadNorm:
     head_dim = chosen.head_dim
     if head_dim is None and chosen.num_heads is not None:
         # --num-heads speaks of x; a flat weight takes --head-dim beside it.
-        weight, bias = checkpoint.read_norm(chosen.checkpoint, chosen.key)
-        head_dim = (bias if weight is None else weight).shape[-1]
+        read = checkpoint.read_norm(chosen.checkpoint, chosen.key)
+        head_dim = next(array.shape[-1] for array in read if array is not None)
     return HeadNorm.from_safetensors(
         chosen.checkpoint,
         chosen.key,
@@ -274,8 +274,8 @@ def _largest_error(norm: HeadNorm, x: np.ndarray, y: np.ndarray, heads_axis: int
     """Return the largest distance from exact arithmetic, in eps of each value."""
     if x.size == 0:
         return 0.0
-    wide, head_dim = _wide(x), norm.head_dim
-    rows = x.astype(wide)
+    wide, head_dim = _wide(x), norm.head_dim or x.shape[-1]
+    rows: np.ndarray = x.astype(wide)
     if x.shape[-1] != head_dim:  # flat
         rows = rows.reshape(*x.shape[:-1], -1, head_dim)
     if norm.kind == "layer":

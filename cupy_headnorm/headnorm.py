@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cupy_headnorm import _dispatch, _interop, _kernels, _spec, checkpoint, reference
-from cupy_headnorm._arrays import ArrayView
+from cupy_headnorm._arrays import AnyArray, Array, ArrayView
 from cupy_headnorm._dispatch import Norm, Parameters
 from cupy_headnorm._launch import LaunchConfig
 from cupy_headnorm._layout import CPU, Device
-from cupy_headnorm._spec import NormOptions
+from cupy_headnorm._spec import Kind, NormOptions, Rounding
 from cupy_headnorm._torch import untraced
 
 if TYPE_CHECKING:
@@ -72,15 +72,15 @@ class HeadNorm:
     @untraced
     def __init__(
         self,
-        weight: Any = None,
-        bias: Any = None,
+        weight: AnyArray | None = None,
+        bias: AnyArray | None = None,
         *,
-        kind: str = "rms",
+        kind: Kind = "rms",
         eps: float | None = None,
         num_heads: int | None = None,
         head_dim: int | None = None,
         weight_offset: float = 0.0,
-        rounding: str = "once",
+        rounding: Rounding = "once",
     ) -> None:
         self._options = _spec.options(
             kind,
@@ -112,10 +112,10 @@ class HeadNorm:
         *,
         num_heads: int | None = None,
         head_dim: int | None = None,
-        kind: str = "rms",
+        kind: Kind = "rms",
         eps: float | None = None,
         weight_offset: float = 0.0,
-        rounding: str = "once",
+        rounding: Rounding = "once",
     ) -> HeadNorm:
         """
         Read ``<key>.weight`` and ``<key>.bias`` from a file or a folder with shards.
@@ -145,10 +145,10 @@ class HeadNorm:
         variant: str | None = None,
         num_heads: int | None = None,
         head_dim: int | None = None,
-        kind: str | None = None,
+        kind: Kind | None = None,
         eps: float | None = None,
         weight_offset: float | None = None,
-        rounding: str | None = None,
+        rounding: Rounding | None = None,
     ) -> HeadNorm:
         """
         Read a norm of a Hugging Face model and compute as the model does, to the rounding step.
@@ -180,7 +180,7 @@ class HeadNorm:
         """
         from cupy_headnorm import _model_norms  # the registry: only checkpoints need it
 
-        given = {
+        given: dict[str, Any] = {
             "num_heads": num_heads,
             "head_dim": head_dim,
             "kind": kind,
@@ -214,7 +214,7 @@ class HeadNorm:
     ) -> HeadNorm:
         """Build the norm that a model's is `described` to be."""
         shared = described.shape in ((), (described.head_dim,))
-        arguments = {
+        arguments: dict[str, Any] = {
             "kind": described.kind,
             "eps": described.eps,
             "num_heads": None if shared else described.num_heads,
@@ -238,7 +238,9 @@ class HeadNorm:
         checkpoint.write_norm(path, key, self._weight, self._bias)
 
     @untraced
-    def __call__(self, x: Any, /, *, heads_axis: int = _HEADS_AXIS, out: Any = None) -> Any:
+    def __call__(
+        self, x: Array, /, *, heads_axis: int = _HEADS_AXIS, out: Array | None = None
+    ) -> Array:
         """
         Normalize `x`; see `cupy_headnorm.rms_norm` for layouts, `out` and errors.
 
@@ -248,7 +250,8 @@ class HeadNorm:
             Shape, dtype, device and library of `x`; `out` if it was given.
         """
         norm = self._norm if heads_axis is _HEADS_AXIS else self._along(heads_axis)
-        return _dispatch.apply(norm, x, None, None, out)
+        result: Array = _dispatch.apply(norm, x, None, None, out)
+        return result
 
     @untraced
     def forward(
@@ -288,7 +291,7 @@ class HeadNorm:
         _refuse_new_names(kwargs)
         x = _interop.view(hidden_states, "x")
         o = self._options
-        function = {"rms": reference.rms_norm, "layer": reference.layer_norm}[o.kind]
+        function = reference.rms_norm if o.kind == "rms" else reference.layer_norm
         values = function(
             x.library.to_host(hidden_states, "x"),
             self._weight,
@@ -321,9 +324,9 @@ class HeadNorm:
             )
 
         def part(values: np.ndarray | None) -> np.ndarray | None:
-            if values is None or values.shape == (self.head_dim,):
+            if values is None or most is None or values.shape == (self.head_dim,):
                 return values
-            return values.reshape(most, self.head_dim)[start:stop]
+            return values.reshape(most, -1)[start:stop]
 
         arguments = self._arguments()
         arguments.update(num_heads=stop - start, head_dim=self.head_dim)
@@ -341,7 +344,7 @@ class HeadNorm:
         """Wait for the work in flight and free every device copy; the next use uploads again."""
         self._held.unload(self._norms)
 
-    def warmup(self, x: Any, /, *, heads_axis: int = -2, out: Any = None) -> None:
+    def warmup(self, x: AnyArray, /, *, heads_axis: int = -2, out: AnyArray | None = None) -> None:
         """Load, compile and plan for arrays laid out like `x`, in place and not; `x` stays."""
         norm = self._along(heads_axis)
         for target in (None, x) if out is None else (out,):
@@ -352,9 +355,10 @@ class HeadNorm:
                     raise
                 # x may be an array that cannot be written; then there is nothing to prepare.
 
-    def plan(self, x: Any, /, *, heads_axis: int = -2) -> LaunchConfig:
+    def plan(self, x: AnyArray, /, *, heads_axis: int = -2) -> LaunchConfig:
         """Return the geometry used for `x`, or for its like on an H100 if it is in host memory."""
-        return _dispatch.plan(self._along(heads_axis), x)
+        norm, x_view = self._along(heads_axis), _interop.view(x, "x")
+        return _dispatch.plan(norm.options, x_view, *self._held(norm, x_view).views)
 
     @property
     def weight(self) -> np.ndarray | None:
@@ -367,7 +371,7 @@ class HeadNorm:
         return self._bias
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """``"rms"`` or ``"layer"``."""
         return self._options.kind
 
@@ -392,7 +396,7 @@ class HeadNorm:
         return self._options.weight_offset
 
     @property
-    def rounding(self) -> str:
+    def rounding(self) -> Rounding:
         """Where results are rounded."""
         return self._options.rounding
 
@@ -408,7 +412,7 @@ class HeadNorm:
 
     def __repr__(self) -> str:
         defaults = _spec.options(self.kind)
-        shown = {} if self.kind == "rms" else {"kind": self.kind}
+        shown: dict[str, Any] = {} if self.kind == "rms" else {"kind": self.kind}
         shown["eps"] = self.eps
         for name in ("num_heads", "head_dim", "weight_offset", "rounding"):
             value = getattr(self._options, name)

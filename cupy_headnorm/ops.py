@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from cupy_headnorm import _dispatch
+from cupy_headnorm._arrays import AnyArray, Array
 from cupy_headnorm._launch import LaunchConfig
+from cupy_headnorm._spec import Kind, Rounding
 from cupy_headnorm._torch import untraced
 
 __all__ = ["launch", "layer_norm", "rms_norm"]
@@ -13,19 +15,19 @@ __all__ = ["launch", "layer_norm", "rms_norm"]
 
 @untraced
 def rms_norm(
-    x,
-    weight=None,
-    bias=None,
+    x: Array,
+    weight: AnyArray | None = None,
+    bias: AnyArray | None = None,
     /,
     *,
-    eps=1e-6,
-    num_heads=None,
-    head_dim=None,
-    heads_axis=-2,
-    weight_offset=0.0,
-    rounding="once",
-    out=None,
-):
+    eps: float = 1e-6,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    heads_axis: int = -2,
+    weight_offset: float = 0.0,
+    rounding: Rounding = "once",
+    out: Array | None = None,
+) -> Array:
     r"""
     Normalize each attention head by its root mean square.
 
@@ -116,24 +118,25 @@ def rms_norm(
         weight_offset=weight_offset,
         rounding=rounding,
     )
-    return _dispatch.apply(norm, x, weight, bias, out)
+    result: Array = _dispatch.apply(norm, x, weight, bias, out)
+    return result
 
 
 @untraced
 def layer_norm(
-    x,
-    weight=None,
-    bias=None,
+    x: Array,
+    weight: AnyArray | None = None,
+    bias: AnyArray | None = None,
     /,
     *,
-    eps=1e-5,
-    num_heads=None,
-    head_dim=None,
-    heads_axis=-2,
-    weight_offset=0.0,
-    rounding="once",
-    out=None,
-):
+    eps: float = 1e-5,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    heads_axis: int = -2,
+    weight_offset: float = 0.0,
+    rounding: Rounding = "once",
+    out: Array | None = None,
+) -> Array:
     r"""
     Normalize each attention head to zero mean and unit variance.
 
@@ -179,20 +182,21 @@ def layer_norm(
         weight_offset=weight_offset,
         rounding=rounding,
     )
-    return _dispatch.apply(norm, x, weight, bias, out)
+    result: Array = _dispatch.apply(norm, x, weight, bias, out)
+    return result
 
 
 def launch(
     config: LaunchConfig,
-    x: Any,
-    weight: Any = None,
-    bias: Any = None,
+    x: Array,
+    weight: AnyArray | None = None,
+    bias: AnyArray | None = None,
     /,
     *,
-    kind: str = "rms",
-    out: Any = None,
+    kind: Kind = "rms",
+    out: Array | None = None,
     **options: Any,
-) -> Any:
+) -> Array:
     """
     Run a norm in a geometry of your own choosing, to measure or to learn.
 
@@ -200,4 +204,5 @@ def launch(
     so results may differ from those of the library's own choice in the last bit.
     """
     norm = _dispatch.of_options(kind, **options)
-    return _dispatch.step_by_step(norm, x, weight, bias, out, config=config)
+    result: Array = _dispatch.step_by_step(norm, x, weight, bias, out, config=config)
+    return result

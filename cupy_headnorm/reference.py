@@ -18,7 +18,7 @@ import numpy as np
 
 from cupy_headnorm import _dtypes, _spec
 from cupy_headnorm._layout import Layout, dense_like, layout_of
-from cupy_headnorm._spec import NormCall, RowAxis
+from cupy_headnorm._spec import NormCall, NormOptions, Rounding, RowAxis
 
 __all__ = ["layer_norm", "rms_norm"]
 
@@ -33,19 +33,19 @@ _THREAD_CHUNKS = 8
 
 
 def rms_norm(
-    x,
-    weight=None,
-    bias=None,
+    x: np.ndarray,
+    weight: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
     /,
     *,
-    eps=1e-6,
-    num_heads=None,
-    head_dim=None,
-    heads_axis=-2,
-    weight_offset=0.0,
-    rounding="once",
-    out=None,
-):
+    eps: float = 1e-6,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    heads_axis: int = -2,
+    weight_offset: float = 0.0,
+    rounding: Rounding = "once",
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """See `cupy_headnorm.rms_norm`; takes NumPy arrays only."""
     opts = _spec.options(
         "rms",
@@ -60,19 +60,19 @@ def rms_norm(
 
 
 def layer_norm(
-    x,
-    weight=None,
-    bias=None,
+    x: np.ndarray,
+    weight: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
     /,
     *,
-    eps=1e-5,
-    num_heads=None,
-    head_dim=None,
-    heads_axis=-2,
-    weight_offset=0.0,
-    rounding="once",
-    out=None,
-):
+    eps: float = 1e-5,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    heads_axis: int = -2,
+    weight_offset: float = 0.0,
+    rounding: Rounding = "once",
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """See `cupy_headnorm.layer_norm`; takes NumPy arrays only."""
     opts = _spec.options(
         "layer",
@@ -91,32 +91,38 @@ class _Placed(NamedTuple):
     layout: Layout
 
 
-def _norm(opts, x, weight, bias, out):
-    arrays = {"x": x, "weight": weight, "bias": bias, "out": out}
-    layouts = {}
-    for name, array in arrays.items():
-        if array is None:
-            layouts[name] = None
-            continue
-        if type(array) not in (np.ndarray, np.memmap):
-            raise TypeError(
-                f"{name} is a {type(array).__name__}; the reference needs numpy.ndarray"
-            )
-        layouts[name] = layout_of(array, _dtypes.from_numpy(array.dtype, name))
-    if out is None:
-        out = dense_like(x, partial(np.empty_like, subok=False))
-        layouts["out"] = layout_of(out, layouts["x"].dtype)
-    elif not out.flags.writeable:
+def _placed(array: np.ndarray, name: str) -> _Placed:
+    if type(array) not in (np.ndarray, np.memmap):
+        raise TypeError(f"{name} is a {type(array).__name__}; the reference needs numpy.ndarray")
+    layout = layout_of(array, _dtypes.from_numpy(array.dtype, name))
+    return _Placed(array.ctypes.data, layout)
+
+
+def _norm(
+    opts: NormOptions,
+    x: np.ndarray,
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+    out: np.ndarray | None,
+) -> np.ndarray:
+    of_x = _placed(x, "x")
+    of_weight = None if weight is None else _placed(weight, "weight")
+    of_bias = None if bias is None else _placed(bias, "bias")
+    result = dense_like(x, partial(np.empty_like, subok=False)) if out is None else out
+    of_result = _placed(result, "out")
+    if not result.flags.writeable:
         raise ValueError("out is read-only; needs a writeable array")
-    call = _spec.describe(opts, **layouts)
-    _spec.check_out_layout(layouts["out"])
-    inputs = {
-        name: None if arrays[name] is None else _Placed(arrays[name].ctypes.data, layouts[name])
-        for name in ("x", "weight", "bias")
-    }
-    _spec.check_overlaps(inputs, _Placed(out.ctypes.data, layouts["out"]))
-    apply(call, x, weight, bias, out)
-    return out
+    call = _spec.describe(
+        opts,
+        of_x.layout,
+        of_weight and of_weight.layout,
+        of_bias and of_bias.layout,
+        of_result.layout,
+    )
+    _spec.check_out_layout(of_result.layout)
+    _spec.check_overlaps({"x": of_x, "weight": of_weight, "bias": of_bias}, of_result)
+    apply(call, x, weight, bias, result)
+    return result
 
 
 def apply(
@@ -150,14 +156,10 @@ def apply(
         buffers = np.empty((2, min(chunk, call.rows), columns), accumulate)
         with np.errstate(all="ignore"):  # infinities and NaN follow IEEE without a warning
             for index in share:
-                _normalize(
-                    call,
-                    x_rows[index],
-                    *(p if p is None else p[_broadcast_index(p, index)] for p in parameters),
-                    out_rows[index],
-                    blocks,
-                    buffers,
+                weights, biases = (
+                    None if p is None else p[_broadcast_index(p, index)] for p in parameters
                 )
+                _normalize(call, x_rows[index], weights, biases, out_rows[index], blocks, buffers)
 
     threads = min(_MAX_THREADS, len(chunks) // _THREAD_CHUNKS)
     if threads > 1:
@@ -207,7 +209,15 @@ def _broadcast_index(
     )
 
 
-def _normalize(call, x, weight, bias, out, blocks, buffers) -> None:
+def _normalize(
+    call: NormCall,
+    x: np.ndarray,
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+    out: np.ndarray,
+    blocks: list[slice],
+    buffers: np.ndarray,
+) -> None:
     """Normalize one chunk: `x` and `out` of shape (..., head_dim), at most a buffer's rows."""
     spec = call.spec
     accumulate = spec.x.accumulate.numpy

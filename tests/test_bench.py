@@ -506,3 +506,35 @@ def test_nothing_but_the_result_is_allocated():
 @pytest.mark.slow
 def test_first_calls_in_new_processes():
     assert all(value > 0 for value in _costs.first_calls().values())
+
+
+def test_a_provider_that_fails_at_a_host_call_is_named(monkeypatch):
+    def broken(work):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(PROVIDERS, "naive", PROVIDERS["naive"]._replace(build=broken))
+    monkeypatch.setattr(_costs, "_own_calls", lambda work: ())
+    assert _costs.host_times(_timing.Host(), ["copy", "naive"]) == (
+        [], {"naive": "RuntimeError: no such kernel at a host call"}
+    )  # fmt: skip
+
+
+def test_torch_that_cannot_use_the_gpu_says_why(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reason = f"torch {torch.__version__} sees no CUDA device"
+    assert _timing.torch_on_gpu() == reason
+    on = SimpleNamespace(name="cupy")
+    assert _providers._missing(PROVIDERS["functional"], on) == reason
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _providers._missing(PROVIDERS["functional"], on).startswith("takes torch tensors")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert _timing.torch_on_gpu() == "torch is not installed; needs: pip install torch"
+
+
+def test_a_module_that_breaks_at_import_is_no_provider(monkeypatch, tmp_path):
+    (tmp_path / "breaks_at_import.py").write_text("raise RuntimeError('no driver')")
+    monkeypatch.syspath_prepend(tmp_path)
+    provider = Provider("a peer", None, ("numpy",), ("breaks_at_import",))
+    reason = _providers._missing(provider, SimpleNamespace(name="numpy"))
+    assert reason == "RuntimeError: no driver"

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 from tolerances import EPS_FLOAT32, EPS_ONE_ROUNDING, EPS_TWO_ROUNDINGS
 
-from cupy_headnorm import HeadNorm, cli
+from cupy_headnorm import HeadNorm, _kernels, cli
 
 
 def run(*arguments, **environment):
@@ -140,6 +140,17 @@ def test_info_says_what_works_and_what_to_install(capsys):
     assert works.startswith("work") or (works.startswith("do not work: ") and said["needs"])
 
 
+def test_info_on_a_machine_with_a_gpu(capsys, monkeypatch):
+    found = _kernels.Environment("", "", "14.2.0", "13.0", "CUDA 13.0", ("a GPU, sm_90",), "/cache")
+    monkeypatch.setattr(_kernels, "environment", lambda: found)
+    code, out, err = in_process(capsys, "info")
+    assert (code, err) == (0, "")
+    said = {name: value.strip() for name, value in rows(out).items()}
+    assert said["cuda:0"] == "a GPU, sm_90"
+    assert said["CUDA arrays"] == "work: CuPy, torch, JAX and other DLPack arrays"
+    assert "needs" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -202,7 +213,8 @@ def test_unwritable_cache_is_named_and_the_cpu_still_works(tmp_path):
 
 def test_output_into_a_closed_pipe_is_no_error():
     done = subprocess.run(
-        f"{sys.executable} -m cupy_headnorm info | head -n 1; exit ${{PIPESTATUS[0]}}",
+        # `true` is gone before the first line, which a pipe would swallow otherwise.
+        f"{sys.executable} -m cupy_headnorm info | true; exit ${{PIPESTATUS[0]}}",
         shell=True,
         executable="/bin/bash",
         capture_output=True,

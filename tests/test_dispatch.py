@@ -25,6 +25,7 @@ from cupy_headnorm import (
     _interop,
     _kernels,
     layer_norm,
+    ops,
     reference,
     rms_norm,
 )
@@ -649,3 +650,9 @@ def test_identities_of_norms_are_bounded(slow, rng):
         HeadNorm(eps=1e-6 * (i + 1))(x)
     info = _dispatch.identity.cache_info()
     assert info.currsize <= info.maxsize
+
+
+def test_a_geometry_of_ones_own_needs_cuda_memory():
+    norm, x = HeadNorm(), torch.ones(3, 64)
+    with pytest.raises(ValueError, match="x is in host memory; a launch configuration needs CUDA"):
+        ops.launch(norm.plan(x), x)

@@ -27,6 +27,28 @@ def test_the_extra_is_that_of_the_drivers_cuda(version, extra, monkeypatch):
     assert _driver.install_command() == f"pip install 'cupy-headnorm[{extra}]'"
 
 
+class Driver:
+    """libcuda, with a number of its own."""
+
+    def __init__(self, version, failure=0):
+        self.version, self.failure = version, failure
+
+    def cuInit(self, flags):
+        return self.failure
+
+    def cuDriverGetVersion(self, to):
+        to._obj.value = self.version
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "version"), [(Driver(12080), 12080), (Driver(13000), 13000), (Driver(0, 100), None)]
+)
+def test_the_drivers_cuda_is_asked_of_libcuda(driver, version, monkeypatch):
+    monkeypatch.setattr(_driver.ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
+    assert _driver.cuda_version() == version
+
+
 def test_the_makefile_asks_without_anything_installed():
     done = subprocess.run(
         [sys.executable, "-I", "-S", str(DRIVER)], capture_output=True, text=True, check=True
@@ -57,6 +79,16 @@ def test_no_nvrtc(cupy, monkeypatch):
     assert isinstance(error, GPUUnavailableError)
     assert "NVRTC does not load" in str(error)
     assert "pip install -e " in str(error)
+
+
+def test_devices_are_told_by_name_and_memory(cupy, monkeypatch):
+    properties = {"name": b"a GPU", "major": 9, "minor": 0, "totalGlobalMem": 80 * 2**30}
+    monkeypatch.setattr(cupy.cuda.nvrtc, "getVersion", lambda: (13, 0))
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 2)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceProperties", lambda index: properties)
+    found = _kernels.environment()
+    assert (found.reason, found.nvrtc) == ("", "13.0")
+    assert found.devices == ("a GPU, sm_90, 80 GiB",) * 2
 
 
 def test_no_headers(monkeypatch):

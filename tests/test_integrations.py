@@ -220,6 +220,27 @@ def test_a_wrong_norm_is_not_swapped(family, field, dtype, monkeypatch):
         use_head_norms(model_of(family, dtype=dtype))
 
 
+def test_a_module_whose_forward_fails_is_not_swapped(monkeypatch):
+    def broken(self, x):
+        raise RuntimeError("out of order")
+
+    model = model_of("qwen3")
+    monkeypatch.setattr(type(norm_of(model)), "forward", broken)
+    with pytest.raises(
+        ValueError, match=r"its own forward fails on x of shape .* \(out of order\)"
+    ):
+        use_head_norms(model)
+
+
+def test_a_module_is_found_without_its_prefix():
+    modules = dict.fromkeys(("a.layers.0.q_norm", "a.layers.0.k_norm", "b.layers.0.k_norm"))
+    assert integration._path("a.layers.0.k_norm", modules) == "a.layers.0.k_norm"
+    assert integration._path("layers.0.q_norm", modules) == "a.layers.0.q_norm"
+    for name, number in (("layers.0.k_norm", 2), ("layers.1.k_norm", 0)):
+        with pytest.raises(ValueError, match=f"the model has {number} modules {name}; needs one"):
+            integration._path(name, modules)
+
+
 def test_a_patched_module_is_not_swapped(monkeypatch):
     model = model_of("qwen3")
     patched = type(norm_of(model))
@@ -605,3 +626,15 @@ def test_a_module_is_freed_when_it_is_let_go():
         assert forward() is None
     finally:
         gc.enable()
+
+
+def test_the_norms_of_a_model_that_is_gone():
+    model = model_of("qwen3")
+    swapped = use_head_norms(model)
+    forward = model.model.layers[0].self_attn.q_norm.forward
+    del model
+    gc.collect()
+    for ask in (lambda: swapped.norms, lambda: forward(None), lambda: pickle.dumps(forward)):
+        with pytest.raises(ValueError, match="q_norm is of a model that is gone; needs the model"):
+            ask()
+    swapped.restore()

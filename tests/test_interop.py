@@ -1,6 +1,9 @@
 """Zero copies, the producer's library, and every kind of array that is refused."""
 
+import ctypes
+import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from libraries import StrictLibrary, TorchLibrary
 from tolerances import assert_alike
 
 import cupy_headnorm
-from cupy_headnorm import HeadNorm, _arrays, _dlpack, _interop, rms_norm
+from cupy_headnorm import HeadNorm, _arrays, _dlpack, _interop, _torch, rms_norm
 
 torch = pytest.importorskip("torch")
 
@@ -107,6 +110,74 @@ def test_memory_of_other_devices_is_refused():
         assert view.layout.device.kind == name
     with pytest.raises(TypeError, match="x has 192 elements at a null pointer; needs memory"):
         _arrays.view_of(raw._replace(pointer=0, device=(2, 0)), FLOAT32, "x", None, None)
+
+
+def test_cupy_for_rocm_is_refused(monkeypatch):
+    class Array:
+        pass
+
+    runtime = SimpleNamespace(is_hip=True)
+    cupy = SimpleNamespace(ndarray=Array, cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with pytest.raises(TypeError, match="x is a CuPy array of a ROCm build; needs CuPy for CUDA"):
+        _interop.library_of(Array(), "x")
+
+
+def test_dtypes_that_only_dlpack_names():
+    x = StrictLibrary().array(np.ones((3, 64), np.complex64))
+    with pytest.raises(TypeError, match=r"x has DLPack dtype \(code 5, 64 bits, 1 lanes\); needs"):
+        rms_norm(x)
+
+
+def test_capsules_of_a_later_dlpack_are_refused():
+    capsule = np.ones(3).__dlpack__(max_version=(1, 0))
+    address = _dlpack._pointer_of(capsule, b"dltensor_versioned")
+    _dlpack._Versioned.from_address(address).version.major = 2
+    with pytest.raises(TypeError, match="DLPack capsule of version 2; needs 1"):
+        _dlpack.read_capsule(capsule)
+    _dlpack._Versioned.from_address(address).version.major = 1  # for whoever frees it
+
+
+def test_the_exchange_api_of_our_version_is_found():
+    """Tables are chained, the newest first."""
+    ours, newer = _dlpack._ExchangeTable(), _dlpack._ExchangeTable()
+    ours.version.major, newer.version.major = 1, 2
+    ours.dltensor_from_py_object_no_sync = ours.current_work_stream = 64  # not called
+    newer.prev_api = ctypes.addressof(ours)
+    name = b"dlpack_exchange_api"
+    make = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+        ("PyCapsule_New", ctypes.pythonapi)
+    )
+
+    def api(table):
+        capsule = make(ctypes.addressof(table), name, None)
+        return _dlpack.exchange_api(type("Tensor", (), {"__dlpack_c_exchange_api__": capsule}))
+
+    assert isinstance(api(newer), _dlpack.ExchangeApi)
+    newer.prev_api = None
+    assert api(newer) is None
+    assert _dlpack.exchange_api(int) is None
+
+
+def test_versions_are_counted_without_torchs_private_function():
+    torch = pytest.importorskip("torch")
+    without = SimpleNamespace(
+        _C=SimpleNamespace(), empty=torch.empty, inference_mode=torch.inference_mode,
+        autograd=torch.autograd,
+    )  # fmt: skip
+    x = torch.ones(3)
+    for library in (torch, without):
+        before = x._version
+        _torch._version_counter(library)((x,))
+        assert x._version == before + 1
+
+
+def test_libraries_without_a_glance_say_so():
+    """None sends a call to `view`; the address of a result is what `view` finds."""
+    x = np.ones((3, 64), np.float32)
+    library = _interop.library_of(x, "x")
+    assert library.glance(x) is None
+    assert library.address(x) == x.ctypes.data
 
 
 def test_capsules_without_strides_are_compact():

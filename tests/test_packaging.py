@@ -39,6 +39,7 @@ def test_wheel_holds_the_package_and_every_kernel(dist):
     names = zipfile.ZipFile(wheel).namelist()
     for path in KERNELS:
         assert f"cupy_headnorm/{path}" in names
+    assert "cupy_headnorm/py.typed" in names
     for path in (ROOT / "cupy_headnorm").rglob("*.py"):
         assert str(path.relative_to(ROOT)) in names
     tops = {name.split("/")[0] for name in names}
@@ -52,6 +53,7 @@ def test_sdist_holds_tests_notebooks_and_the_makefile(dist):
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     wanted = [*map(str, KERNELS), "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"]
     wanted += ["Makefile", "setup.cfg", "pyproject.toml", "notebooks/1-first-norm.ipynb"]
+    wanted += ["cupy_headnorm/py.typed", "tests/public_api.txt"]
     wanted += [str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("*.py")]
     assert not set(wanted) - names
 

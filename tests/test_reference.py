@@ -16,9 +16,12 @@ from cupy_headnorm import ops, reference
 
 @pytest.mark.parametrize("name", reference.__all__)
 def test_signatures_are_those_of_the_functions(name):
-    ours, theirs = getattr(ops, name), getattr(reference, name)
-    assert inspect.signature(ours) == inspect.signature(theirs)
-    kinds = [p.kind for p in inspect.signature(ours).parameters.values()]
+    ours, theirs = (
+        [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+        for function in (getattr(ops, name), getattr(reference, name))
+    )
+    assert ours == theirs
+    kinds = [kind for _, kind, _ in ours]
     assert kinds == sorted(kinds), "arrays are positional-only, options keyword-only"
     assert set(kinds) == {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY}
 

@@ -1,12 +1,14 @@
 """The text that goes to the compiler."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from cupy_headnorm import _kernels, _launch, _source
 from cupy_headnorm._dtypes import BFLOAT16, FLOAT32
-from cupy_headnorm._spec import NormSpec
+from cupy_headnorm._layout import Device, Layout
+from cupy_headnorm._spec import NormSpec, describe, options
 
 SHARED = ["geometry.cuh", "norm.cuh", "reduce.cuh", "rows.cuh", "scalar.cuh", "vec.cuh"]
 HEADERS = {"head_norm.cu": SHARED, "qk_norm_rope.cu": sorted([*SHARED, "parts.cuh", "rope.cuh"])}
@@ -51,6 +53,18 @@ def test_missing_kernels_are_named(monkeypatch, tmp_path):
         _source.kernels_folder.cache_clear()
 
 
+def test_installed_kernels_come_first(monkeypatch, tmp_path):
+    package = tmp_path / "cupy_headnorm"
+    (package / "kernels").mkdir(parents=True)
+    (package / "kernels" / "head_norm.cu").write_text("")
+    monkeypatch.setattr(_source, "_PACKAGE", package)
+    _source.kernels_folder.cache_clear()
+    try:
+        assert _source.kernels_folder() == package / "kernels"
+    finally:
+        _source.kernels_folder.cache_clear()
+
+
 def test_a_kernels_name_says_its_specialisation():
     spec = NormSpec("rms", BFLOAT16, FLOAT32, None, 128, "once")
     assert spec.name == "head_norm_rms_bf16_f32_d128"
@@ -73,3 +87,26 @@ def test_params_lie_as_in_rows_cuh():
     axis = re.search(r"struct RowAxis \{(.*?)\n\};", text, re.DOTALL).group(1)
     fields = re.findall(r"(?:long long|unsigned int) (\w+);", axis)
     assert fields == [name for name, _ in _kernels._Axis._fields_]
+
+
+def test_a_launch_holds_its_axes_and_any_number_of_rows(monkeypatch):
+    monkeypatch.setattr(_kernels, "limits", lambda index: _launch.DeviceLimits())
+    monkeypatch.setattr(_kernels, "_function", lambda *_: SimpleNamespace(ptr=7))
+    device = Device("cuda", 0)
+    x = Layout((4, 3, 64), (5 * 256, 256, 4), FLOAT32, device, 16)  # of a packed buffer
+    out = x._replace(strides=(3 * 256, 256, 4))
+    weight = Layout((3, 64), (256, 4), FLOAT32, device, 16)
+    call = describe(options("rms", eps=0.5, weight_offset=1.0), x, weight, None, out)
+    launch = _kernels.prepare(call, 0, 0)
+    params, config = launch.params, launch.config
+    assert (launch.function, launch.threads) == (7, config.threads)
+    assert (params.rows, params.eps, params.weight_offset) == (12, 0.5, 1.0)
+    axes = [(a.size, a.x, a.out, a.weight, a.bias) for a in params.axis]
+    assert axes == [(1, 0, 0, 0, 0), (3, 256, 256, 256, 0), (4, 1280, 768, 0, 0)]
+    for axis in params.axis:
+        assert (axis.multiplier, axis.shift) == _launch.division(axis.size)
+    longer = _kernels.over_rows(launch, 3000)
+    assert (longer.params.rows, longer.blocks) == (3000, config.blocks(3000))
+    assert (params.rows, launch.blocks) == (12, config.blocks(12))
+    # With few axes the kernel counts rows in 32 bits.
+    assert _kernels.over_rows(launch, 3 * 2**30) is None

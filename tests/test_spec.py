@@ -6,7 +6,9 @@ import pytest
 from tolerances import assert_alike
 
 import cupy_headnorm
-from cupy_headnorm import HeadNorm, layer_norm, reference, rms_norm
+from cupy_headnorm import HeadNorm, _spec, layer_norm, reference, rms_norm
+from cupy_headnorm._dtypes import FLOAT32
+from cupy_headnorm._layout import CPU, Device, Layout
 
 X = np.linspace(-1, 1, 5 * 3 * 64, dtype=np.float32).reshape(5, 3, 64)
 
@@ -342,3 +344,15 @@ def test_errors_of_the_package_are_what_they_say():
     assert issubclass(cupy_headnorm.CheckpointError, ValueError)
     assert issubclass(cupy_headnorm.GPUUnavailableError, RuntimeError)
     assert issubclass(cupy_headnorm.CaptureError, RuntimeError)
+
+
+def test_parameters_lie_on_the_device_of_x():
+    x = Layout((5, 3, 64), (768, 256, 4), FLOAT32, Device("cuda", 1), 16)
+    weight = Layout((64,), (4,), FLOAT32, Device("cuda", 0), 16)
+    with pytest.raises(TypeError, match="weight is on cuda:0; needs the device of x, cuda:1"):
+        _spec.describe(_spec.options("rms"), x, weight, None, x)
+
+
+def test_no_elements_have_no_axis_of_tokens():
+    x = Layout((0, 3, 64), (768, 256, 4), FLOAT32, CPU, 16)
+    assert _spec.tokens_axis(_spec.options("rms"), x, x, None, None) is None

@@ -184,7 +184,7 @@ class _Forward:
 
     @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self._module()
+        module = self._owner()
         if self.active:
             try:
                 result = self._ours(module, *args, **kwargs)
@@ -196,7 +196,13 @@ class _Forward:
                 return result
         return type(module).forward(module, *args, **kwargs)
 
-    def _ours(self, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def _owner(self) -> torch.nn.Module:
+        module = self._module()
+        if module is None:
+            raise ValueError(f"{self.described.name} is of a model that is gone; needs the model")
+        return module
+
+    def _ours(self, module: torch.nn.Module, x: torch.Tensor) -> Any:
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x is a {type(x).__name__}; needs a torch.Tensor")
         weight, bias = self.parameters(module)
@@ -208,7 +214,9 @@ class _Forward:
             raise ValueError("autocast is on")
         return _dispatch.apply(self.of_options, x, weight, bias)
 
-    def parameters(self, module: torch.nn.Module) -> tuple[torch.Tensor | None, ...]:
+    def parameters(
+        self, module: torch.nn.Module
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the weight and the bias as they are now."""
         return _gathered(module, self._weights), _gathered(module, self._biases)
 
@@ -218,7 +226,7 @@ class _Forward:
 
     def norm(self) -> HeadNorm:
         """Return the norm with a copy of the module's weights."""
-        module = self._module()
+        module = self._owner()
         with torch.no_grad():
             return HeadNorm._of_model(self.described, *self.parameters(module))
 
@@ -231,7 +239,7 @@ class _Forward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the module, of which only the class is there yet, gives its own forward.
-        return getattr, (self._module(), "forward")
+        return getattr, (self._owner(), "forward")
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -291,10 +299,11 @@ def _check_agrees(module: torch.nn.Module, forward: _Forward, like: torch.Tensor
     theirs = theirs.double()
     ours = _dispatch.apply(forward.of_options, x, *forward.parameters(module)).double()
     bound = theirs.abs().amax(-1, keepdim=True) * (4 * torch.finfo(x.dtype).eps + 1e-5)
-    if not ((error := (ours - theirs).abs()) <= bound).all():
+    apart = (ours - theirs).abs()
+    if not (apart <= bound).all():
         raise ValueError(
             f"its own forward and what {described.kind} with eps={described.eps} gives differ by "
-            f"{error.max():.3g}; needs the forward of transformers' own class"
+            f"{apart.max():.3g}; needs the forward of transformers' own class"
         )
 
 
@@ -308,5 +317,6 @@ def _gathered(module: Any, getters: tuple[Callable[[Any], Any], ...]) -> torch.T
     if not getters:
         return None
     if len(getters) == 1:
-        return getters[0](module)
+        tensor: torch.Tensor = getters[0](module)
+        return tensor
     return torch.stack([get(module) for get in getters])
