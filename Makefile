@@ -1,5 +1,5 @@
-# Every target sets up what it needs in .venv, from a fresh clone: Python 3.11 or newer, make and
-# PyPI are all it takes.
+# Every target sets up what it needs in .venv, from a fresh clone: Python 3.11 or newer, make, g++
+# and PyPI are all it takes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ CUDA = $(shell $(PYTHON) cupy_headnorm/_driver.py)
 TORCH = $(if $(filter cuda12,$(CUDA)),torch<2.11,torch==2.13.0)
 # A folder of real weights and activations for the tests: make test REAL=DIR
 REAL ?=
-CUDA_SOURCES = kernels/*.cu kernels/include/headnorm/*.cuh
+CUDA_SOURCES = kernels/*.cu kernels/include/headnorm/*.cuh tests/host/*.cpp tests/host/*.h tests/host/crt/*.h
 PYTEST = $(BIN)/python -m pytest $(if $(REAL),--real=$(REAL))
 
 .DEFAULT_GOAL := help
@@ -22,7 +22,7 @@ demo: $(VENV)/demo ## write, load and apply a checkpoint, on a GPU where there i
 	@$(BIN)/python -m cupy_headnorm demo
 
 test: $(VENV)/test ## all tests that need no GPU, and with one those too
-	HEADNORM_REQUIRE_NVRTC=1 $(PYTEST) -n auto
+	HEADNORM_REQUIRE_NVRTC=1 HEADNORM_REQUIRE_HOST=1 $(PYTEST) -n auto
 
 coverage: $(VENV)/test ## the Python lines that tests without a GPU run: 95 % at least
 	HEADNORM_REQUIRE_NVRTC=1 $(PYTEST) -n auto -m "not gpu" --cov --cov-report=term-missing:skip-covered

@@ -1,0 +1,247 @@
+"""
+The kernels on the CPU, where CI has no GPU.
+
+The very text that NVRTC compiles is compiled by g++ beside ``host/cuda.h``, under AddressSanitizer
+and UBSan, and run by ``host/block.cpp`` with every thread of a block as a fiber. `host_build` says
+which specialisations. A kernel runs in a process of its own, ``host/worker.py``, in three orders of
+its threads, which must end in the same bits. It finds copies of the arrays' memory that end where
+the arrays do, and bytes between their rows are forbidden too.
+
+`device` makes the package take NumPy arrays for a GPU's: what is called inside it is checked,
+planned and launched as on one.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+
+import numpy as np
+import pytest
+from host_build import build, missing, specialisations
+from host_run import ORDERS, Finding, Use, run  # noqa: F401
+
+from cupy_headnorm import (
+    _dispatch,
+    _interop,
+    _kernels,
+    _launch,
+    _parts_kernels,
+    _parts_launch,
+    _qk_dispatch,
+)
+from cupy_headnorm._dtypes import DTYPES, INT32, INT64
+from cupy_headnorm._layout import Device
+
+ITEMSIZE = {dtype.cuda: dtype.itemsize for dtype in (*DTYPES, INT32, INT64)}
+
+
+class NotBuilt(LookupError):
+    """No specialisation that is compiled serves a call."""
+
+
+def require():
+    """Skip a test where kernels cannot be compiled for the CPU; `make test` makes that an error."""
+    if missing():
+        if os.environ.get("HEADNORM_REQUIRE_HOST"):
+            raise RuntimeError(missing())
+        pytest.skip(missing())
+
+
+@functools.cache
+def library():
+    """Return all specialisations, compiled."""
+    return build(specialisations())
+
+
+# From a launch to the memory that its kernel may touch: NumPy's arithmetic beside the kernel's own.
+def _offsets(numbers, axes, strides):
+    """Return bytes to entries of a grid, whose innermost axis comes first."""
+    offsets = np.zeros(numbers.shape, np.int64)
+    for axis, stride in zip(axes[:-1], strides[:-1], strict=True):
+        numbers, index = np.divmod(numbers, axis.size)
+        offsets += index * stride
+    return offsets + numbers * strides[-1]
+
+
+def _norm_uses(macros, params, blocks):
+    rows = np.add.outer(np.array(blocks) * params.rows_per_block, np.arange(params.rows_per_block))
+    rows = rows[rows < params.rows]
+    uses = {}
+    for i, name in enumerate(("x", "out", "weight", "bias")):
+        width = ITEMSIZE.get(macros["HN_X" if i < 2 else f"HN_{name.upper()}"], 0)
+        if width:
+            strides = [getattr(axis, name) for axis in params.axis]
+            starts = np.unique(getattr(params, name) + _offsets(rows, params.axis, strides))
+            uses[name] = 8 * i, Use(starts, width * int(macros["HN_HEAD_DIM"]), name == "out")
+    return uses
+
+
+def _parts_uses(macros, params, blocks):
+    axes = params.axis[1:]  # the first one is that of the groups
+    tokens = np.arange(params.groups // params.axis[0].size)
+    head_dim = int(macros["HN_HEAD_DIM"])
+    uses = {}
+
+    def use(at, starts, width, written=False):
+        uses[str(at)] = at, Use(np.unique(starts), width, written)
+
+    for i, (part, heads) in enumerate(zip(params.part, params.heads, strict=True)):
+        for j, name in enumerate(("x", "out", "weight", "bias")):
+            address = getattr(part, name)
+            if not address or not heads.count:
+                continue
+            starts = address + np.arange(heads.count) * getattr(heads, name)
+            if j < 2:
+                strides = [getattr(axis, name)[i] for axis in axes]
+                starts = np.add.outer(starts, _offsets(tokens, axes, strides))
+            width = ITEMSIZE[macros["HN_X" if j < 2 else f"HN_{name.upper()}"]]
+            use(8 * (4 * i + j), starts, width * head_dim, name == "out")
+    if macros["HN_ROPE"] == "none":
+        return uses
+    rows = _offsets(tokens, axes, [axis.table for axis in axes])
+    if params.positions:
+        rows = np.arange(params.max_position) * params.table_row
+        at = _offsets(tokens, axes, [axis.position for axis in axes])
+        sections = np.arange(macros["HN_SECTION_SIZES"].count(",") + 1) * params.position_row
+        width = ITEMSIZE[macros["HN_POSITION"]]
+        use(8 * 14, params.positions + np.add.outer(sections, at), width)
+    entries = int(macros["HN_ROTARY_DIM"]) // (1 if macros["HN_WHOLE_ROWS"] == "true" else 2)
+    for at, address in ((12, params.cosines), (13, params.sines)):
+        use(8 * at, address + rows, ITEMSIZE[macros["HN_TABLE"]] * entries)
+    return uses
+
+
+# From the package to a launch.
+LOOSE = {"HN_NAME", "HN_BLOCKS", "HN_ACCESS", "HN_PARAMETER_ACCESS", "HN_TABLE_ACCESS", "HN_AXES"}
+"""Macros in which a kernel may differ and serve: it moves less at once, or has axes to spare."""
+
+
+def served_by(kernels, source, macros, architecture, few_rows=True):
+    """Return the specialisation that serves what `macros` ask for, itself or the next best one."""
+
+    def accesses(of):
+        return [int(of.get(f"HN_{name}ACCESS", 1)) for name in ("", "PARAMETER_", "TABLE_")]
+
+    found = []
+    for kernel in kernels:
+        of = dict(kernel.macros)
+        same = all(of.get(name) == value for name, value in macros.items() if name not in LOOSE)
+        if not same or (kernel.source, kernel.architecture) != (source, architecture):
+            continue
+        moves = all(a <= b for a, b in zip(accesses(of), accesses(macros), strict=True))
+        axes = int(of["HN_AXES"])
+        counts = few_rows or axes in (int(macros["HN_AXES"]), _launch.AXES[-1])
+        if moves and counts and axes >= int(macros["HN_AXES"]):
+            found.append((accesses(of), -axes, kernel))
+    if not found:
+        raise NotBuilt(f"{macros['HN_NAME']} is not among the kernels compiled for the host")
+    return max(found, key=lambda item: item[:2])[-1]
+
+
+class _HostAsCuda(type(_interop.library_of(np.empty(0), "x"))):
+    """NumPy's adapter, for which host memory is that of a GPU, and calls are remembered."""
+
+    allocates_in_graphs = True
+
+    def glance(self, x):
+        address = x.ctypes.data
+        return address, (0, x.shape, x.strides, x.dtype, (address % 16, x.flags.writeable))
+
+    def view(self, x, role, *rows):
+        view = super().view(x, role, *rows)
+        return view._replace(layout=view.layout._replace(device=Device("cuda", 0)))
+
+    def empty_like(self, view):
+        result, _ = super().empty_like(view)
+        ctypes.memset(result.ctypes.data, 0xFF, result.nbytes)  # NaN, where nothing is written
+        return result, lambda x: self.empty_like(self.view(x, "x"))[0]
+
+    def stream(self, index):
+        return 0
+
+
+class _Device:
+    """What launches on a GPU, on the host."""
+
+    def __init__(self, built, orders, architecture, blocks):
+        self.built, self.orders, self.blocks = built, orders, blocks
+        self.find = functools.partial(served_by, built.symbols, architecture=architecture)
+
+    def prepare(self, call, index, stream, config=None):
+        if config is None:
+            config = _launch.plan(call)
+        else:
+            _launch.check_config(config, call.spec, _launch.DeviceLimits())
+            _launch.check_call(call, config)
+        macros = _kernels.macros(call.spec, config, _launch.memory(call, config))
+        few_rows = call.rows <= _launch.MAX_FEW_ROWS
+        found = self.find("head_norm.cu", macros, few_rows=few_rows)
+        params = _kernels._params(call, config, int(dict(found.macros)["HN_AXES"]))
+        return _kernels.Launch(
+            found, config.blocks(call.rows), config.threads, index, params, config
+        )
+
+    def prepare_parts(self, call, index, stream, config=None):
+        config = _parts_launch.plan(call) if config is None else config
+        found = self.find("qk_norm_rope.cu", _parts_kernels.macros(call.spec, config))
+        config = config._replace(axes=int(dict(found.macros)["HN_AXES"]))
+        params = _parts_kernels._params(call, config)
+        blocks = -(-params.groups // config.groups_per_block)
+        return _parts_kernels.PartsLaunch(found, blocks, config.threads, index, params, config)
+
+    def runner(self, launch):
+        return lambda *addresses: self.start(launch, addresses[:-1], _norm_uses)
+
+    def parts_runner(self, launch):
+        return lambda stream, *addresses: self.start(launch, addresses, _parts_uses)
+
+    def start(self, launch, addresses, uses):
+        params = type(launch.params).from_buffer_copy(launch.params)
+        ctypes.memmove(
+            ctypes.addressof(params), np.array(addresses, np.uint64).ctypes.data, 8 * len(addresses)
+        )
+        blocks = range(launch.blocks) if self.blocks is None else self.blocks
+        found = uses(dict(launch.function.macros), params, blocks)
+        run(self.built, launch.function, params, found, blocks, launch.threads, self.orders)
+
+
+@contextlib.contextmanager
+def device(built=None, *, orders=ORDERS, architecture=900, blocks=None):
+    """
+    Take NumPy arrays for those of a GPU, on which the kernels of `built` run.
+
+    `blocks` are those to run, where a launch has more than a CPU can. NotBuilt is raised by calls
+    that no kernel serves, and Finding by those that go wrong.
+    """
+    gpu = _Device(built or library(), orders, architecture, blocks)
+    adapter = _HostAsCuda()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_interop._found, np.ndarray, adapter)
+        patch.setitem(_interop.quick, np.ndarray, adapter)
+        patch.setattr(_interop, "import_cupy", lambda: None)
+        patch.setattr(_interop, "upload", lambda a, _: _interop.view(np.array(a), "parameter"))
+        patch.setattr(_interop, "synchronize", lambda index: None)
+        patch.setattr(_kernels, "refuse_capture", lambda stream, what: None)
+        patch.setattr(_kernels, "limits", lambda index: _launch.DeviceLimits())
+        patch.setattr(_kernels, "prepare", gpu.prepare)
+        patch.setattr(_kernels, "runner", gpu.runner)
+        patch.setattr(_parts_kernels, "prepare", gpu.prepare_parts)
+        patch.setattr(_parts_kernels, "runner", gpu.parts_runner)
+        for module in (_dispatch, _qk_dispatch):
+            patch.setattr(module, "_thread", module._Thread())
+            patch.setattr(module, "_plans", {})
+        yield
+
+
+def planted(specialisation, *changes):
+    """Compile a specialisation whose text has other pieces: (old, new), each there just once."""
+
+    def changed(text):
+        for old, new in changes:
+            if text.count(old) != 1:
+                raise LookupError(f"{text.count(old)} times in {specialisation.source}: {old!r}")
+            text = text.replace(old, new)
+        return text
+
+    return build([specialisation], changed)

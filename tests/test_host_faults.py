@@ -1,0 +1,156 @@
+"""Faults planted in the text of one kernel each: what runs kernels on the host must find them."""
+
+import host
+import host_build
+import numpy as np
+import pytest
+from host_build import ANY, NORMS, WHOLE
+from oracle import norm as oracle
+from test_host import (  # noqa: F401
+    FAR,
+    _compiler,
+    far_apart,
+    function,
+    kernel_of,
+    last_rows,
+    parameters,
+    reserved,
+)
+from tolerances import assert_close
+
+import cupy_headnorm
+
+
+def faulty(norm, rng, *changes, count=5, orders=host.ORDERS):
+    """Return what a changed kernel makes of a few rows, and what float64 does."""
+    built = host.planted(norm.specialisation(), *changes)
+    x = rng.standard_normal((count, norm.spec.head_dim)).astype(norm.spec.x.numpy)
+    weight, bias = parameters(norm._replace(axes=1), rng, x.shape)
+    exact, *rest = oracle(norm.spec.kind, x, weight, bias, eps=1e-5, rounding=norm.spec.rounding)
+    with host.device(built, orders=orders):
+        y = function(norm.spec)(x, weight, bias, eps=1e-5, rounding=norm.spec.rounding)
+    return y, exact, rest[0]
+
+
+def test_a_kernel_without_a_fault_passes(rng):
+    y, exact, slack = faulty(kernel_of(host_build.BLOCK, WHOLE), rng)
+    assert_close(y, exact, slack, "float16")
+
+
+PAST_THE_TAIL = (
+    "kEveryLaneFull || element < kHeadDim;",
+    "kEveryLaneFull || element <= kHeadDim;",
+)
+
+
+def test_an_index_one_past_the_tail_is_found(rng):
+    with pytest.raises(host.Finding, match=r"AddressSanitizer(.|\n)*READ(.|\n)*vec\.cuh:\d+"):
+        faulty(kernel_of(host_build.ODD, ANY), rng, PAST_THE_TAIL, count=1)
+
+
+def test_an_index_one_past_the_tail_is_found_between_rows(rng):
+    """What lies behind a row of a slice is memory of the array it is cut from."""
+    norm = kernel_of(host_build.ODD, ANY)
+    built = host.planted(norm.specialisation(), PAST_THE_TAIL)
+    x = rng.standard_normal((4, 2 * norm.spec.head_dim + 3)).astype(norm.spec.x.numpy)
+    _, bias = parameters(norm, rng, (1, norm.spec.head_dim))
+    with host.device(built), pytest.raises(host.Finding, match="use-after-poison"):
+        cupy_headnorm.rms_norm(x[:, : norm.spec.head_dim], None, bias[0], rounding="every_op")
+
+
+BARRIER = "    __syncthreads();\n    return warp_sum<kWarps>(", "    return warp_sum<kWarps>("
+
+
+@pytest.mark.parametrize("how", [WHOLE, ANY])
+def test_a_missing_barrier_is_found(how, rng):
+    with pytest.raises(host.Finding, match="give different bits"):
+        faulty(kernel_of(host_build.BLOCK, how), rng, BARRIER)
+
+
+@pytest.mark.parametrize("order", host.ORDERS)
+def test_a_missing_barrier_gives_wrong_numbers_in_any_one_order(order, rng):
+    """What was not written yet is NaN."""
+    y, *_ = faulty(kernel_of(host_build.BLOCK, WHOLE), rng, BARRIER, orders=[order])
+    assert np.isnan(y).any()
+
+
+def test_shared_sums_used_again_without_a_barrier_are_found(rng):
+    """ExLlamaV2's LayerNorm: a warp that is ahead overwrites the mean that another one reads."""
+    used_twice = (
+        "inverse_of<kRounding, T, G>(squares[0], p.eps, partial[1])",
+        "inverse_of<kRounding, T, G>(squares[0], p.eps, partial[0])",
+    )
+    with pytest.raises(host.Finding, match="give different bits"):
+        faulty(kernel_of(host_build.ODD_BLOCK, ANY), rng, used_twice)
+
+
+def test_a_missing_barrier_of_a_warp_is_found(rng):
+    """Between what lanes stage for each other and the lanes that take it."""
+    taken = "      row_barrier<G::kLanes>();\n      if (row_exists && G::inside(first)) {\n"
+    change = (taken, taken.partition("\n")[2])
+    y, *_ = faulty(kernel_of(host_build.QWEN3, ANY), rng, change)
+    assert np.isnan(y.astype(np.float32)).all()
+
+
+EXISTS = "const bool row_exists = local_row < p.rows_per_block && row < p.rows;"
+
+
+@pytest.mark.parametrize("spec", [host_build.QWEN3, host_build.BLOCK], ids=lambda s: s.name)
+def test_a_shuffle_over_lanes_that_left_is_found(spec, rng):
+    """Idle lanes leave: of rows that do not fill a warp, or of a block (its upper half here)."""
+    leave = " if (!row_exists) return;"
+    if spec == host_build.BLOCK:
+        leave = " if (threadIdx.x >= 80) return;"
+    with pytest.raises(host.Finding, match=r"divergence .* waits for its .* has ended"):
+        faulty(kernel_of(spec, WHOLE), rng, (EXISTS, EXISTS + leave))
+
+
+def test_a_barrier_that_some_warps_miss_is_found(rng):
+    change = (
+        "    __syncthreads();\n    return",
+        "    if (threadIdx.x < 64) __syncthreads();\n    return",
+    )
+    missed = r"thread 0 waits for its block at .*reduce\.cuh:\d+, thread 64 has ended"
+    with pytest.raises(host.Finding, match=missed):
+        faulty(kernel_of(host_build.BLOCK, WHOLE), rng, change)
+
+
+def test_a_vector_loaded_from_a_misaligned_row_is_found(rng):
+    norm = kernel_of(host_build.TAIL, ANY)
+    change = (
+        "vec.template load<G::kAccess>(row + first);",
+        "vec.template load<G::kVec>(row + first);",
+    )
+    built = host.planted(norm.specialisation(), change)
+    x = rng.standard_normal(1 + norm.spec.head_dim).astype(np.float32)[1:]
+    weight, bias = parameters(norm._replace(axes=1), rng, x.shape)
+    with host.device(built), pytest.raises(host.Finding, match="misaligned address"):
+        cupy_headnorm.layer_norm(x, weight, bias)
+
+
+@pytest.mark.parametrize("step", [FAR, -FAR])
+def test_an_offset_of_32_bits_is_found(step, rng):
+    """The rows are where they are said to be, and a wrong address is nobody's."""
+    norm = kernel_of(host_build.QWEN3, WHOLE)
+    change = ("    x += index * axis.x;", "    x += static_cast<int>(index * axis.x);")
+    built = host.planted(norm.specialisation(), change)
+    x = far_apart(reserved(3 * FAR + 2**16), norm, step)
+    x[...] = 1
+    weight, _ = parameters(norm, rng, x.shape)
+    with host.device(built), pytest.raises(host.Finding, match="SEGV on unknown address"):
+        cupy_headnorm.rms_norm(x, weight, out=x)
+
+
+def test_a_row_number_of_32_bits_is_found(rng):
+    norm = kernel_of(host_build.ONE_ELEMENT, ANY)
+    change = (
+        "static_cast<long long>(blockIdx.x) * p.rows_per_block",
+        "static_cast<int>(blockIdx.x) * p.rows_per_block",
+    )
+    with pytest.raises(host.Finding, match="signed integer overflow"):
+        last_rows(host.planted(norm.specialisation(), change), rng)
+
+
+def test_a_fault_that_finds_no_text_fails():
+    with pytest.raises(LookupError, match=r"0 times in head_norm\.cu: 'no such text'"):
+        host.planted(NORMS[0].specialisation(), ("no such text", ""))
