@@ -20,6 +20,21 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all-architectures", action="store_true", help="compile the kernels for every GPU"
     )
+    parser.addoption("--cases", type=int, help="calls drawn on a GPU, of all tests together")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many calls were drawn."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    cases = sum(
+        value
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "cases"
+    )
+    if cases:
+        terminalreporter.write_line(f"{cases} drawn calls")
 
 
 def pytest_collection_modifyitems(config, items):
