@@ -13,7 +13,7 @@ CUDA_SOURCES = kernels/*.cu kernels/include/headnorm/*.cuh tests/host/*.cpp test
 PYTEST = $(BIN)/python -m pytest $(if $(REAL),--real=$(REAL))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage lint format compile gpu bench parity real notebooks wheel clean
+.PHONY: help demo test coverage lint format compile gpu sanitize bench parity real notebooks wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ compile: $(VENV)/test ## compile the kernels for every GPU from sm_75 to sm_120,
 
 gpu: $(VENV)/test ## the tests that need a GPU
 	$(PYTEST) -m gpu
+
+sanitize: $(VENV)/test ## the kernels under compute-sanitizer, on a GPU
+	$(BIN)/python tests/sanitize.py
 
 bench: $(VENV)/test ## speed as a share of a copy of the same bytes
 	$(BIN)/python -m cupy_headnorm bench

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sanitize
 from libraries import CuPyLibrary, NumPyLibrary, StrictLibrary, TorchLibrary
 
 import cupy_headnorm
@@ -40,6 +41,8 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_collection_modifyitems(config, items):
     asked = "real_model" in config.getoption("markexpr")
     for item in items:
+        if sanitize.is_selected(item.nodeid):
+            item.add_marker(pytest.mark.sanitize)
         if item.get_closest_marker("real_model") and not asked:
             item.add_marker(pytest.mark.skip(reason="takes a model of 250 MB; needs make real"))
         if item.get_closest_marker("gpu") and GPU_REASON:

@@ -96,7 +96,7 @@ def test_make_help_lists_every_target():
     command = ["make", "--no-print-directory", "help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     listed = [line.split()[0] for line in done.stdout.splitlines()]
-    expected = "help demo test coverage lint format compile gpu bench parity real notebooks"
+    expected = "help demo test coverage lint format compile gpu sanitize bench parity real notebooks"
     assert sorted(listed) == sorted([*expected.split(), "wheel", "clean"])
 
 
