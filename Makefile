@@ -9,7 +9,8 @@ CUDA = $(shell $(PYTHON) cupy_headnorm/_driver.py)
 TORCH = $(if $(filter cuda12,$(CUDA)),torch<2.11,torch==2.13.0)
 # A folder of real weights and activations for the tests: make test REAL=DIR
 REAL ?=
-CUDA_SOURCES = kernels/*.cu kernels/include/headnorm/*.cuh tests/host/*.cpp tests/host/*.h tests/host/crt/*.h
+CUDA_SOURCES = kernels/*.cu kernels/include/headnorm/*.cuh tests/host/*.cpp tests/host/*.h \
+	tests/host/crt/*.h
 PYTEST = $(BIN)/python -m pytest $(if $(REAL),--real=$(REAL))
 
 .DEFAULT_GOAL := help

@@ -2,7 +2,8 @@
 Per-attention-head normalization (QK-norm) for CuPy, torch, NumPy and every DLPack array.
 
 `HeadNorm` holds a weight and normalizes; `rms_norm` and `layer_norm` are the same as functions;
-`reference` has them in NumPy. `head_norms` finds those of a Hugging Face model.
+`reference` has them in NumPy. `QKNorm` normalizes queries and keys and turns them by a `Rope`, in
+one launch. `head_norms` finds the norms of a Hugging Face model.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -49,6 +49,10 @@ class Library(Protocol):
     """What the library asks of NumPy, CuPy, torch and everything that speaks DLPack."""
 
     name: str
+    takes_out: bool
+    """Whether a caller may give arrays of it as `out`."""
+    allocates_in_graphs: bool
+    """Whether new memory may be asked for while its stream is captured into a CUDA graph."""
 
     def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
         """
@@ -56,11 +60,6 @@ class Library(Protocol):
 
         `rows` are the dtypes that it may have.
         """
-
-    takes_out: bool
-    """Whether a caller may give arrays of it as `out`."""
-    allocates_in_graphs: bool
-    """Whether new memory may be asked for while its stream is captured into a CUDA graph."""
 
     def glance(self, x: Any, /) -> tuple[int, tuple[Any, ...]] | None:
         """

@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cupy_headnorm import _driver, _qk_providers
-from cupy_headnorm._providers import CEILINGS, OURS, PROVIDERS, Case
+from cupy_headnorm._providers import CEILINGS, PROVIDERS, Case
 from cupy_headnorm._targets import Results, case_of
 
 _PROVIDERS = {**_qk_providers.PROVIDERS, **PROVIDERS}
@@ -68,31 +69,31 @@ def _table(*columns: str) -> Any:
     return table
 
 
-def show(results: Results, on: Any) -> None:
+def show(results: Results, console: Any) -> None:
     """Print what was measured on a console."""
-    on.print(f"{results['device']}, {results['date']}", markup=False)
+    console.print(f"{results['device']}, {results['date']}", markup=False)
     told = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    on.print(told, markup=False)
+    console.print(told, markup=False)
     if results["timings"]:
-        on.print("\nDevice time; share: of the better of a copy and an in-place multiply")
-        on.print(_timings(results["timings"]))
+        console.print("\nDevice time; share: of the better of a copy and an in-place multiply")
+        console.print(_timings(results["timings"]))
     for name, reason in results["unavailable"].items():
-        on.print(f"{_label(name)}: not available: {reason}", markup=False)
+        console.print(f"{_label(name)}: not available: {reason}", markup=False)
     if results["host"]:
-        on.print("\nHost time a call, 1 token")
+        console.print("\nHost time a call, 1 token")
         table = _table("call", "us")
         for row in sorted(results["host"], key=lambda row: row["microseconds"]):
             table.add_row(row["call"], f"{row['microseconds']:,.2f}")
-        on.print(table)
+        console.print(table)
     if results["once"]:
-        on.print()
+        console.print()
         table = _table("once", "")
         for name, value in results["once"].items():
             table.add_row(name.replace("_", " "), f"{value:,}")
-        on.print(table)
+        console.print(table)
     if results.get("targets"):
-        on.print("\nNumbers to reach: the worst of each")
-        on.print(_targets(results["targets"]))
+        console.print("\nNumbers to reach: the worst of each")
+        console.print(_targets(results["targets"]))
 
 
 def _label(provider: str) -> str:
@@ -173,7 +174,8 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     case, lines = _lines(results["timings"])
-    drawings = [draw for draw, has in ((_bandwidth, lines), (_bars, results["host"])) if has]
+    drawings = [partial(_bandwidth, case=case, lines=lines)] if lines else []
+    drawings += [partial(_bars, host=results["host"])] if results["host"] else []
     if not drawings:
         raise ValueError("the results hold neither device nor host times; needs one to plot")
     with rc_context({"font.size": 11, "svg.hashsalt": "cupy-headnorm"}):
@@ -181,7 +183,7 @@ def plot(results: Results, path: Path) -> None:
         for number, draw in enumerate(drawings):
             axes = figure.add_subplot(1, len(drawings), number + 1)
             axes.spines[["top", "right"]].set_visible(False)
-            draw(axes, case, lines, results["host"])
+            draw(axes)
         figure.suptitle(f"{results['device']}, {results['date'][:10]}")
         # Without a date in the file, equal results make equal files.
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -209,7 +211,7 @@ def _lines(timings: list[dict[str, Any]]) -> tuple[Case | None, dict[str, list[t
     return case, lines | {"ceiling": list(ceiling.items())}
 
 
-def _bandwidth(axes: Any, case: Any, lines: dict[str, list[Any]], host: Any) -> None:
+def _bandwidth(axes: Any, case: Any, lines: dict[str, list[Any]]) -> None:
     for name, points in lines.items():
         tokens, speeds = zip(*points, strict=True)
         style = {"color": _COLOURS.get(name, "#000000"), "linewidth": 1.4, "marker": "o"}
@@ -233,9 +235,9 @@ def _bandwidth(axes: Any, case: Any, lines: dict[str, list[Any]], host: Any) -> 
     axes.legend(frameon=False, fontsize=9)
 
 
-def _bars(axes: Any, case: Any, lines: Any, host: list[dict[str, Any]]) -> None:
+def _bars(axes: Any, host: list[dict[str, Any]]) -> None:
     rows = sorted(host, key=lambda row: -row["microseconds"])
-    ours = [row["call"].startswith(OURS[0]) for row in rows]
+    ours = [row["call"].startswith("ours") for row in rows]
     colours = [_COLOURS["ours"] if own else "#999999" for own in ours]
     bars = axes.barh(
         [row["call"] for row in rows], [row["microseconds"] for row in rows], color=colours

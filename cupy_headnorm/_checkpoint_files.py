@@ -20,8 +20,8 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 _STEMS = ("model", "diffusion_pytorch_model")
 """Of files in a folder: transformers' name, then diffusers'."""
-_NO_NAME = set('/\\:\0"')
-"""What no name of a file has here, on any system."""
+_NOT_IN_A_NAME = set('/\\:\0"')
+"""Characters that no file's name has here, on any system."""
 _LONGEST_JSON = 100_000_000
 """Bytes, as safetensors has it for headers; parsed they are many times as many."""
 _DEEPEST_CONFIG = 64
@@ -98,7 +98,7 @@ def files(path: Any, *, variant: str | None = None) -> dict[str, Path]:
 
 def _names(variant: str | None) -> tuple[list[str], list[str]]:
     """Return the names that single files and indices may have, in order."""
-    if variant is not None and (not isinstance(variant, str) or set(variant) & _NO_NAME):
+    if variant is not None and (not isinstance(variant, str) or set(variant) & _NOT_IN_A_NAME):
         raise CheckpointError(
             f"variant is {variant!r}; needs a part of a file's name, such as 'fp16'"
         )
@@ -146,7 +146,7 @@ def _indexed(index: Path) -> dict[str, Path]:
     shards: dict[str, Path] = {}
     for name, shard in entries:
         # A path could lead out of the folder, be it through a link to another folder.
-        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & _NO_NAME:
+        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & _NOT_IN_A_NAME:
             raise CheckpointError(
                 f"{index} puts {name} in {shard!r:.200}; needs the name of a file beside it"
             )

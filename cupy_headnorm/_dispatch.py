@@ -107,7 +107,7 @@ class _Family(NamedTuple):
     steps: tuple[int, int]
     """Bytes from one token to the next in x and out."""
     out_key: tuple[Any, ...]
-    """Of the result."""
+    """The result's, as `_result_key` has it."""
 
 
 class _Thread(threading.local):

@@ -46,6 +46,17 @@ def inverse_frequency(
         Share of head_dim that turns.
     max_position : int, optional
         The config's max_position_embeddings: YaRN's factor follows from it where none is given.
+
+    Returns
+    -------
+    tuple of numpy.ndarray and float
+        One float32 number a pair of dims: as many as half the dims that turn, rounded up, but half
+        of head_dim for ``"proportional"``, the last of them zero.
+
+    Raises
+    ------
+    ValueError
+        The type needs a field that is missing, or no dim turns.
     """
     rope_type = params["rope_type"]
     factor: Any = params.get("factor")

@@ -16,8 +16,8 @@ _SAME = (
 )  # fmt: skip
 """What the layers of one row have in common."""
 
-
 _Arrays = tuple[np.ndarray | None, np.ndarray | None]
+"""Weight and bias."""
 
 
 def collect(folder: str, variant: str | None = None) -> dict[str, Any]:
@@ -93,33 +93,33 @@ def _statistics(arrays: Iterable[np.ndarray | None]) -> dict[str, float | None] 
     return {name: float(value) if np.isfinite(value) else None for name, value in found.items()}
 
 
-def show(found: dict[str, Any], on: Any) -> None:
+def show(found: dict[str, Any], console: Any) -> None:
     """Print what `collect` returns on a console."""
     title = f"{found['model_type']} in {found['checkpoint']}"
     title += "" if found["variant"] is None else f", {found['variant']}"
-    on.print(title, markup=False, emoji=False, soft_wrap=True)
+    console.print(title, markup=False, emoji=False, soft_wrap=True)
     if found["norms"]:
-        on.print(_norms(found["norms"]))
-        on.print("\nNames, and values as stored over all layers of a row")
-        on.print(_values(found["norms"]))
+        console.print(_norms(found["norms"]))
+        console.print("\nNames, and values as stored over all layers of a row")
+        console.print(_values(found["norms"]))
     else:
-        on.print("no head norm is served")
+        console.print("no head norm is served")
     if found["refused"]:
-        on.print("\nRefused")
+        console.print("\nRefused")
         rows = [
             (_layers(norm), norm["name"], _shape(norm["shape"]), norm["dtype"], norm["reason"])
             for norm in found["refused"]
         ]  # fmt: skip
-        on.print(_table(("layers", "norm", "shape", "dtype", "why"), *rows))
+        console.print(_table(("layers", "norm", "shape", "dtype", "why"), *rows))
     notes: dict[str, list[str]] = {note: [] for note in found["notes"]}
     for norm in found["norms"]:
         for note in filter(None, (*norm["notes"], norm["rope"]["note"])):
             notes.setdefault(note, []).append(norm["role"])
     if notes:
-        on.print()
+        console.print()
     for note, roles in notes.items():
         whose = f"{', '.join(dict.fromkeys(roles))}: " if roles else ""
-        on.print(f"Note: {whose}{note}", markup=False, emoji=False, soft_wrap=True)
+        console.print(f"Note: {whose}{note}", markup=False, emoji=False, soft_wrap=True)
 
 
 def _table(*rows: Sequence[str]) -> Any:

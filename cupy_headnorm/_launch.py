@@ -11,10 +11,11 @@ WARP = 32
 GROUP_THREADS = 256
 """Threads a block at most where rows share it; the kernels are compiled for this bound."""
 GROUP_BLOCKS = 5
-"""Of such blocks a multiprocessor has room for as many, which leaves a thread 48 registers. Layer,
-bfloat16, head_dim 160, 64 MB, H100: 1.00 of copy speed, without the cap 0.96."""
+"""Blocks of so many threads that a multiprocessor has room for at least, which leaves a thread 48
+registers. Layer, bfloat16, head_dim 160, 64 MB, H100: 1.00 of copy speed, without the cap 0.96."""
 GROUP_BLOCKS_VALUES = 12
-"""Values a lane at most for that, no bias and full accesses: with more the compiler spills."""
+"""Values of a lane at most for `GROUP_BLOCKS`; with more, a bias or narrower accesses the compiler
+spills."""
 MAX_BLOCKS = 2**31 - 1
 MAX_HEAD_DIM = 2**31 - 2**17
 """The kernels count inside a row in 32 bits, up to a tile past its end."""

@@ -128,6 +128,7 @@ def overlaps_itself(layout: Layout) -> bool:
         return True
     # Not nested: two indices that first differ on axis k can be moved so that one is at 0 there
     # and the other above 0, all earlier axes at 0.
+    # Any address will do that leaves room on both sides.
     array = as_numpy(1 << 62, layout, None, writeable=False)
     for axis, n in enumerate(layout.shape):
         if n > 1:

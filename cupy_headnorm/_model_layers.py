@@ -25,7 +25,6 @@ _PLAIN_WORDS = {
 """Of prefixes: they tell nothing."""
 _PLAIN_STACKS = {"layers", "layer", "blocks", "block", "h", "transformer_blocks"}
 
-
 _DEEPEST = 32
 """Modules within one another; models have 10."""
 _MOST_FIELDS = 1000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from cupy_headnorm._model_layers import (
     MAIN_TOWERS,
     PLACE,
     Group,
+    Tower,
     groups_of,
     model_type_of,
     tower_of,
@@ -39,6 +40,7 @@ __all__ = [
     "UnknownModelError",
     "find",
     "load",
+    "load_all",
     "ranges",
     "read",
     "serve",
@@ -115,7 +117,7 @@ def find(config: Mapping[str, Any], tensors: Tensors, *, full_width: bool = Fals
     strangers: list[Refused] = []
     notes: list[str] = []
     known = False
-    flags: dict[str, Any] = {}
+    flags: dict[str, Any] = {}  # those that are on; None once one of its norms is found
     for group in groups_of(tensors):
         tower = tower_of(config, group)
         taken: set[str] = set()
@@ -133,17 +135,7 @@ def find(config: Mapping[str, Any], tensors: Tensors, *, full_width: bool = Fals
             if family.refused and not own:
                 notes.append(f"{tower.model_type}: {family.refused}")
             taken = reader.taken
-        what = f"{'such a norm of ' * (family is not None)}{tower.model_type}"
-        strangers += [
-            Refused(
-                re.sub(r"(\.norms\.\d+)?\.\w+$", "", name), group.label or "text", layer, "",
-                tuple(tensors[name][1]), tensors[name][0],
-                f"nothing is known of {what}; {ARGUMENTS} would say it", unknown=True,
-            )
-            for layer, rests in group.layers.items()
-            for rest, name in rests.items()
-            if name not in taken and _LOOKS.fullmatch(rest)
-        ]  # fmt: skip
+        strangers += _strangers(group, tower, taken, tensors)
     if strangers and not known:
         raise UnknownModelError(
             f"nothing is known of {top}, and these tensors look like head norms: "
@@ -162,6 +154,19 @@ def find(config: Mapping[str, Any], tensors: Tensors, *, full_width: bool = Fals
     found = ModelNorms(top, tuple(norms), tuple(refused), tuple(dict.fromkeys(notes)))
     found.keyed()  # refuses two norms in one place
     return found
+
+
+def _strangers(group: Group, tower: Tower, taken: set[str], tensors: Tensors) -> Iterator[Refused]:
+    """Yield the tensors of a group that no role claims and that look like a head norm's."""
+    what = tower.model_type if tower.family is None else f"such a norm of {tower.model_type}"
+    reason = f"nothing is known of {what}; {ARGUMENTS} would say it"
+    for layer, rests in group.layers.items():
+        for rest, name in rests.items():
+            if name not in taken and _LOOKS.fullmatch(rest):
+                module = re.sub(r"(\.norms\.\d+)?\.\w+$", "", name)
+                dtype, shape = tensors[name]
+                label = group.label or "text"
+                yield Refused(module, label, layer, "", tuple(shape), dtype, reason, unknown=True)
 
 
 class Survey(NamedTuple):

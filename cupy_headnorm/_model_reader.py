@@ -218,14 +218,13 @@ class Reader:
         rests = self.group.layers.get(layer, {})
         named = {}
         for tensor in (role.tensor, "bias"):
-            found = [rest for rest in (f"{stem}.{tensor}",) if rest in rests]
-            heads = checkpoint.heads_of(rests, stem, tensor)
-            if found and heads:
+            whole, heads = f"{stem}.{tensor}", checkpoint.heads_of(rests, stem, tensor)
+            if whole in rests and heads:
                 raise CheckpointError(
-                    f"{rests[found[0]]} and {rests[heads[0]]} are both there; needs one of them"
+                    f"{rests[whole]} and {rests[heads[0]]} are both there; needs one of them"
                 )
-            if found or heads:
-                named[tensor] = [rests[rest] for rest in found or heads]
+            if whole in rests or heads:
+                named[tensor] = [rests[rest] for rest in heads or [whole]]
         return named
 
     def _stored(self, name: str, tensors: tuple[str, ...]) -> tuple[str, tuple[int, ...]]:

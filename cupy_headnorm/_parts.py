@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cupy_headnorm import _spec, _turning
 from cupy_headnorm._dtypes import DType
 from cupy_headnorm._layout import Layout
-from cupy_headnorm._spec import NormOptions
+from cupy_headnorm._spec import Kind, NormOptions, Rounding
 from cupy_headnorm._turning import RopeSpec, Steps, Turning
 
 PARTS = 3
@@ -32,12 +32,12 @@ class PartNorm(NamedTuple):
 class PartsSpec(NamedTuple):
     """What one compiled kernel computes."""
 
-    kind: str
+    kind: Kind
     x: DType
     weight: DType | None
     bias: DType | None
     head_dim: int
-    rounding: str
+    rounding: Rounding
     offset: bool
     alike: bool
     """All parts turn, and all or none have a weight, and a bias."""
@@ -267,16 +267,13 @@ def _spec_of(norms: Mapping[str, PartNorm], x: DType, head_dim: int) -> PartsSpe
         _spec.check_result(
             norm.options, x, norm.weight and norm.weight.dtype, norm.bias and norm.bias.dtype
         )
-    rounding = next(
-        (n.options.rounding for n in norms.values() if n.weight or n.bias), options.rounding
-    )
     return PartsSpec(
         options.kind,
         x,
         weights[0] if weights else None,
         biases[0] if biases else None,
         head_dim,
-        rounding,
+        options.rounding,
         any(norm.options.weight_offset for norm in norms.values()),
         len(weights) in (0, len(norms)) and len(biases) in (0, len(norms)),
         None,

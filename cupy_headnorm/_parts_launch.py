@@ -14,8 +14,8 @@ GROUP_THREADS = 128
 SHARED_BYTES = 48 * 1024
 """Of shared memory that any GPU gives a block."""
 GROUP_BLOCKS = 6
-"""Of such threads that a multiprocessor has room for at least, which leaves a thread 80 registers,
-where cosines are given and every operation is rounded. Others would spill."""
+"""Blocks of so many threads that a multiprocessor has room for at least, which leaves a thread 80
+registers, where cosines are given and every operation is rounded. Others would spill."""
 FOLDED_VALUES = 16
 """Of a lane at most that does the work of two. Then the two elements of a pair lie in one lane, and
 half as many instructions go to a head. 16,384 tokens of 32 and 8 heads of 128, bfloat16, RoPE, on
@@ -112,7 +112,7 @@ def plan(call: PartsCall) -> PartsConfig:
 
 
 def _turned_by(spec: PartsSpec) -> str:
-    """Tell where cosines and sines come from; where more than a copy is done with them, too."""
+    """Return the key of `HEADS_PER_GROUP`; given cosines count as looked up if they are widened."""
     if spec.rope is None:
         return "none"
     return "given" if spec.rope.position is None and spec.rope.every_op else "positions"

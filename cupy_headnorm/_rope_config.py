@@ -69,7 +69,6 @@ _ONLY_SLIDING = {
 }  # fmt: skip
 """Whose full layers turn nothing: afmoe:359, flint:281, exaone4:233, exaone_moe:183."""
 
-
 _LONGEST_HEAD = 1 << 16
 """Dims: of a norm without a weight config.json alone says how many."""
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "(headnorm/[\w.]+)"[^\n]*$', re.MULTILINE)
 
 
-@lru_cache(maxsize=1)
+@cache
 def kernels_folder() -> Path:
     """Return the folder of the kernels: inside an installed package, beside it in a checkout."""
     inside, beside = _PACKAGE / "kernels", _PACKAGE.parent / "kernels"

@@ -111,6 +111,8 @@ def _real(value: Any, name: str) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}; needs a number") from None
+    except OverflowError:  # an integer
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} is {number}; needs a finite number")
     return number
@@ -299,6 +301,7 @@ def _head_axis(
 
 
 def check_last_stride(layout: Layout, name: str) -> None:
+    """Refuse an array whose last axis has gaps."""
     if layout.shape[-1] > 1 and layout.size and layout.strides[-1] != layout.dtype.itemsize:
         raise ValueError(
             f"{name} has a stride of {layout.strides[-1]} bytes on its last axis; needs "
@@ -339,7 +342,7 @@ def describe(
     ValueError
         A shape, stride or count does not fit.
     TypeError
-        The result's dtype or device is not that of x.
+        A dtype or device does not fit.
     """
     if not x.shape:
         raise ValueError("x has shape (); needs (..., num_heads, head_dim)")
@@ -417,9 +420,8 @@ def tokens_axis(
     flat = heads.head_dim is not None and x.shape[-1] != heads.head_dim
     if heads.num_heads not in (None, 1) and not flat and opts.heads_axis % len(x.shape) <= lead:
         return None
-    first, end = out._replace(shape=out.shape[lead + 1 :], strides=out.strides[lead + 1 :]).extent(
-        0
-    )
+    one_token = out._replace(shape=out.shape[lead + 1 :], strides=out.strides[lead + 1 :])
+    first, end = one_token.extent(0)
     if lead == len(x.shape) - 1 or abs(out.strides[lead]) < end - first:
         return None
     return lead

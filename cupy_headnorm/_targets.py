@@ -54,7 +54,7 @@ def _out_of_place(kind: str) -> Callable[[Results], Measured]:
     return _shares(lambda c: c.kind == kind and c.head_dim in PLAIN and c.layout == "contiguous")
 
 
-def _elsewhere(kind: str) -> Callable[[Results], Measured]:
+def _in_place_or_packed(kind: str) -> Callable[[Results], Measured]:
     return _shares(
         lambda c: (
             c.kind == kind and c.head_dim in PLAIN and (c.in_place or c.layout.startswith("packed"))
@@ -124,9 +124,9 @@ _MISSES = ("plan_miss_torch_microseconds", "plan_miss_cupy_microseconds")
 
 TARGETS = (
     Target("rms, out of place: share of a copy", 0.98, True, _out_of_place("rms")),
-    Target("rms, in place or packed: share", 0.94, True, _elsewhere("rms")),
+    Target("rms, in place or packed: share", 0.94, True, _in_place_or_packed("rms")),
     Target("layer, out of place: share", 0.97, True, _out_of_place("layer")),
-    Target("layer, in place or packed: share", 0.93, True, _elsewhere("layer")),
+    Target("layer, in place or packed: share", 0.93, True, _in_place_or_packed("layer")),
     Target(
         "head_dim 72, 80, 100, 112, 160: share",
         0.97,

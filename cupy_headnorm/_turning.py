@@ -18,6 +18,7 @@ class Turning(NamedTuple):
 
     style: str
     first: bool
+    """The norm comes after it."""
     rotary_dim: int
     every_op: bool
     sections: tuple[int, ...]
@@ -80,11 +81,7 @@ def rope_spec(turning: Turning, head_dim: int, q: Layout) -> RopeSpec:
     for name, layout in (("cos", cos), ("sin", sin), ("positions", positions)):
         if layout is not None and layout.device != q.device:
             raise TypeError(f"{name} is on {layout.device}; needs the device of q, {q.device}")
-    if cos.dtype is not sin.dtype or cos.dtype not in (
-        q.dtype,
-        q.dtype.accumulate,
-        _dtypes.FLOAT32,
-    ):
+    if cos.dtype is not sin.dtype or cos.dtype not in (q.dtype, _dtypes.FLOAT32):
         raise TypeError(
             f"cos has dtype {cos.dtype} and sin {sin.dtype}; needs that of q, {q.dtype}, or "
             "float32 of both"
@@ -114,7 +111,9 @@ def steps(turning: Turning, tokens: tuple[int, ...]) -> Steps:
     """Check that every token has its cosines and sines, and return where they are."""
     none = (0,) * len(tokens)
     cos, sin, positions = turning.cos, turning.sin, turning.positions
-    if cos.strides != sin.strides:
+    # The stride of one entry says nothing.
+    strides = zip(cos.shape, cos.strides, sin.strides, strict=True)
+    if any(n > 1 and of_cos != of_sin for n, of_cos, of_sin in strides):
         raise ValueError(
             f"cos has strides {cos.strides} bytes and sin {sin.strides}; needs the same of both"
         )

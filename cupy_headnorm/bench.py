@@ -268,8 +268,8 @@ def measure(
     """
     Time providers on one case and return a row for each.
 
-    A peer that raises or that disagrees with us gets no row
-    but an entry in `unavailable`; one that cannot work in place is left out where it would have to.
+    A peer that raises or that disagrees with us gets no row but an entry in `unavailable`; one that
+    cannot work in place is left out where it would have to.
     """
     op = _OPS[_op(case)]
     with on:

@@ -29,12 +29,9 @@ __all__ = [
     "CheckpointError",
     "config",
     "files",
-    "head_name",
     "heads_of",
-    "read_heads",
     "read_many",
     "read_norm",
-    "read_one",
     "read_tensor",
     "stacked",
     "survey",
@@ -124,8 +121,8 @@ def read_norm(
     def array(part: str) -> np.ndarray | None:
         whole, heads = f"{key}.{part}", heads_of(where, key, part)
         if whole in where:
-            return read_one(where, whole)
-        return read_heads(where, heads) if heads else None
+            return _read_one(where, whole)
+        return stacked(read_many(where, heads)) if heads else None
 
     weight, bias = array("weight"), array("bias")
     if weight is None and bias is None:
@@ -150,40 +147,35 @@ def heads_of(names: Iterable[str], key: str, part: str) -> list[str]:
     for wanted, head in enumerate(heads):
         if wanted != head:
             raise CheckpointError(
-                f"{head_name(key, head, part)} is there and {head_name(key, wanted, part)} is not; "
-                f"needs every head from 0 to {heads[-1]}"
+                f"{_head_name(key, head, part)} is there and "
+                f"{_head_name(key, wanted, part)} is not; needs every head from 0 to {heads[-1]}"
             )
-    return [head_name(key, head, part) for head in heads]
+    return [_head_name(key, head, part) for head in heads]
 
 
-def head_name(key: str, head: int, part: str) -> str:
+def _head_name(key: str, head: int, part: str) -> str:
     """Return the tensor of one head where each has a module of its own."""
     return f"{key}.norms.{head}.{part}"
 
 
-def read_one(where: Mapping[str, Path], name: str) -> np.ndarray:
+def _read_one(where: Mapping[str, Path], name: str) -> np.ndarray:
     """Read a tensor of which `files` says where it is; errors are those of `read_norm`."""
     return read_many(where, [name])[name]
 
 
 def read_many(where: Mapping[str, Path], names: Iterable[str]) -> dict[str, np.ndarray]:
     """
-    Read tensors, opening each file once; errors are those of `read_norm`.
+    Read tensors in the order of `names`, each file opened once; errors are those of `read_norm`.
 
     To open a file is to parse all of its header: of a long one, for each of its tensors, that
     takes hours.
     """
+    names = list(names)
     of_file: dict[Path, list[str]] = {}
     for name in names:
         of_file.setdefault(where[name], []).append(name)
-    return dict(read for path, own in of_file.items() for read in _read(path, own))
-
-
-def read_heads(where: Mapping[str, Path], names: Iterable[str]) -> np.ndarray:
-    """Read tensors of one head each, stacked; errors are those of `read_norm`."""
-    names = list(names)
-    read = read_many(where, names)
-    return stacked({name: read[name] for name in names})
+    read = dict(read for path, own in of_file.items() for read in _read(path, own))
+    return {name: read[name] for name in names}
 
 
 def stacked(heads: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -215,7 +207,7 @@ def read_tensor(path: Any, name: str, *, variant: str | None = None) -> np.ndarr
     if name not in where:
         near = difflib.get_close_matches(name, list(where), n=3, cutoff=0.5) or sorted(where)[:3]
         raise CheckpointError(f"{path} has no tensor {name}; it has {', '.join(near) or 'none'}")
-    return read_one(where, name)
+    return _read_one(where, name)
 
 
 def write_norm(path: Any, key: str, weight: np.ndarray | None, bias: np.ndarray | None) -> None:

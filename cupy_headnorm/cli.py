@@ -153,7 +153,8 @@ def _demo(chosen: argparse.Namespace) -> None:
     if chosen.checkpoint is None:
         with tempfile.TemporaryDirectory(prefix="cupy-headnorm-") as folder:
             shards = _write_qwen3_like(Path(folder))
-            rows.append(("checkpoint", f"{folder}, written for this demo: {', '.join(shards)}"))
+            shown = ", ".join(shards)
+            rows.append(("checkpoint", f"{folder}, written for this demo and removed: {shown}"))
             chosen.checkpoint = folder
             chosen.key = chosen.key or _DEMO_KEY
             chosen.rounding = chosen.rounding or "before_weight"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cupy_headnorm._parts import PartNorm
 
 _HEADS_AXIS = -2
+"""The default: a call that leaves it checks nothing. Told by `is`, or -2.0 would pass for it."""
 
 
 class HeadNorm:
@@ -41,7 +42,8 @@ class HeadNorm:
     eps : float, optional
         Default: 1e-6 for rms, 1e-5 for layer.
     num_heads, head_dim : int, optional
-        See `cupy_headnorm.rms_norm`.
+        See `cupy_headnorm.rms_norm`; ``num_heads=1`` serves x of any shape whose last axis is
+        head_dim.
     weight_offset : float, optional
         Added to the weight in float32: 1.0 for Gemma 3. Default: ``0.0``.
     rounding : {"once", "before_weight", "every_op", "rstd"}, optional

@@ -43,15 +43,15 @@ def rms_norm(
         CUDA memory is normalized by the kernel, host memory by NumPy; nothing is moved.
     weight : array, optional
         Shape ``(head_dim,)`` for one weight shared by all heads, ``(num_heads, head_dim)`` or flat
-        ``(num_heads * head_dim,)``. Library and device of `x`, any of the four dtypes.
-        Default: no scaling.
+        ``(num_heads * head_dim,)``. Library and device of `x`, any of the four dtypes; the last
+        axis has stride 1. Default: no scaling.
     bias : array, optional
         As `weight`. Default: none.
     eps : float, optional
         Added to the mean square before the root; finite, 0 or more. Default: ``1e-6``.
     num_heads : int, optional
-        Needed for flat `x`, unless a weight of shape ``(num_heads, head_dim)`` tells it. 1 is not
-        checked: heads of one and flat input look the same.
+        Needed for flat `x`, unless a weight of shape ``(num_heads, head_dim)``, or a flat one and
+        `head_dim`, tells it. 1 serves `x` of any shape whose last axis is head_dim.
     head_dim : int, optional
         Default: the last axis of a 2-D weight; else that of a flat weight split by `num_heads`;
         else the length of a 1-D weight; else the last axis of `x`.
@@ -67,7 +67,8 @@ def rms_norm(
         Default: ``"once"``.
     out : array, optional
         Written in place of a new array: shape, dtype, library and device of `x`, strides of its
-        own. `x` itself works in place; any other overlap raises. Default: a new array.
+        own, 1 on the last axis. `x` itself works in place; any other overlap raises. Default: a
+        new array.
 
     Returns
     -------

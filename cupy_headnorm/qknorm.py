@@ -81,9 +81,10 @@ class QKNorm:
             raise TypeError(f"rope is a {type(rope).__name__}; needs a cupy_headnorm.Rope")
         self._norms = dict(zip(_NAMES, given.values(), strict=False))
         _parts.check_norms({name: norm._part() for name, norm in self._norms.items()})
-        head_dim = next((n.head_dim for n in given.values() if n.head_dim is not None), None)
-        if rope is not None and head_dim is not None:
-            rope.check(head_dim)
+        dims = (norm.head_dim for norm in given.values() if norm.head_dim is not None)
+        self._head_dim = next(dims, None)
+        if rope is not None and self._head_dim is not None:
+            rope.check(self._head_dim)
         self._tables = Tables(rope)
 
     @classmethod
@@ -193,7 +194,7 @@ class QKNorm:
         parts = (q, k) if v is None else (q, k, v)
         if out is not None:
             out = self._checked_out(out)
-        if type(heads_axis) is not int:  # what equals one may be none: -2.0
+        if type(heads_axis) is not int:  # -2.0 would find the calls remembered for -2
             heads_axis = _spec.integer(heads_axis, "heads_axis")
         arrays = Arrays(parts, positions, cos, sin, out)
         if len(parts) == len(self._norms):
@@ -224,7 +225,7 @@ class QKNorm:
         heads = num_heads + 2 * num_kv_heads
         shape = tuple(qkv.shape)
         width = shape[-1] if shape else 0
-        head_dim = self._norms["q"].head_dim or self._norms["k"].head_dim or width // heads
+        head_dim = self._head_dim or width // heads
         if width != heads * head_dim or not head_dim:
             raise ValueError(
                 f"qkv has shape {shape}; needs a last axis of {heads * head_dim}, "
@@ -285,7 +286,10 @@ class QKNorm:
     def _checked_out(self, out: Any) -> tuple[Any, ...]:
         count = len(self._norms)
         if not isinstance(out, (tuple, list)) or len(out) != count:
-            raise TypeError(f"out is a {type(out).__name__}; needs a tuple of {count} arrays")
+            found = f", not of {len(out)}" if isinstance(out, (tuple, list)) else ""
+            raise TypeError(
+                f"out is a {type(out).__name__}; needs a tuple of {count} arrays{found}"
+            )
         return tuple(out)
 
 

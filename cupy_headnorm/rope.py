@@ -142,9 +142,12 @@ class Rope:
 
         Raises
         ------
+        TypeError
+            `layer` is no integer.
         ValueError
             A type that depends on the length of the sequence (dynamic, longrope), or is unknown; a
-            model type that is not in `models`; a layer that the config gives no embedding.
+            model type that is not in `models`; a layer that the config gives no embedding; fields
+            that cannot be read.
         """
         layer = _spec.integer(layer, "layer")
         with _rope_config.of_any_values():
@@ -246,6 +249,14 @@ def apply(
     -------
     numpy.ndarray
         Of x's shape and dtype. The arithmetic is float32's, float64's for float64.
+
+    Raises
+    ------
+    TypeError
+        A dtype is none of the four.
+    ValueError
+        `rotary_dim` is odd, below 2 or above head_dim; a style or rounding is unknown; `cos` or
+        `sin` has another width.
     """
     dtype = _dtypes.from_numpy(x.dtype, "x")
     wide, head_dim = dtype.accumulate.numpy, x.shape[-1]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from allpairspy import AllPairs
 
+import cupy_headnorm
 from cupy_headnorm import _dtypes
 from cupy_headnorm._dtypes import DType
 from cupy_headnorm._spec import ROUNDINGS, NormSpec
@@ -156,6 +157,10 @@ LAYOUTS = [
     Layout("no-token", (0, H, D), (H * D, D, 1)),
     Layout("no-batch", (0, 5, H, D), (5 * H * D, H * D, D, 1)),
 ]
+
+
+def function(kind):
+    return {"rms": cupy_headnorm.rms_norm, "layer": cupy_headnorm.layer_norm}[kind]
 
 
 def random(rng, shape, dtype):

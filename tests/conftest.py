@@ -24,6 +24,13 @@ def pytest_addoption(parser):
     parser.addoption("--cases", type=int, help="calls drawn on a GPU, of all tests together")
 
 
+def pytest_configure():
+    """Let the asserts of helpers tell the values, as those of tests do."""
+    pytest.register_assert_rewrite(
+        "host_cases", "processes", "properties", "qk_cases", "stand_in", "strangers", "tolerances"
+    )
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say how many calls were drawn."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
@@ -61,6 +68,14 @@ def real(request):
 def rng(request):
     """A generator seeded by the test's name, which the report shows."""
     return np.random.default_rng(list(request.node.name.encode()))
+
+
+@pytest.fixture
+def compiler():
+    """Skip a test of kernels on the CPU where they cannot be compiled."""
+    import host
+
+    host.require()
 
 
 LIBRARIES = [

@@ -19,7 +19,8 @@ import os
 import numpy as np
 import pytest
 from host_build import build, missing, specialisations
-from host_run import ORDERS, Finding, Use, run  # noqa: F401
+from host_run import ORDERS, Finding, Use, run  # noqa: F401  tests know them from here
+from stand_in import forget_calls, on_cuda, take_for_gpu
 
 from cupy_headnorm import (
     _dispatch,
@@ -31,7 +32,6 @@ from cupy_headnorm import (
     _qk_dispatch,
 )
 from cupy_headnorm._dtypes import DTYPES, INT32, INT64
-from cupy_headnorm._layout import Device
 
 ITEMSIZE = {dtype.cuda: dtype.itemsize for dtype in (*DTYPES, INT32, INT64)}
 
@@ -54,7 +54,8 @@ def library():
     return build(specialisations())
 
 
-# From a launch to the memory that its kernel may touch: NumPy's arithmetic beside the kernel's own.
+# From a launch to the memory that its kernel may touch, by the offset of each address in its
+# parameters: NumPy's arithmetic beside the kernel's own.
 def _offsets(numbers, axes, strides):
     """Return bytes to entries of a grid, whose innermost axis comes first."""
     offsets = np.zeros(numbers.shape, np.int64)
@@ -73,18 +74,18 @@ def _norm_uses(macros, params, blocks):
         if width:
             strides = [getattr(axis, name) for axis in params.axis]
             starts = np.unique(getattr(params, name) + _offsets(rows, params.axis, strides))
-            uses[name] = 8 * i, Use(starts, width * int(macros["HN_HEAD_DIM"]), name == "out")
+            uses[8 * i] = Use(starts, width * int(macros["HN_HEAD_DIM"]), name == "out")
     return uses
 
 
-def _parts_uses(macros, params, blocks):
+def _parts_uses(macros, params, _blocks):  # always all of them
     axes = params.axis[1:]  # the first one is that of the groups
     tokens = np.arange(params.groups // params.axis[0].size)
     head_dim = int(macros["HN_HEAD_DIM"])
     uses = {}
 
-    def use(at, starts, width, written=False):
-        uses[str(at)] = at, Use(np.unique(starts), width, written)
+    def use(number, starts, width, written=False):
+        uses[8 * number] = Use(np.unique(starts), width, written)
 
     for i, (part, heads) in enumerate(zip(params.part, params.heads, strict=True)):
         for j, name in enumerate(("x", "out", "weight", "bias")):
@@ -96,7 +97,7 @@ def _parts_uses(macros, params, blocks):
                 strides = [getattr(axis, name)[i] for axis in axes]
                 starts = np.add.outer(starts, _offsets(tokens, axes, strides))
             width = ITEMSIZE[macros["HN_X" if j < 2 else f"HN_{name.upper()}"]]
-            use(8 * (4 * i + j), starts, width * head_dim, name == "out")
+            use(4 * i + j, starts, width * head_dim, name == "out")
     if macros["HN_ROPE"] == "none":
         return uses
     rows = _offsets(tokens, axes, [axis.table for axis in axes])
@@ -105,10 +106,10 @@ def _parts_uses(macros, params, blocks):
         at = _offsets(tokens, axes, [axis.position for axis in axes])
         sections = np.arange(macros["HN_SECTION_SIZES"].count(",") + 1) * params.position_row
         width = ITEMSIZE[macros["HN_POSITION"]]
-        use(8 * 14, params.positions + np.add.outer(sections, at), width)
+        use(14, params.positions + np.add.outer(sections, at), width)
     entries = int(macros["HN_ROTARY_DIM"]) // (1 if macros["HN_WHOLE_ROWS"] == "true" else 2)
-    for at, address in ((12, params.cosines), (13, params.sines)):
-        use(8 * at, address + rows, ITEMSIZE[macros["HN_TABLE"]] * entries)
+    for number, address in ((12, params.cosines), (13, params.sines)):
+        use(number, address + rows, ITEMSIZE[macros["HN_TABLE"]] * entries)
     return uses
 
 
@@ -118,7 +119,11 @@ LOOSE = {"HN_NAME", "HN_BLOCKS", "HN_ACCESS", "HN_PARAMETER_ACCESS", "HN_TABLE_A
 
 
 def served_by(kernels, source, macros, architecture, few_rows=True):
-    """Return the specialisation that serves what `macros` ask for, itself or the next best one."""
+    """
+    Return the specialisation that serves what `macros` ask for, itself or the next best one.
+
+    `few_rows` says that 32 bits count the rows: kernels of `_launch.FEW_AXES` do no more.
+    """
 
     def accesses(of):
         return [int(of.get(f"HN_{name}ACCESS", 1)) for name in ("", "PARAMETER_", "TABLE_")]
@@ -149,8 +154,7 @@ class _HostAsCuda(type(_interop.library_of(np.empty(0), "x"))):
         return address, (0, x.shape, x.strides, x.dtype, (address % 16, x.flags.writeable))
 
     def view(self, x, role, *rows):
-        view = super().view(x, role, *rows)
-        return view._replace(layout=view.layout._replace(device=Device("cuda", 0)))
+        return on_cuda(super().view(x, role, *rows))
 
     def empty_like(self, view):
         result, _ = super().empty_like(view)
@@ -215,22 +219,15 @@ def device(built=None, *, orders=ORDERS, architecture=900, blocks=None):
     that no kernel serves, and Finding by those that go wrong.
     """
     gpu = _Device(built or library(), orders, architecture, blocks)
-    adapter = _HostAsCuda()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_interop._found, np.ndarray, adapter)
-        patch.setitem(_interop.quick, np.ndarray, adapter)
-        patch.setattr(_interop, "import_cupy", lambda: None)
-        patch.setattr(_interop, "upload", lambda a, _: _interop.view(np.array(a), "parameter"))
-        patch.setattr(_interop, "synchronize", lambda index: None)
-        patch.setattr(_kernels, "refuse_capture", lambda stream, what: None)
+        take_for_gpu(patch, _HostAsCuda(), np.ndarray)
         patch.setattr(_kernels, "limits", lambda index: _launch.DeviceLimits())
         patch.setattr(_kernels, "prepare", gpu.prepare)
         patch.setattr(_kernels, "runner", gpu.runner)
         patch.setattr(_parts_kernels, "prepare", gpu.prepare_parts)
         patch.setattr(_parts_kernels, "runner", gpu.parts_runner)
         for module in (_dispatch, _qk_dispatch):
-            patch.setattr(module, "_thread", module._Thread())
-            patch.setattr(module, "_plans", {})
+            forget_calls(patch, module)
         yield
 
 

@@ -1,4 +1,11 @@
-"""Kernels that `host` runs: which specialisations, and how g++ makes a library of them."""
+"""
+Kernels that `host` runs: which specialisations, and how g++ makes a library of them.
+
+A new choice of a kernel is a row of `NORMS` or `PARTS` that has it, and its value in
+``test_host.py::test_few_kernels_cover_all_choices``; test_host.py then runs it in every layout that
+it serves. There may be 40 rows, and there are: each takes half a second to compile. So put the
+choice into a row whose others occur elsewhere too: those that no row has any more, that test names.
+"""
 
 import fcntl
 import functools
@@ -17,16 +24,7 @@ import numpy as np
 import pytest
 import qk_cases
 
-from cupy_headnorm import (
-    HeadNorm,
-    QKNorm,
-    _kernels,
-    _launch,
-    _parts_kernels,
-    _parts_launch,
-    _qk_dispatch,
-    _source,
-)
+from cupy_headnorm import _kernels, _launch, _parts_kernels, _parts_launch, _qk_dispatch, _source
 from cupy_headnorm._dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from cupy_headnorm._launch import LaunchConfig
 from cupy_headnorm._spec import NormSpec
@@ -72,7 +70,10 @@ class Specialisation(NamedTuple):
 
 # The list.
 WHOLE, ANY = "whole", "any"
-"""Whole vectors at once, from rows on boundaries of 16 bytes, or elements one by one."""
+"""
+How a kernel moves rows: in whole vectors, which lie on boundaries of 16 bytes, or by elements,
+which lie anywhere.
+"""
 
 
 class Norm(NamedTuple):
@@ -82,6 +83,7 @@ class Norm(NamedTuple):
     how: str | int
     """`WHOLE`, `ANY`, or the bytes moved at once."""
     axes: int
+    """Of the grid of rows: one of `_launch.AXES`. A kernel serves calls of fewer too."""
     config: LaunchConfig | None = None
     """None for the geometry that the package chooses."""
 
@@ -146,19 +148,13 @@ NORMS = (
 )
 
 
-def held(case, parameters):
-    """Return the norm of what `qk_cases.Case.made` made."""
-    weight, bias, options = parameters
-    return HeadNorm(weight, bias, head_dim=case.head_dim, **options)
-
-
 def _call_of(case):
     """Return the validated call that QKNorm makes of a case."""
     parts, norms, beside = case.made(np.random.default_rng(0))
     plans = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_qk_dispatch, "_plans", plans)
-        QKNorm(*(held(case, norm) for norm in norms), rope=case.rope())(*parts, **beside)
+        qk_cases.qk_norm(case, norms)(*parts, **beside)
     (plan,) = plans.values()
     return plan.call
 
@@ -168,7 +164,9 @@ class Parts(NamedTuple):
 
     case: qk_cases.Case
     how: str
+    """`WHOLE` or `ANY`."""
     axes: int
+    """Of the grid of tokens and groups of heads: one of `_parts_launch.AXES`."""
     architecture: int = 900
 
     def __str__(self):

@@ -16,7 +16,7 @@ from host_build import FOLDER, sanitizer
 ORDERS = (0, 1, 2024)
 """Of threads: ascending, descending, and by a seed."""
 SPARSE = 2**26
-"""Bytes of a buffer from which on it is reserved, and no more than its rows take pages."""
+"""Bytes above which a buffer's addresses are reserved, and only the pages of its rows are there."""
 
 
 class Finding(Exception):
@@ -166,11 +166,16 @@ def run(built, specialisation, params, uses, blocks, threads, orders=ORDERS):
     Parameters
     ----------
     built : Library
+    specialisation : Specialisation
+        One of `built`.
     params : ctypes.Structure
         With the addresses of this process.
-    uses : dict of str to (int, Use)
-        By array, the offset of its address in `params` and what lies there.
+    uses : dict of int to Use
+        What lies where an array's address says, by the address's offset in `params`.
     blocks : sequence of int
+        Numbers of those to run, one after another.
+    threads : int
+        Of a block.
     orders : sequence of int
         See `ORDERS`.
 
@@ -180,10 +185,10 @@ def run(built, specialisation, params, uses, blocks, threads, orders=ORDERS):
         A sanitizer found something, threads waited for each other in vain, bytes changed that are
         none of the result's, or orders led to different bits.
     """
-    buffers = _buffers([use for _, use in uses.values()])
+    buffers = _buffers([*uses.values()])
     requests = [buffer.request() for buffer in buffers]
     addresses = {}
-    for at, use in uses.values():
+    for at, use in uses.items():
         address = int.from_bytes(bytes(params)[at : at + 8], sys.byteorder)
         low = int(use.starts.min())
         number = next(i for i, b in enumerate(buffers) if b.first <= low < b.high)

@@ -24,7 +24,7 @@ from cupy_headnorm.pretrained import head_norms
 
 DTYPES = ("bfloat16", "float16")
 OTHER = {"once": "before_weight", "before_weight": "once", "every_op": "once", "rstd": "once"}
-
+"""Roundings, and what an implementer may take for each."""
 
 QK_FAMILIES = (
     "qwen3", "gemma3", "glm4_moe", "cohere", "hunyuan_v1_dense", "llama4", "qwen3_vl", "stablelm",
@@ -48,7 +48,7 @@ def bits(tensor):
 
 
 def wrong(norm):
-    """Return what else an implementer may have thought the model does, and the norm that does."""
+    """Return another rounding than the norm's, and the norm with that."""
     rounding = OTHER[norm.rounding]
     if norm.weight is None and norm.rounding == "once":
         rounding = "rstd"  # a weight is needed to round before it
@@ -62,8 +62,8 @@ def wrong(norm):
 def measure(model, norms, key, dtype, device):
     """Compare our norm with the real module; a role's layers share the values that flips need."""
     real, norm = model.norms[key], norms[key]
-    layers = sum(role == key[1] for _, role in model.norms)
-    x = real.input(FLIPS_NEED // layers, getattr(torch, dtype), device)
+    sharing = sum(role == key[1] for _, role in model.norms)
+    x = real.input(FLIPS_NEED // sharing, getattr(torch, dtype), device)
     expected = real(x)
     assert expected.dtype == x.dtype
     what, other = wrong(norm)
@@ -134,15 +134,15 @@ def lines(made, dtype, device):
     """Yield a line for each role: the worst of its layers."""
     ours = head_norms(made.folder)
     for role in dict.fromkeys(role for _, role in made.norms):
-        layers = [key for key in made.norms if key[1] == role]
-        if lost := [layer for layer, _ in layers if (layer, role) not in ours]:
+        keys = [key for key in made.norms if key[1] == role]
+        if lost := [layer for layer, _ in keys if (layer, role) not in ours]:
             yield {"role": role, "missing": f"head_norms has no {role} of layers {lost}"}
             continue
-        found = [measure(made, ours, key, dtype, device) for key in layers]
+        found = [measure(made, ours, key, dtype, device) for key in keys]
         yield {
             "role": role,
             "mismatch": 100 * max(one.right for one in found),
-            "rounding": ours[layers[0]].rounding,
+            "rounding": ours[keys[0]].rounding,
             "mismatch_wrong": 100 * min(one.wrong for one in found),
             "wrong": found[0].what,
         }

@@ -1,18 +1,21 @@
 """Queries, keys and values that QKNorm is tested on, and its results in float64, written apart."""
 
+import functools
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 from allpairspy import AllPairs
 from cases import random
 from oracle import norm as norm_oracle
 from tolerances import ABSOLUTE, CANCELLING, EPS, FLIPS_FEW
 
-from cupy_headnorm import Rope
+from cupy_headnorm import HeadNorm, QKNorm, Rope
 from cupy_headnorm import rope as rotary
 from cupy_headnorm._dtypes import DTYPES, FLOAT32
 
 MAX_POSITION = 40
+H, D = (3, 2, 2), 64  # heads of q, k and v, and head_dim, where they lie in one buffer
 BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 
 
@@ -50,6 +53,15 @@ class Case(NamedTuple):
     @property
     def dtype(self):
         return BY_NAME[self.x]
+
+    @property
+    def by_positions(self):
+        return self.by in ("int32", "int64") or "sections" in (self.by or "")
+
+    @property
+    def table_width(self):
+        """Cosines of a token, where they are given."""
+        return self.rotary_dim if "whole" in self.by else self.rotary_dim // 2
 
     @property
     def of_table(self):
@@ -96,7 +108,7 @@ class Case(NamedTuple):
         if self.v:
             norms.append((None, None, norms[0][2] | {"weight_offset": 0.0}))
         beside = {}
-        if self.by in ("int32", "int64") or "sections" in (self.by or ""):
+        if self.by_positions:
             shape = {
                 "int32": (self.tokens,), "int64": (2, self.tokens),
                 "chunks of sections": (3, 1, self.tokens),
@@ -105,7 +117,7 @@ class Case(NamedTuple):
             positions = rng.integers(-3, MAX_POSITION + 3, shape)
             beside["positions"] = positions.astype(np.int32 if "32" in self.by else np.int64)
         elif self.by:
-            width = self.rotary_dim if "whole" in self.by else self.rotary_dim // 2
+            width = self.table_width
             shape = {
                 "whole x": (self.tokens, width), "half x": (2, self.tokens, width),
                 "whole float32": (1, self.tokens, width), "half float32": (1, width),
@@ -113,6 +125,20 @@ class Case(NamedTuple):
             for name in ("cos", "sin"):
                 beside[name] = rng.uniform(-1, 1, shape).astype(self.of_table.numpy)
         return parts, norms, beside
+
+
+def held(case, parameters):
+    """Return the HeadNorm of what `Case.norm` made."""
+    weight, bias, options = parameters
+    return HeadNorm(weight, bias, head_dim=case.head_dim, **options)
+
+
+rope_of = functools.cache(Case.rope)
+
+
+def qk_norm(case, norms):
+    """Return the QKNorm of what `Case.norm` made for each part."""
+    return QKNorm(*(held(case, norm) for norm in norms), rope=rope_of(case))
 
 
 # The oracle. Each step returns its values, rounded as the step is, and a bound of their error.
@@ -179,25 +205,34 @@ def normed(case, parameters, x, error):
     return exact, bound + (EPS[case.x] * product if options["rounding"] != "once" else 0)
 
 
-def check(case, found, made):
-    """Compare with the oracle: each value by its bound, and how many are not the very value."""
-    parts, norms, beside = made
-    rope = case.rope()
+def expected(case, parts, norms, beside):
+    """Yield each part's exact result, not rounded at the end, and the bound of an error."""
+    rope = rope_of(case)
     tables = factors(case, rope, beside) if rope else None
     wide = np.longdouble if case.x == "float64" else np.float64
-    for i, (x, parameters, actual) in enumerate(zip(parts, norms, found, strict=True)):
-        assert actual.dtype == x.dtype
-        assert actual.shape == x.shape
+    eps = EPS[case.x]
+    # Below the smallest normal number a step is as large as there.
+    tiny = float(ml_dtypes.finfo(case.dtype.numpy).tiny)
+    for i, (x, parameters) in enumerate(zip(parts, norms, strict=True)):
         steps = [lambda y, e, p=parameters: normed(case, p, y, e)]
         if rope and i < 2:
             steps.insert(0 if case.first else 1, lambda y, e: turned(case, y, e, tables))
         y, error = x, np.zeros(x.shape, wide)
         for n, step in enumerate(steps):
             if n:  # what the step before is rounded to may fall to the other side
-                y, error = y.astype(x.dtype), error + EPS[case.x] * np.abs(y)
+                y, error = y.astype(x.dtype), error + eps * np.maximum(np.abs(y), tiny)
             y, error = step(y, error)
-        bound = error + 0.6 * EPS[case.x] * np.abs(y) + 4 * ABSOLUTE[case.x]
-        assert (np.abs(actual.astype(wide) - y) <= bound).all()
+            error = error + 2 * eps * tiny
+        yield y, error + 0.6 * eps * np.abs(y) + 4 * ABSOLUTE[case.x]
+
+
+def check(case, found, made):
+    """Compare with the oracle: each value by its bound, and how many are not the very value."""
+    parts = made[0]
+    for x, actual, (y, bound) in zip(parts, found, expected(case, *made), strict=True):
+        assert actual.dtype == x.dtype
+        assert actual.shape == x.shape
+        assert (np.abs(actual.astype(y.dtype) - y) <= bound).all()
         if case.dtype.itemsize == 2:
             flips = np.count_nonzero(actual != y.astype(x.dtype))
             assert flips <= max(2, FLIPS_FEW * x.size)

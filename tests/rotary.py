@@ -52,6 +52,11 @@ CASES = {
     "qwen3": qwen3(),
     "yarn": qwen3(**YARN),
     "yarn mscale": qwen3(**YARN, truncate=False, mscale=1.0, mscale_all_dim=0.8),
+    # The blend would begin before the first dim, and end behind the last.
+    "yarn from the first dim": qwen3(**YARN | {"original_max_position_embeddings": 128}),
+    "yarn to the last dim": (
+        qwen3(**YARN | {"original_max_position_embeddings": 1000})[0] | {"rope_theta": 8.7}, 0,
+    ),
     "linear": qwen3(type="linear", factor=3.0),
     "gemma3 sliding": (GEMMA3, 0),
     "gemma3 full": (GEMMA3, 5),

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cupy_headnorm import _costs, _providers, _targets, _timing, bench, cli
+from cupy_headnorm import _bench_report, _costs, _providers, _targets, _timing, bench, cli
 from cupy_headnorm._providers import PROVIDERS, Case, Provider
 
 pytest.importorskip("rich")
@@ -111,6 +111,7 @@ def test_the_command_without_a_gpu_writes_a_table_and_json(tmp_path):
         "ours, new result on torch, host memory",
         "F.rms_norm",
     } <= calls
+    assert PROVIDERS["functional"].label not in calls  # it is F.rms_norm
     for label in ("device copy", "naive NumPy", "ours, in place on NumPy"):
         assert label in done.stdout
 
@@ -226,6 +227,35 @@ def test_peers_that_raise_or_disagree_get_no_row(monkeypatch):
         bench.measure(CASE, ["ours"], _timing.Host(), {})
 
 
+def test_a_peer_that_is_wrong_in_the_last_token_alone_gets_no_row(monkeypatch):
+    def short(work):
+        def call(i):
+            y = work.norm(work.inputs[i])
+            y[-1] = 0
+            return y
+
+        return call
+
+    monkeypatch.setitem(PROVIDERS, "short", Provider("short", short, ("numpy",)))
+    rows = bench.measure(CASE._replace(tokens=100), ["short"], _timing.Host(), unavailable := {})
+    assert rows == []
+    assert unavailable["short"].startswith("disagrees with ours by 1 of")
+
+
+def test_the_hosts_time_is_that_of_one_call_and_all_buffers_are_used(monkeypatch):
+    now, used = 0.0, []
+
+    def call(i):
+        nonlocal now
+        now += 1e-4
+        used.append(i)
+
+    monkeypatch.setattr(_timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert _timing.Host().microseconds(call, 3) == pytest.approx(100)
+    assert len(used) > 100
+    assert all(used.count(i) == pytest.approx(len(used) / 3, abs=20) for i in range(3))
+
+
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("layout", _providers.LAYOUTS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -269,6 +299,7 @@ def test_inputs_are_random_and_the_same_for_every_buffer():
     assert np.count_nonzero(first) == first.size
     assert len(np.unique(first[:100])) > 400_000
     assert work.results[0].shape == first.shape
+    assert first.strides == ((32 + 8 + 8) * 128 * 4, 128 * 4, 4)  # keys and values lie between
 
 
 def test_shares_are_of_the_better_ceiling(monkeypatch, host):
@@ -375,18 +406,17 @@ def test_shares_are_held_against_their_targets(what, limit, case):
 def test_rows_below_64_bytes_have_no_target():
     rows = judge(timings=[timing(big(31, tokens=10**6), "ours", share=0.1)])
     assert all(row["met"] is None for row in rows.values())
+    rows = judge(timings=[timing(big(32, tokens=10**6), "ours", share=0.1)])
+    assert rows["other head_dim, misaligned: share"]["met"] is False
 
 
 def test_one_token_is_held_against_the_copy_and_the_fastest_peer():
     spent = {"copy": 1.0, "multiply": 0.1, "ours": 1.3, "ours-row": 0.1, "liger": 1.2, "eager": 9.0}
     timings = [timing(_costs.HOST_CASE, name, us) for name, us in spent.items()]
     rows = judge(timings=timings)
-    assert (rows["1 token: times a copy"]["met"], rows["1 token: times a copy"]["measured"]) == (
-        True,
-        1.3,
-    )
-    assert rows["1 token: times any peer"]["met"] is False
-    assert "liger 1.2" in rows["1 token: times any peer"]["where"]
+    copies, peers = (rows[f"1 token: times {what}"] for what in ("a copy", "any peer"))
+    assert (copies["met"], copies["measured"]) == (True, 1.3)
+    assert (peers["met"], peers["where"]) == (False, "ours 1.3 us, liger 1.2")
     assert all(row["met"] is None for row in judge(timings=timings, timer="numpy").values())
 
 
@@ -410,12 +440,21 @@ def test_host_times_and_single_numbers_are_held_against_their_targets():
         "whole_array_milliseconds": 250.0,
     }
     host = [{"call": call, "microseconds": us} for call, us in spent.items()]
-    rows = list(judge(host=host, once=once).values())[8:18]
-    assert [row["met"] for row in rows] == [
-        True, False, True, False, False, True, False, True, False, True,
-    ]  # fmt: skip
-    assert rows[4]["where"] == "plan miss cupy microseconds"
-    assert rows[-1]["measured"] == 2.5
+    rows = judge(host=host, once=once)
+    assert {what: row["met"] for what, row in rows.items() if row["met"] is not None} == {
+        "host, in place on torch: times cuLaunchKernel": True,
+        "host, in place on torch: times F.rms_norm": False,
+        "host, new result on torch: times F.rms_norm": True,
+        "host, in place on CuPy: times Function(...)": False,
+        "plan miss: us": False,
+        "first call, cold: ms": True,
+        "first call, disk cache: ms": False,
+        "import: ms": True,
+        "reference, 1 GiB: extra MiB": False,
+        "reference: times faster than whole arrays": True,
+    }
+    assert rows["plan miss: us"]["where"] == "plan miss cupy microseconds"
+    assert rows["reference: times faster than whole arrays"]["measured"] == 2.5
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -428,7 +467,7 @@ def test_plot_from_a_file(suffix, parts, tmp_path, capsys):
         for tokens in (1, 16, 256)
         for name, share in (("copy", 1.0), ("ours", 0.9), ("eager", 0.0))
     ]
-    host = [{"call": "ours, in place", "microseconds": 5.0}, {"call": "F", "microseconds": 9.0}]
+    host = [{"call": "peer", "microseconds": 9.0}, {"call": "ours, in place", "microseconds": 5.0}]
     results = made_up(
         timings=[] if parts == "host" else timings, host=[] if parts == "timings" else host
     )
@@ -437,11 +476,31 @@ def test_plot_from_a_file(suffix, parts, tmp_path, capsys):
     code, out, err = run(capsys, "--from", source, "--plot", picture)
     assert (code, err) == (0, "")
     assert "NVIDIA Made Up 1, 2026-01-02" in out
+    if parts != "timings":
+        assert out.index("ours, in place") < out.index("peer")  # the fastest first
     data = picture.read_bytes()
     assert data.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
     if suffix == "svg":
+        assert b"#d55e00" in data  # the colour of ours
         code, *_ = run(capsys, "--from", source, "--plot", picture)
         assert picture.read_bytes() == data
+
+
+def test_a_plot_shows_the_case_with_the_most_numbers_of_tokens():
+    case = _costs.HOST_CASE
+    timings = [
+        timing(case._replace(tokens=tokens), name, share=share)
+        for tokens in (1, 16, 256)
+        for name, share in (("copy", 0.8), ("ours", 0.5))
+    ]
+    timings.append(timing(case._replace(tokens=5), "ours"))  # for a number to reach
+    timings.append(timing(case._replace(kind="layer"), "ours"))
+    shown, lines = _bench_report._lines(timings)
+    assert shown == case._replace(tokens=0)
+    assert lines == {
+        "ours": [(1, 1000), (16, 1000), (256, 1000)],
+        "ceiling": [(1, 1250), (16, 1250), (256, 1250)],
+    }
 
 
 def test_a_plot_of_nothing(tmp_path, capsys):

@@ -129,6 +129,15 @@ def test_demo_makes_up_an_x_of_the_right_shape(checkpoint, capsys):
     assert "(0, 4, 32)" in rows(out)["x"]
 
 
+def test_the_largest_error_is_of_a_value_or_of_a_64th_of_its_rows_largest():
+    x = np.array([[[64, 0.25, 0, 0]]], np.float32)
+    norm = HeadNorm(head_dim=4, eps=0)
+    y = norm(x)
+    assert cli._largest_error(norm, x, y, -2) < 1
+    y[0, 0, 1] += y.max() / 64 * 8 * np.finfo(np.float32).eps
+    assert cli._largest_error(norm, x, y, -2) == pytest.approx(8, abs=0.5)
+
+
 def test_info_says_what_works_and_what_to_install(capsys):
     code, out, err = in_process(capsys, "info")
     assert (code, err) == (0, "")

@@ -20,7 +20,7 @@ from cupy_headnorm._dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 RUNS = 100
 SOME = 18
-"""Runs where each takes long: two of each shift."""
+"""Runs where each takes long: two of each of `SHIFTS`."""
 ROWS = 40
 """Different ones. A run gives them to its places in turn, and begins with another one."""
 SHIFTS = 9
@@ -45,8 +45,8 @@ def same_bits(found, expected, run):
     assert not off.any(), f"{np.count_nonzero(off)} of {off.size} values differ in run {run}"
 
 
-def arrangements(run, rows, head_dim, negative_strides):
-    """Return a layout of about `rows` rows for one run, its elements and an axis of heads."""
+def arrangement(run, rows, head_dim, negative_strides):
+    """Return a layout of about `rows` rows for one run."""
     apart = (head_dim, head_dim + 3, 2 * head_dim, head_dim + 8)[run // SHIFTS % 4]
     shape = (
         (rows,),
@@ -89,11 +89,11 @@ def written(run, library, call, x):
     return call(x, out=filled(library, layout, np.zeros(shape, host.dtype)))
 
 
-def norm_depends_on_values_alone(library, norm, dtype, head_dim, rng, runs=RUNS, sizes=(ROWS,)):
+def norm_depends_on_values_alone(library, norm, dtype, head_dim, rng, runs, sizes):
     rows = values(rng, KINDS, (ROWS, head_dim), dtype.numpy)
     alone = np.stack([library.host(norm(library.array(row))) for row in rows])
     for run in range(runs):
-        layout = arrangements(run, sizes[run % len(sizes)], head_dim, library.negative_strides)
+        layout = arrangement(run, sizes[run % len(sizes)], head_dim, library.negative_strides)
         places = np.arange(math.prod(layout.shape[:-1])).reshape(layout.shape[:-1])
         which = (places + run) % ROWS
         y = written(run, library, norm, filled(library, layout, rows[which]))
@@ -126,7 +126,7 @@ def test_a_row_alone_and_in_any_batch(library, name, rng, one_thread):
     norm, dtype, head_dim = made(rng, name)
     # Every number of rows; with long rows, few of them.
     sizes = range(1, RUNS + 1) if head_dim < 1000 else range(1, 9)
-    norm_depends_on_values_alone(library, norm, dtype, head_dim, rng, sizes=sizes)
+    norm_depends_on_values_alone(library, norm, dtype, head_dim, rng, RUNS, sizes)
 
 
 @pytest.mark.gpu
@@ -245,11 +245,8 @@ def test_a_head_among_many(library, name, rng):
 
 
 # The kernels themselves, on the host, where a run is three: in three orders of the threads.
-
-
 @pytest.mark.parametrize("name", ["bfloat16-128", "float16-80-layer", "float16-2048", "float64-64"])
-def test_a_row_in_any_batch_of_the_kernel(name, rng):
-    host.require()
+def test_a_row_in_any_batch_of_the_kernel(name, compiler, rng):
     norm, dtype, head_dim = made(rng, name)
     sizes = range(1, SOME + 1) if head_dim < 1000 else (1, 3)
     with host.device():
@@ -257,8 +254,7 @@ def test_a_row_in_any_batch_of_the_kernel(name, rng):
 
 
 @pytest.mark.parametrize("name", ["bfloat16-128", "float16-2048"])
-def test_a_head_in_any_batch_of_the_kernel(name, rng):
-    host.require()
+def test_a_head_in_any_batch_of_the_kernel(name, compiler, rng):
     qk, dtype, head_dim, turning = qk_made(rng, name)
     with host.device():
         qk_depends_on_values_alone(

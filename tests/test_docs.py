@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import cupy_headnorm
-from cupy_headnorm import _bench_report, _costs
+from cupy_headnorm import _bench_report, _costs, cli, models
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -96,8 +96,8 @@ def test_make_help_lists_every_target():
     command = ["make", "--no-print-directory", "help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     listed = [line.split()[0] for line in done.stdout.splitlines()]
-    expected = "help demo test coverage lint format compile gpu sanitize bench parity real notebooks"
-    assert sorted(listed) == sorted([*expected.split(), "wheel", "clean"])
+    expected = "help demo test coverage lint format compile gpu sanitize bench parity real"
+    assert sorted(listed) == sorted([*expected.split(), "notebooks", "wheel", "clean"])
 
 
 def test_no_document_names_a_place_that_is_not_there():
@@ -105,3 +105,32 @@ def test_no_document_names_a_place_that_is_not_there():
     for path in re.findall(r"`((?:tests|kernels|notebooks)/[\w./-]+)`", text + README):
         assert (ROOT / path).exists(), path
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_documents_count_the_models_that_are_known():
+    known = len(models.BY_MODEL_TYPE)
+    served = sum(
+        len(family.model_types)
+        for family in models.FAMILIES
+        if not family.refused and any(not r.refused and r.weight != "full" for r in family.roles)
+    )
+    changelog = " ".join((ROOT / "CHANGELOG.md").read_text().split())
+    assert f"a registry of {known} model types" in " ".join(README.split())
+    assert f"the norms of {served} model types" in changelog
+    assert f"{known - served} others refused" in changelog
+
+
+def test_contributing_names_what_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`(_\w+|models|reference|rope|ops)\.(\w+)", text))
+    assert len(named) > 15
+    for module, name in ((m, n) for m, n in named if n not in ("py", "cuh")):
+        assert hasattr(importlib.import_module(f"cupy_headnorm.{module}"), name), f"{module}.{name}"
+
+
+COMMANDS = re.findall(r"python -m cupy_headnorm ([^`]+?)(?: *#.*)?[`\n]", README)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readmes_commands_are_understood(command):
+    cli._parser().parse_args(command.split())

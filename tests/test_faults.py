@@ -1,13 +1,12 @@
 """
 Faults around a call that need no GPU: forks, workers, interrupts, memory, and sanitize.py itself.
 
-Compilers that fail stand in for NVRTC. tests/test_endurance.py has the same with a GPU, and what
-takes one.
+Compilers that fail stand in for NVRTC. tests/test_endurance.py and tests/test_processes.py have the
+same with a GPU, and what takes one.
 """
 
 import contextlib
 import fnmatch
-import os
 import re
 import subprocess
 import sys
@@ -15,15 +14,14 @@ import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sanitize
+from processes import run
 from sanitize import SELECTED, TOOLS, Run
 
-import cupy_headnorm
 from cupy_headnorm import (
     GPUUnavailableError,
     HeadNorm,
@@ -38,17 +36,6 @@ from cupy_headnorm._launch import DeviceLimits
 from cupy_headnorm._spec import NormCall, NormSpec, RowAxis
 
 D = 64
-
-
-def run(code):
-    """Run a text in a process that must end well, and return the lines that it prints."""
-    roots = (str(Path(cupy_headnorm.__file__).parent.parent), os.environ.get("PYTHONPATH"))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.splitlines()
 
 
 FORK = """

@@ -6,12 +6,13 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import function
 from libraries import CuPyLibrary, TorchLibrary
 from oracle import norm as oracle
 from tolerances import assert_alike, assert_close
 
 import cupy_headnorm
-from cupy_headnorm import HeadNorm, LaunchConfig, layer_norm, ops, rms_norm
+from cupy_headnorm import HeadNorm, LaunchConfig, ops, rms_norm
 
 pytestmark = pytest.mark.gpu
 torch = pytest.importorskip("torch")
@@ -170,8 +171,7 @@ def against_float64(library, shape, rng, dtype=np.float16, sliced=False, out=Fal
         x = library.array(wide)[..., : shape[-2], :]
     weight = rng.standard_normal(shape[-1]).astype(dtype)
     result = library.array(np.zeros(shape, dtype)) if out else None
-    norm = {"rms": rms_norm, "layer": layer_norm}[kind]
-    y = library.host(norm(x, library.array(weight), out=result, eps=1e-5))
+    y = library.host(function(kind)(x, library.array(weight), out=result, eps=1e-5))
     exact, slack, _ = oracle(kind, values, weight, eps=1e-5)
     assert_close(y, exact, slack, np.dtype(dtype).name)
 
@@ -220,10 +220,8 @@ def test_quacks_table(shape, kind, rng):
     values = rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
     weight, bias = rng.standard_normal((2, *shape[-2:])).astype(np.float32)
     library = TorchLibrary("cuda")
-    norm = {"rms": rms_norm, "layer": layer_norm}[kind]
-    y = library.host(
-        norm(library.array(values), library.array(weight), library.array(bias), eps=1e-6)
-    )
+    arrays = map(library.array, (values, weight, bias))
+    y = library.host(function(kind)(*arrays, eps=1e-6))
     exact, slack, _ = oracle(kind, values, weight, bias, eps=1e-6)
     assert_close(y, exact, slack, "bfloat16")
 

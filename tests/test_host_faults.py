@@ -4,21 +4,15 @@ import host
 import host_build
 import numpy as np
 import pytest
+from cases import function
 from host_build import ANY, NORMS, WHOLE
+from host_cases import FAR, far_apart, kernel_of, last_rows, parameters, reserved
 from oracle import norm as oracle
-from test_host import (  # noqa: F401
-    FAR,
-    _compiler,
-    far_apart,
-    function,
-    kernel_of,
-    last_rows,
-    parameters,
-    reserved,
-)
 from tolerances import assert_close
 
 import cupy_headnorm
+
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def faulty(norm, rng, *changes, count=5, orders=host.ORDERS):
@@ -28,7 +22,7 @@ def faulty(norm, rng, *changes, count=5, orders=host.ORDERS):
     weight, bias = parameters(norm._replace(axes=1), rng, x.shape)
     exact, *rest = oracle(norm.spec.kind, x, weight, bias, eps=1e-5, rounding=norm.spec.rounding)
     with host.device(built, orders=orders):
-        y = function(norm.spec)(x, weight, bias, eps=1e-5, rounding=norm.spec.rounding)
+        y = function(norm.spec.kind)(x, weight, bias, eps=1e-5, rounding=norm.spec.rounding)
     return y, exact, rest[0]
 
 

@@ -12,6 +12,7 @@ from cases import (
     Layout,
     covering_specs,
     expected_layout,
+    function,
     random,
 )
 from oracle import norm as oracle
@@ -26,10 +27,6 @@ from tolerances import (
 
 import cupy_headnorm
 from cupy_headnorm import _dtypes
-
-
-def function(kind):
-    return {"rms": cupy_headnorm.rms_norm, "layer": cupy_headnorm.layer_norm}[kind]
 
 
 def run(library, case, x, weight, bias, **more):
@@ -230,7 +227,7 @@ def test_flat_weight_equals_2d_weight(library, rng):
 
 
 def test_offset_is_formed_in_float32(library, rng):
-    """Adding 1 in bfloat16 instead changes 27 % of the outputs (CONTRACT, fault 9)."""
+    """Adding 1 in bfloat16 instead changes 27 % of the outputs: fault 9 of test_contract.py."""
     case = DEFAULT._replace(tokens=FLIPS_NEED // 128 // 3 + 1, weight_offset=1.0)
     x, *_ = case.arrays(rng)
     weight = (rng.standard_normal(128) / 3).astype(ml_dtypes.bfloat16)  # Gemma's are about so
@@ -243,7 +240,7 @@ def test_offset_is_formed_in_float32(library, rng):
 
 
 def test_bias_is_added_before_the_rounding(library, rng):
-    """Rounding first and adding after changes 29 % of the outputs (CONTRACT, fault 9)."""
+    """Rounding first and adding after changes 29 % of the outputs: fault 9 of test_contract.py."""
     case = Case("layer", bias=_dtypes.BFLOAT16, tokens=FLIPS_NEED // 128 // 3 + 1, eps=1e-5)
     x, weight, bias = case.arrays(rng)
     y = run(library, case, x, weight, bias)

@@ -54,7 +54,8 @@ def test_sdist_holds_tests_notebooks_and_the_makefile(dist):
     wanted = [*map(str, KERNELS), "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"]
     wanted += ["Makefile", "setup.cfg", "pyproject.toml", "notebooks/1-first-norm.ipynb"]
     wanted += ["cupy_headnorm/py.typed", "tests/public_api.txt"]
-    wanted += [str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("*.py")]
+    held = [p for p in (ROOT / "tests").rglob("*") if p.suffix in (".py", ".h", ".cpp", ".txt")]
+    wanted += [".ci/run", *(str(p.relative_to(ROOT)) for p in held)]
     assert not set(wanted) - names
 
 

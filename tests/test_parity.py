@@ -127,12 +127,13 @@ def test_what_is_not_ours_is_refused_by_name(tiny, family, capsys):
     assert {one["reason"] for one in told["refused"]} == {one.reason for one in refused}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["olmo2", "olmoe"])
-def test_a_norm_over_all_heads_is_served_as_one_head(tiny, family):
+def test_a_norm_over_all_heads_is_served_as_one_head(tiny, family, device):
     model = tiny(family)
     for real in model.norms.values():
         assert real.heads is None
-        x = real.input(FLIPS_NEED, torch.bfloat16)
+        x = real.input(FLIPS_NEED, torch.bfloat16, device)
         norm = HeadNorm.from_pretrained(model.folder, real.name, num_heads=1)
         assert_same_rounding(parity.bits(norm(x)), parity.bits(real(x)))
         _, other = parity.wrong(norm)

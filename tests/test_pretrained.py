@@ -267,6 +267,20 @@ def test_a_name_that_is_no_norms_lists_near_ones(model):
             HeadNorm.from_pretrained(folder, key)
 
 
+def test_a_name_of_another_tower_is_no_norms(model):
+    folder = model({**QWEN3, "vision_config": {"model_type": "seer"}}, layers())
+    for tower in ("visual", "mtp", "model.vision_tower"):
+        with pytest.raises(CheckpointError, match=f"no head norm {tower}.layers.0"):
+            HeadNorm.from_pretrained(folder, f"{tower}.layers.0.self_attn.q_norm")
+
+
+def test_a_text_config_of_another_name_and_a_tower_saved_alone():
+    assert one({"model_type": "seer", "llm_config": QWEN3}, layers()).eps == 3e-6
+    vision = {"model_type": "glm_ocr_vision", "hidden_size": 64, "num_heads": 4}
+    tensors = {f"blocks.0.attn.{role}_norm.weight": filled(16) for role in "qk"}
+    assert one(vision, tensors).rounding == "before_weight"
+
+
 def test_a_folder_that_is_none_is_told_of_its_config():
     for read in (head_norms, lambda folder: HeadNorm.from_pretrained(folder, "q_norm")):
         with pytest.raises(
@@ -576,6 +590,9 @@ def test_tensors_win_over_flags():
     found = described(config, layers(q=None, k=None))
     assert found.norms == ()
     assert found.notes == ("config.json's use_qk_norm is True; no tensor of a norm is there",)
+    # One layer that has them is enough.
+    tensors = layers() | layers("mtp.layers.{}.self_attn.", q=None, k=None)
+    assert described(config, tensors).notes == ()
     config["use_qk_norm"] = False
     assert described(config, layers(q=None, k=None)).notes == (
         "no tensor of a head norm of glm4_moe is there",
@@ -761,6 +778,9 @@ def test_a_norm_beside_those_of_the_row_is_named(model):
     assert stranger.reason.startswith("nothing is known of such a norm of qwen3; HeadNorm.from")
     with pytest.raises(UnknownModelError, match="v_norm is refused: nothing is known of such"):
         HeadNorm.from_pretrained(folder, stranger.name)
+    # A module a head is one norm.
+    heads = norms_of_heads(range(3), "model.layers.0.self_attn.v_norm")
+    assert [norm.name for norm in described(QWEN3, layers() | heads).refused] == [stranger.name]
     with pytest.raises(UnknownModelError, match=r"has .*q_proj.weight, of which nothing is known"):
         HeadNorm.from_pretrained(folder, "model.layers.0.self_attn.q_proj")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from allpairspy import AllPairs
 from oracle import norm as oracle
-from tolerances import ANGLE, FLIPS, FLIPS_TURNED, TELLING, TURNED, assert_alike
+from tolerances import ANGLE, FLIPS, FLIPS_TURNED, TELLING, TURNED, assert_alike, mismatch
 
 from cupy_headnorm import CheckpointError, HeadNorm, QKNorm, _dtypes
 
@@ -102,7 +102,7 @@ def test_a_layer_that_turns_nothing(tiny, family, dtype):
     assert qk.rope is None
     real = attention(model, 1, 2**20)
     for name, y in zip("qk", qk(real.parts["q"], real.parts["k"]), strict=True):
-        assert parity.mismatch(parity.bits(y), parity.bits(real.results[name])) < FLIPS
+        assert mismatch(parity.bits(y), parity.bits(real.results[name])) < FLIPS
 
 
 @pytest.mark.parametrize("family", ["beam", "muse_spark", "muse_glimmer"])
@@ -113,7 +113,7 @@ def test_a_layer_whose_config_has_no_angles_turns_nothing(tiny, family):
     assert qk.rope is None
     real = attention(model, 1, 2**16)
     _, k = qk(real.parts["q"], real.parts["k"])
-    assert parity.mismatch(parity.bits(k), parity.bits(real.results["k"])) < FLIPS
+    assert mismatch(parity.bits(k), parity.bits(real.results["k"])) < FLIPS
 
 
 def test_a_layer_without_queries_is_refused(tiny):

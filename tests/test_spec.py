@@ -115,6 +115,7 @@ REFUSED = {
     "head_dim no integer": ((X,), {"head_dim": "64"}, TypeError, r"head_dim is '64'; needs an int"),
     "eps negative": ((X,), {"eps": -1e-6}, ValueError, r"eps is -1e-06; needs 0 or more"),
     "eps NaN": ((X,), {"eps": float("nan")}, ValueError, r"eps is nan; needs a finite number"),
+    "eps huge": ((X,), {"eps": 10**400}, ValueError, r"eps is inf; needs a finite number"),
     "eps infinite": ((X,), {"eps": float("inf")}, ValueError, r"eps is inf; needs a finite number"),
     "eps no number": ((X,), {"eps": "small"}, TypeError, r"eps is 'small'; needs a number"),
     "offset infinite": (

@@ -13,8 +13,9 @@ import sys
 PAGE = 4096
 NO_ACCESS, READ_AND_WRITE = 0, 3
 PRIVATE_ANONYMOUS_UNRESERVED = 0x4022
+MAP_FAILED = 2**64 - 1
 SECONDS = 60
-"""A kernel may take. Those of the tests take milliseconds."""
+"""That a kernel may take. Those of the tests take milliseconds."""
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.mmap.restype = ctypes.c_void_p
@@ -33,6 +34,8 @@ class Memory:
         if sparse:
             # As far apart as they are said to be, on pages beside which nothing may be touched.
             self.address = libc.mmap(None, size, NO_ACCESS, PRIVATE_ANONYMOUS_UNRESERVED, -1, 0)
+            if self.address == MAP_FAILED:
+                raise MemoryError(f"no {size} bytes of addresses")
         else:
             self.address = libc.malloc(size)
         for offset, data in pieces:

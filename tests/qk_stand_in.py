@@ -1,0 +1,94 @@
+"""The same as stand_in.py for q, k and v."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from cases import random
+from qk_cases import MAX_POSITION, D
+from stand_in import STREAM, forget_calls, take_for_gpu, torch_adapter
+
+from cupy_headnorm import (
+    HeadNorm,
+    QKNorm,
+    Rope,
+    _layout,
+    _parts_kernels,
+    _qk_dispatch,
+    qknorm,
+    reference,
+)
+from cupy_headnorm import rope as rotary
+from cupy_headnorm._dtypes import FLOAT32, INT64
+
+
+class Runner:
+    """Does what the kernel does with the same addresses and strides."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def laid(self, address, shape, strides, dtype):
+        strides = (*strides, dtype.itemsize)
+        layout = SimpleNamespace(size=1, shape=tuple(shape), strides=strides, dtype=dtype)
+        return _layout.as_numpy(address, layout, None, writeable=True)
+
+    def tables(self, positions, addresses):
+        call, rope, sizes = self.call, self.call.spec.rope, [axis.size for axis in self.call.axes]
+        for address in addresses:
+            if positions:
+                strides = [axis.position for axis in call.axes]
+                at = self.laid(positions, (*sizes, 1), strides, INT64)[..., 0]
+                shape = (call.max_position, rope.rotary_dim // 2)
+                rows = self.laid(address, shape, (call.table_row,), rope.table)
+                yield rows[np.clip(at, 0, call.max_position - 1)]
+            else:
+                shape = (*sizes, rope.rotary_dim)
+                yield self.laid(address, shape, [a.table for a in call.axes], rope.table)
+
+    def __call__(self, stream, *addresses):
+        assert stream == STREAM
+        call, spec = self.call, self.call.spec
+        *of_parts, cos, sin, positions = addresses
+        tables = list(self.tables(positions, (cos, sin))) if spec.rope else []
+        for i, part in enumerate(call.parts):
+            shape = (*(axis.size for axis in call.axes), part.num_heads, spec.head_dim)
+            x, out, weight, _ = of_parts[4 * i : 4 * i + 4]
+            x = self.laid(x, shape, (*(axis.x[i] for axis in call.axes), part.x), spec.x)
+            out = self.laid(out, shape, (*(axis.out[i] for axis in call.axes), part.out), spec.x)
+            weight = self.laid(weight, shape[-2:], (part.weight,), spec.weight)
+            y = reference.rms_norm(x, weight, eps=part.eps, rounding=spec.rounding)
+            out[...] = rotary.apply(y, *(t[..., np.newaxis, :] for t in tables)) if tables else y
+
+
+@pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """The device of torch's tensors that are a GPU's, or are taken for it."""
+    if request.param == "cuda":
+        return "cuda"
+    import torch
+
+    take_for_gpu(monkeypatch, torch_adapter(), torch.Tensor, torch.nn.Parameter)
+    monkeypatch.setattr(_parts_kernels, "prepare", lambda call, *_: call)
+    monkeypatch.setattr(_parts_kernels, "runner", Runner)
+    return "cpu"
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Forget all calls, and list those that go step by step."""
+    forget_calls(monkeypatch, _qk_dispatch)
+    seen = []
+    step_by_step = qknorm.step_by_step
+
+    def listing(norms, tables, arrays, *rest, **options):
+        seen.append(arrays)
+        return step_by_step(norms, tables, arrays, *rest, **options)
+
+    monkeypatch.setattr(qknorm, "step_by_step", listing)
+    return seen
+
+
+def made(rng, *, theta=1e4, eps=1e-6, max_position=MAX_POSITION, turns=True):
+    rope = Rope.of_theta(theta, D, max_position=max_position) if turns else None
+    return QKNorm(*(HeadNorm(random(rng, D, FLOAT32), eps=eps) for _ in "qk"), rope=rope)

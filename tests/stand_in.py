@@ -1,0 +1,159 @@
+"""
+Host memory that stands in for a GPU's, and the reference for its kernel.
+
+host.py runs the kernels themselves on NumPy's arrays, test_dispatch.py and test_qk_calls.py the
+reference on torch's.
+"""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from cupy_headnorm import _dispatch, _interop, _kernels, reference
+from cupy_headnorm._layout import Device, as_numpy
+from cupy_headnorm._spec import NormCall
+
+CUDA = Device("cuda", 0)
+STREAM = 7
+"""Of every call on torch's arrays."""
+
+
+def on_cuda(view):
+    """Return an ArrayView as that of an array of a GPU."""
+    return view._replace(layout=view.layout._replace(device=CUDA))
+
+
+def take_for_gpu(patch, adapter, *kinds):
+    """Let `adapter` serve arrays of some types, and nothing ask CuPy for anything."""
+    for kind in kinds:
+        patch.setitem(_interop.quick, kind, adapter)
+        patch.setitem(_interop._found, kind, adapter)
+    patch.setattr(_interop, "import_cupy", lambda: None)
+    patch.setattr(
+        _interop, "upload", lambda array, _: on_cuda(_interop.view(np.array(array), "parameter"))
+    )
+    patch.setattr(_interop, "synchronize", lambda index: None)
+    patch.setattr(_kernels, "refuse_capture", lambda stream, what: None)
+
+
+def forget_calls(patch, module):
+    """Let _dispatch or _qk_dispatch know no call, here and for as long as the patch lasts."""
+    patch.setattr(module, "_thread", module._Thread())
+    patch.setattr(module, "_plans", {})
+
+
+def torch_adapter():
+    """Return torch's adapter, for which host memory is that of a GPU, whose stream is `STREAM`."""
+    import torch
+
+    class HostAsCuda(type(_interop.library_of(torch.empty(0), "x"))):
+        def __init__(self):
+            super().__init__(torch)
+            self.stream = lambda index: STREAM
+            read = self.glance
+
+            def glance(x):
+                # The tensor's own answers, but for where it lies.
+                stand_in = SimpleNamespace(
+                    is_cuda=True,
+                    is_neg=x.is_neg,
+                    requires_grad=x.requires_grad,
+                    data_ptr=x.data_ptr,
+                    get_device=lambda: 0,
+                    shape=x.shape,
+                    stride=x.stride,
+                    dtype=x.dtype,
+                )
+                return read(stand_in)
+
+            self.glance = glance
+
+        def view(self, x, role, *rows):
+            return on_cuda(super().view(x, role, *rows))
+
+    return HostAsCuda()
+
+
+# Calls of one norm on it.
+@pytest.fixture
+def slow(monkeypatch):
+    """Stand in for the GPU, and list the shapes of x that went step by step."""
+    import torch
+
+    take_for_gpu(monkeypatch, torch_adapter(), torch.Tensor, torch.nn.Parameter)
+    monkeypatch.setattr(
+        _kernels, "prepare", lambda call, *_: Launch(SimpleNamespace(rows=call.rows), call)
+    )
+    monkeypatch.setattr(_kernels, "over_rows", over_rows)
+    monkeypatch.setattr(_kernels, "runner", lambda launch: Runner(launch.call))
+    forget_calls(monkeypatch, _dispatch)
+    shapes = []
+    step_by_step = _dispatch.step_by_step
+
+    def listing(norm, x, *arguments, **options):
+        shapes.append(tuple(x.shape))
+        return step_by_step(norm, x, *arguments, **options)
+
+    monkeypatch.setattr(_dispatch, "step_by_step", listing)
+    return shapes
+
+
+class Launch(NamedTuple):
+    params: SimpleNamespace
+    call: NormCall
+
+
+def over_rows(launch, rows):
+    """As the kernel does: it meets the outermost length in the number of rows alone."""
+    outermost, *inner = launch.call.axes
+    outermost = outermost._replace(size=outermost.size * rows // launch.call.rows)
+    call = launch.call._replace(axes=(outermost, *inner), rows=rows)
+    return Launch(SimpleNamespace(rows=rows), call)
+
+
+class Runner:
+    """Does what the kernel does with the same addresses and the same grid of rows."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, x, out, weight, bias, stream):
+        assert stream == STREAM
+        spec = self.call.spec
+
+        def rows(address, dtype, strides):
+            layout = SimpleNamespace(
+                size=1,
+                shape=(*(axis.size for axis in self.call.axes), spec.head_dim),
+                strides=(*strides, dtype.itemsize),
+                dtype=dtype,
+            )
+            return as_numpy(address, layout, None, writeable=True)
+
+        axes = self.call.axes
+        parameters = [
+            rows(address, dtype, [getattr(axis, name) for axis in axes]) if dtype else None
+            for name, address, dtype in (
+                ("weight", weight, spec.weight),
+                ("bias", bias, spec.bias),
+            )
+        ]
+        reference.apply(
+            self.call,
+            rows(x, spec.x, [axis.x for axis in axes]),
+            *parameters,
+            rows(out, spec.x, [axis.out for axis in axes]),
+        )
+
+
+def tensor(rng, *shape, dtype=None):
+    import torch
+
+    values = torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+    return values if dtype is None else values.to(dtype)
+
+
+def expected(x, *parameters, norm=reference.rms_norm, **options):
+    return norm(x.numpy(), *(p.numpy() for p in parameters), **options)

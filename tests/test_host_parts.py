@@ -1,0 +1,92 @@
+"""The kernel for q, k and v on the CPU, as test_host.py has the one for one array."""
+
+import host
+import numpy as np
+import pytest
+import qk_cases
+from host_build import ANY, PARTS, WHOLE
+from host_cases import running
+from tolerances import FLIPS_FEW, mismatch
+
+from cupy_headnorm import _parts_launch
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+
+def parts_of(kernel, rng):
+    """Return a case, what it makes, and its norms; the rows of parts lie as the kernel allows."""
+    case = kernel.case
+    if case.head_dim > 1000:
+        case = case._replace(tokens=2)
+    parts, norms, beside = case.made(rng)
+    qk = qk_cases.qk_norm(case, norms)
+    itemsize = case.dtype.itemsize
+    if kernel.how == ANY:
+        # Slices of one buffer, whose rows lie off all boundaries.
+        widths = [part.shape[-2] * case.head_dim for part in parts]
+        packed = np.zeros((2, case.tokens, sum(widths) + 1), case.dtype.numpy).view(np.uint8)
+        memory = np.full(packed.nbytes + 32, 0xA5, np.uint8)
+        at, laid = -memory.ctypes.data % 16 + itemsize, []
+        for part, width in zip(parts, widths, strict=True):
+            pitch = packed.shape[-1]
+            strides = (case.tokens * pitch, pitch, case.head_dim * itemsize, itemsize)
+            laid.append(np.ndarray(part.shape, part.dtype, memory, at, strides))
+            laid[-1][...] = part
+            at += width * itemsize
+        parts = laid
+    return case, (parts, norms, beside), qk
+
+
+@pytest.mark.parametrize("heads_per_group", [1, 2, 4])
+@pytest.mark.parametrize("kernel", PARTS, ids=str)
+def test_parts_match_float64(kernel, heads_per_group, rng, monkeypatch):
+    plan = _parts_launch.plan
+    monkeypatch.setattr(
+        _parts_launch, "plan", lambda call: plan(call)._replace(heads_per_group=heads_per_group)
+    )
+    case, made, qk = parts_of(kernel, rng)
+    parts, _, beside = made
+    twin = qk(*parts, **beside)
+    with running(kernel):
+        found = qk(*parts, **beside)
+        qk_cases.check(case, found, made)
+        for part, y, expected in zip(parts, found, twin, strict=True):
+            assert mismatch(y, expected) <= FLIPS_FEW or case.dtype.itemsize > 2
+            assert part.strides != y.strides or kernel.how == WHOLE
+        qk(*parts, **beside, out=tuple(parts))
+        for part, y in zip(parts, found, strict=True):
+            assert part.tobytes() == y.tobytes()
+
+
+def test_parts_on_pairs_of_numbers_have_the_bits_of_parts_on_single_ones(rng):
+    """sm_90 multiplies and adds two 16-bit numbers at once, sm_75 one by one in float."""
+    pairs, single = PARTS[:2]
+    assert (pairs.architecture, single.architecture) == (900, 750)
+    _, (parts, _, beside), qk = parts_of(pairs, rng)
+    with running(pairs):
+        found = qk(*parts, **beside)
+    with running(single):
+        for a, b in zip(found, qk(*parts, **beside), strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+def test_parts_without_rope_have_the_bits_of_norms_one_by_one(rng):
+    kernel = next(k for k in PARTS if k.case.by is None)
+    _, (parts, *_), qk = parts_of(kernel, rng)
+    with running(kernel):
+        found = qk(*parts)
+    with host.device():
+        for name, part, y in zip("qk", parts, found, strict=False):
+            assert qk.norms[name](part).tobytes() == y.tobytes()
+
+
+def test_positions_outside_of_the_tables_are_clamped_and_read_nothing_else(rng):
+    kernel = PARTS[0]
+    _, (parts, _, _), qk = parts_of(kernel, rng)
+    far = np.array([-1, -(2**62), 2**62, qk_cases.MAX_POSITION, 0, 2**31, -(2**31)])
+    far = np.stack([far, far[::-1]])
+    with running(kernel):
+        found = qk(*parts, positions=far)
+        clamped = qk(*parts, positions=np.clip(far, 0, qk_cases.MAX_POSITION - 1))
+    for a, b in zip(found, clamped, strict=True):
+        assert a.tobytes() == b.tobytes()

@@ -1,0 +1,91 @@
+"""What `_kernels.runner` launches, and on which device."""
+
+import ctypes
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cupy_headnorm import _kernels
+
+
+class Launches:
+    """CUDA for `_kernels.runner`: two devices, 1 current, and what is launched on which."""
+
+    def __init__(self, monkeypatch, count=2):
+        cupy = pytest.importorskip("cupy", exc_type=ImportError)
+        self.current = 1
+        self.found = []
+        self.broken = False
+        runtime, driver = cupy.cuda.runtime, cupy.cuda.driver
+        monkeypatch.setattr(_kernels, "_thread", threading.local())
+        monkeypatch.setattr(runtime, "getDeviceCount", lambda: count)
+        monkeypatch.setattr(runtime, "getDevice", lambda: self.current)
+        monkeypatch.setattr(runtime, "setDevice", lambda i: setattr(self, "current", i))
+        monkeypatch.setattr(driver, "launchKernel", self._launch)
+
+    def _launch(self, function, *grid_and_block):
+        *_, stream, arguments, _ = grid_and_block
+        time.sleep(1e-4)  # others run here: what they share is overwritten
+        if self.broken:
+            raise RuntimeError("the launch failed")
+        params = ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[0]
+        addresses = tuple((ctypes.c_uint64 * 4).from_address(params))
+        self.found.append((self.current, stream, addresses))
+
+    @staticmethod
+    def on(device):
+        params = _kernels._PARAMS["float32", 1](rows=3)
+        return _kernels.Launch(1, 2, 32, device, params, None)
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_the_device_of_the_arrays_is_current_while_launching(device, monkeypatch):
+    cuda = Launches(monkeypatch)
+    run = _kernels.runner(cuda.on(device))
+    assert cuda.current == 1
+    run(10, 20, 30, 40, 7)
+    assert cuda.found == [(device, 7, (10, 20, 30, 40))]
+    assert cuda.current == 1
+    cuda.broken = True
+    with pytest.raises(RuntimeError, match="the launch failed"):
+        run(10, 20, 30, 40, 7)
+    assert cuda.current == 1
+
+
+def test_a_threads_first_launch_makes_the_context_current(monkeypatch):
+    """Also where there is one device, and later launches do not ask which is current."""
+    cuda = Launches(monkeypatch, count=1)
+    cuda.current = 0
+    chosen = []
+    monkeypatch.setattr(cuda_runtime(), "setDevice", chosen.append)
+    launch = cuda.on(0)
+    _kernels.runner(launch), _kernels.runner(launch)
+    assert chosen == [0]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(_kernels.runner, launch).result()(1, 2, 3, 4, 7)
+    assert chosen == [0, 0]
+
+
+def cuda_runtime():
+    import cupy
+
+    return cupy.cuda.runtime
+
+
+def test_runners_of_one_launch_share_nothing(monkeypatch):
+    cuda = Launches(monkeypatch)
+    launch = cuda.on(1)
+
+    def work(number):
+        run = _kernels.runner(launch)
+        for n in range(20):
+            run(number, n, number, n, number)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert len(cuda.found) == 80
+    for _, stream, addresses in cuda.found:
+        assert addresses == (stream, addresses[1], stream, addresses[1])
+    assert launch.params.x == 0
