@@ -77,12 +77,13 @@ def _glances(
     library: Library,
     arrays: Arrays,
     heads_axis: int,
-) -> tuple[tuple[Any, ...], int, list[int], list[int]] | None:
+) -> tuple[tuple[Any, ...], int, list[int], list[int], list[Any]] | None:
     """
     Look at a call's arrays; None where they need more than a look.
 
     Returns a key of all that its plan depends on, the device's index, the addresses of the arrays,
-    and those of the norms' weights and biases and of the tables.
+    those of the norms' weights and biases and of the tables, and what keeps the latter's memory
+    until the launch, whoever unloads it meanwhile.
     """
     addresses, keys = [], []
     for array in arrays.each():
@@ -93,6 +94,7 @@ def _glances(
         keys.append(seen[1])
     index, _, _, dtype, _ = keys[0]
     held: list[int] = []
+    keeps: list[Any] = []
     identities = []
     for norm in norms.values():
         parameters = norm._norm.ready.get(index)
@@ -100,15 +102,17 @@ def _glances(
             return None
         held += (parameters.weight_address, parameters.bias_address)
         identities.append(parameters.identity)
+        keeps.append(parameters)
     if arrays.positions is not None:
-        of_tables = tables.addresses.get((index, dtype))
+        of_tables = tables.seen.get((index, dtype))
         if of_tables is None:
             return None
-        held += of_tables
+        held += (of_tables[0].pointer, of_tables[1].pointer)
+        keeps.append(of_tables)
     # As many arrays may be others: cos and sin without out, or out without cos and sin.
     given = (arrays.positions is None, 0 if arrays.out is None else 1 + arrays.in_place)
     key = (*identities, tables.identity, *given, heads_axis, *keys)
-    return key, index, addresses, held
+    return key, index, addresses, held, keeps
 
 
 def known(
@@ -121,7 +125,7 @@ def known(
     seen = _glances(norms, tables, library, arrays, heads_axis)
     if seen is None:
         return None
-    key, index, addresses, held = seen
+    key, index, addresses, held, _ = seen
     call = _thread.calls.get(key)
     if call is None:
         return None
@@ -309,7 +313,7 @@ def _remember(
         if q is None:
             return
         index, _, _, dtype, _ = q[1]
-        tables.addresses[index, dtype] = (rope.cos.pointer, rope.sin.pointer)
+        tables.seen[index, dtype] = (rope.cos, rope.sin)
     elif rope is not None:
         beside = [rope.cos, rope.sin]
     seen = _glances(norms, tables, library, arrays, heads_axis)

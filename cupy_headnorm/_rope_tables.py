@@ -64,8 +64,8 @@ class Tables:
         self.identity = identity(rope)
         """Stands for `rope`, or for none, in the keys of remembered calls."""
         self.ready: dict[tuple[str, int, str], tuple[ArrayView, ArrayView]] = {}
-        self.addresses: dict[tuple[int, Any], tuple[int, int]] = {}
-        """Of cosines and sines, by CUDA device and the library's own dtype of q."""
+        self.seen: dict[tuple[int, Any], tuple[ArrayView, ArrayView]] = {}
+        """Those on CUDA devices, by index and the library's own dtype of q."""
 
     def describe(
         self,
@@ -139,6 +139,6 @@ class Tables:
     def unload(self) -> None:
         """Wait for the work in flight and free every device copy."""
         with self._lock:
-            held, self.ready, self.addresses = self.ready, {}, {}
+            held, self.ready, self.seen = self.ready, {}, {}
         for index in {index for kind, index, _ in held if kind == "cuda"}:
             _interop.synchronize(index)

@@ -6,6 +6,7 @@ real ones.
 """
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from qk_cases import MAX_POSITION, D, H
 from qk_stand_in import made
 from tolerances import assert_alike
 
-from cupy_headnorm import HeadNorm, QKNorm, Rope
+from cupy_headnorm import HeadNorm, QKNorm, Rope, _interop
 from cupy_headnorm._dtypes import FLOAT32
 
 torch = pytest.importorskip("torch")
@@ -208,3 +209,33 @@ def test_a_call_is_not_taken_for_another_of_as_many_arrays(device, slow):
         for function in (qk, qk.warmup):
             with pytest.raises(TypeError, match="heads_axis is -2.0; needs an integer"):
                 function(q, k, positions=positions, heads_axis=-2.0)
+
+
+@pytest.mark.parametrize("device", ["stand-in"], indirect=True)
+def test_an_unload_between_look_and_launch_leaves_the_memory(device, slow, monkeypatch, rng):
+    """Another thread's, which here comes where the stream is asked for."""
+    kept, real_upload = [], _interop.upload
+
+    def upload(values, index):
+        view = real_upload(values, index)
+        kept.append(weakref.ref(view.owner))
+        return view
+
+    monkeypatch.setattr(_interop, "upload", upload)
+    qk, parts, beside = made(rng), both(rng, device), turning(rng, device, "positions")
+    expected = right(qk, parts, beside)
+    qk(*parts, **beside)
+    slow.clear()
+    adapter = _interop.quick[torch.Tensor]
+    stream, alive = adapter.stream, []
+
+    def unloading(index):
+        qk.unload()
+        alive.extend(ref() is not None for ref in kept)
+        return stream(index)
+
+    monkeypatch.setattr(adapter, "stream", unloading)
+    same(qk(*parts, **beside), expected)
+    assert not slow
+    assert alive == [True] * 4
+    assert all(ref() is None for ref in kept)
