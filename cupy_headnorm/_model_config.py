@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cupy_headnorm.checkpoint import CheckpointError
-from cupy_headnorm.models import Family, Role, Rope
+from cupy_headnorm.models import Family, ModelRope, Role
 
 _MOST = 2**31 - 1
 """Of what a config counts."""
@@ -82,7 +82,7 @@ class Fields:
             )
         return float(value)
 
-    def rope(self, rope: Rope, layer: int, head_dim: int) -> Rope:
+    def rope(self, rope: ModelRope, layer: int, head_dim: int) -> ModelRope:
         """Return `rope` with the share of head_dim that the config says, in old words or new."""
         shares: list[Any] = []
         for name in ("rope_parameters", "rope_scaling"):

@@ -9,7 +9,7 @@ from cupy_headnorm import _dtypes, checkpoint
 from cupy_headnorm._model_config import Fields, short
 from cupy_headnorm._model_layers import Group
 from cupy_headnorm.checkpoint import CheckpointError
-from cupy_headnorm.models import Family, Role, Rope
+from cupy_headnorm.models import Family, ModelRope, Role
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """Dtype, as safetensors spells it, and shape by name."""
@@ -59,7 +59,7 @@ class ModelNorm(NamedTuple):
     """Of the weight as it is read; ``()`` without one."""
     dtype: str
     """As safetensors spells it; ``""`` without a weight."""
-    rope: Rope
+    rope: ModelRope
     notes: tuple[str, ...]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 
-class Rope(NamedTuple):
+class ModelRope(NamedTuple):
     """
     The rotary embedding beside a norm, as far as the family tells.
 
@@ -93,7 +93,7 @@ class Family(NamedTuple):
     diffusers. A type whose config nests the text tower's is in the row of that tower.
     """
     roles: tuple[Role, ...] = ()
-    rope: Rope = Rope()
+    rope: ModelRope = ModelRope()
     defaults: Mapping[str, Any] = {}
     """
     Config fields that a config.json may omit, with the config class' own values. Without one here
@@ -238,7 +238,7 @@ _HEADS = (
             ("qwen3_5_moe", "qwen3_5_moe_text"): _sizes(16, 2, 256, rms_norm_eps=1e-6),
         },
         roles=(*_pair(*_QK, projection_factor=2, **_ONE_PLUS), _GATED),
-        rope=Rope(partial=0.25),
+        rope=ModelRope(partial=0.25),
     ),
     # qwen4_exp:141, :687, :710, :741, :836, :861; the indexer's k is a mean of keys, normalized
     Family(
@@ -290,7 +290,7 @@ _HEADS = (
             "diffusion_gemma_text",
         ),
         (*_pair(*_QK, heads="", head_dim=()), _V_OF_K._replace(heads="")),
-        rope=Rope(note="full attention layers turn all dims, most of them by no angle"),
+        rope=ModelRope(note="full attention layers turn all dims, most of them by no angle"),
         defaults=_sizes(rms_norm_eps=1e-6),
     ),
     # embedding_gemma2:49, :346, :364
@@ -306,7 +306,7 @@ _HEADS = (
     Family(
         ("cohere",),
         _pair(*_QK, kind="layer", weight="per head", eps="layer_norm_eps", head_dim=_EITHER),
-        rope=Rope(style="interleaved"),
+        rope=ModelRope(style="interleaved"),
         defaults=_sizes(64, hidden=8192, layer_norm_eps=1e-5, use_qk_norm=False),
         flag="use_qk_norm",
     ),
@@ -322,7 +322,7 @@ _HEADS = (
             heads_axis=-3,
             head_dim=("hidden",),
         ),
-        rope=Rope(partial=0.25),
+        rope=ModelRope(partial=0.25),
         defaults=_sizes(32, 32, hidden=2560, layer_norm_eps=1e-5, qk_layernorm=False),
         flag="qk_layernorm",
     ),
@@ -339,7 +339,7 @@ _HEADS = (
             head_dim=("hidden",),
             projected=False,
         ),
-        rope=Rope(partial=0.5),
+        rope=ModelRope(partial=0.5),
         defaults=_sizes(64, hidden=4096, layer_norm_eps=1e-5, qk_layernorm=True),
         flag="qk_layernorm",
     ),
@@ -355,7 +355,7 @@ _HEADS = (
             heads_axis=-3,
             head_dim=("hidden",),
         ),
-        rope=Rope(partial=0.5),
+        rope=ModelRope(partial=0.5),
         defaults=_sizes(32, hidden=2048, layer_norm_eps=1e-5, qk_layernorm=False),
         flag="qk_layernorm",
     ),
@@ -378,7 +378,7 @@ _HEADS = (
     Family(
         ("glm4_moe",),
         _pair(*_QK, head_dim=_EITHER, **_CAST_FIRST),
-        rope=Rope(partial=0.5),
+        rope=ModelRope(partial=0.5),
         defaults=_sizes(96, 8, hidden=4096, rms_norm_eps=1e-5, use_qk_norm=False),
         flag="use_qk_norm",
     ),
@@ -392,7 +392,7 @@ _HEADS = (
             head_dim=("head_dim", "attention_head_dim"),
             **_CAST_FIRST,
         ),
-        rope=Rope("before norm"),
+        rope=ModelRope("before norm"),
         defaults=_sizes(32, rms_norm_eps=1e-5),
     ),
     # lfm2:217, :231; lfm2_moe:302; the layers of convolutions have none
@@ -407,7 +407,7 @@ _HEADS = (
     Family(
         ("lfm3",),
         _pair(*_QK, eps="norm_eps", **_CAST_FIRST),
-        rope=Rope(note="full attention layers turn all dims, half of them by no angle"),
+        rope=ModelRope(note="full attention layers turn all dims, half of them by no angle"),
         defaults=_sizes(16, 4, 128, norm_eps=1e-5),
         aliases={"rms_norm_eps": "norm_eps"},
     ),
@@ -438,19 +438,19 @@ _HEADS = (
             "kolibri1": _sizes(48, 4, 128, rms_norm_eps=1e-6),
         },
         roles=_pair(*_QK, head_dim=_EITHER, heads_axis=-3, **_CAST_FIRST),
-        rope=Rope(note="none on full attention layers beside sliding ones"),
+        rope=ModelRope(note="none on full attention layers beside sliding ones"),
     ),
     # afmoe:91, :335, :355; beam:47, :227, :247; flint:45, :260, :276
     Family(
         ("afmoe",),
         _pair(*_QK),
-        rope=Rope(note="on sliding attention layers only"),
+        rope=ModelRope(note="on sliding attention layers only"),
         defaults=_sizes(16, head_dim=128, rms_norm_eps=1e-5),
     ),
     Family(
         ("beam",),
         _pair(*_QK),
-        rope=Rope(note="none on layers without rope_parameters"),
+        rope=ModelRope(note="none on layers without rope_parameters"),
         defaults=_sizes(48, 8, 128, rms_norm_eps=1e-6),
     ),
     Family(("flint",), _pair(*_QK), defaults=_sizes(32, 4, 128, rms_norm_eps=1e-6)),
@@ -458,7 +458,7 @@ _HEADS = (
     Family(
         ("laguna",),
         _pair(*_QK, heads="", **_CAST_FIRST),
-        rope=Rope(note="the share that turns differs between kinds of layers"),
+        rope=ModelRope(note="the share that turns differs between kinds of layers"),
         defaults=_sizes(head_dim=128, rms_norm_eps=1e-6),
     ),
     # inkling:215, :235; relative positions instead of an embedding
@@ -471,7 +471,7 @@ _HEADS = (
             head_dim=("head_dim", "swa_head_dim"),
             **_CAST_FIRST,
         ),
-        rope=Rope("none"),
+        rope=ModelRope("none"),
         defaults=_sizes(head_dim=128, swa_head_dim=128, rms_norm_eps=1e-6),
     ),
     # minimax_m3_vl:140, :414, :431, :537, :549
@@ -496,14 +496,14 @@ _HEADS = (
                 **_ONE_PLUS,
             ),
         ),
-        rope=Rope(partial=0.5),
+        rope=ModelRope(partial=0.5),
         defaults=_sizes(64, 4, 128, rms_norm_eps=1e-6, index_n_heads=4, index_head_dim=128),
     ),
     # step3p7:501, :697, :714; released configs say use_qk_norm false beside norms
     Family(
         ("step3p7", "step3p5"),
         _pair(*_QK, heads="", **_ONE_PLUS),
-        rope=Rope(note="the share that turns differs by layer"),
+        rope=ModelRope(note="the share that turns differs by layer"),
         defaults=_sizes(head_dim=128, rms_norm_eps=1e-5),
         flag="use_qk_norm",
     ),
@@ -521,7 +521,7 @@ _HEADS = (
     Family(
         ("mllama", "mllama_text_model"),
         _pair(*_QK, "cross_attn", heads_axis=-3, head_dim=("hidden",), **_CAST_FIRST),
-        rope=Rope("none"),
+        rope=ModelRope("none"),
         defaults=_sizes(32, 8, hidden=4096, rms_norm_eps=1e-5),
     ),
     # idefics:335, :565, :609; idefics/perceiver.py:116, :158
@@ -550,7 +550,7 @@ _HEADS = (
                 head_dim=(),
             ),
         ),
-        rope=Rope("none"),
+        rope=ModelRope("none"),
     ),
     # llama4:105, :331, :355; without no_rope_layers each no_rope_layer_interval-th has none
     Family(
@@ -565,7 +565,7 @@ _HEADS = (
             )
             for name, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
         ),
-        rope=Rope("before norm", "interleaved"),
+        rope=ModelRope("before norm", "interleaved"),
         defaults=_sizes(40, 8, 128, rms_norm_eps=1e-5, use_qk_norm=True, no_rope_layer_interval=4),
         flag="use_qk_norm",
     ),
@@ -573,7 +573,7 @@ _HEADS = (
     Family(
         ("nanochat",),
         _pair(*_QK, weight="none", heads_axis=-3, head_dim=_EITHER),
-        rope=Rope("before norm", "half flipped"),
+        rope=ModelRope("before norm", "half flipped"),
         defaults=_sizes(6, hidden=768, rms_norm_eps=1e-6),
     ),
     # muse_spark:105, :380, :399, :426; muse_glimmer:312, :330
@@ -583,27 +583,31 @@ _HEADS = (
             *_pair("qk_norm", "qk_norm", weight="none", heads_axis=-3),
             Role("out", ("self_attn.o_norm",), weight="none"),
         ),
-        rope=Rope(note="none on some layers; q is multiplied by qk_scale_factor after its norm"),
+        rope=ModelRope(
+            note="none on some layers; q is multiplied by qk_scale_factor after its norm"
+        ),
         defaults=_sizes(128, 16, 64, rms_norm_eps=1e-5),
     ),
     Family(
         ("muse_glimmer", "muse_glimmer_text"),
         _pair("qk_norm", "qk_norm", weight="none", heads_axis=-3),
-        rope=Rope(note="none on some layers; q is multiplied by qk_scale_factor after its norm"),
+        rope=ModelRope(
+            note="none on some layers; q is multiplied by qk_scale_factor after its norm"
+        ),
         defaults=_sizes(32, 2, 128, rms_norm_eps=1e-5),
     ),
     # neomme:42, :315, :335
     Family(
         ("neomme",),
         _pair(*_QK, weight="none", eps="norm_eps", heads_axis=-3),
-        rope=Rope(note="the share that turns differs between kinds of layers"),
+        rope=ModelRope(note="the share that turns differs between kinds of layers"),
         defaults=_sizes(16, 4, 64, norm_eps=1e-6),
     ),
     # timesfm2_5:282, :301
     Family(
         ("timesfm2_5",),
         _pair(*_QK, heads_axis=-3, **_CAST_FIRST),
-        rope=Rope("before norm", note="q is scaled by softplus(scaling) after its norm"),
+        rope=ModelRope("before norm", note="q is scaled by softplus(scaling) after its norm"),
         defaults=_sizes(16, 16, 80, rms_norm_eps=1e-6),
     ),
     # deepseek_v4:45, :66, :402, :513, :798, :829, :832. What is q_norm on disk is no norm of heads
@@ -633,7 +637,9 @@ _HEADS = (
             ),
             Role("q_lora", ("self_attn.q_a_norm", "attn.q_norm"), refused=_RANK),
         ),
-        rope=Rope(style="interleaved", partial=0.125, note="the last dims turn, not the first"),
+        rope=ModelRope(
+            style="interleaved", partial=0.125, note="the last dims turn, not the first"
+        ),
         defaults=_sizes(64, 1, 512, rms_norm_eps=1e-6, index_head_dim=128),
     ),
 )
@@ -699,7 +705,7 @@ _FULL_WIDTH = (
             head_dim=("hidden",),
             **_CAST_FIRST,
         ),
-        rope=Rope("none"),
+        rope=ModelRope("none"),
         defaults=_sizes(16, hidden=1024, use_qk_norm=False),
         flag="use_qk_norm",
         tower="vision",
@@ -716,7 +722,7 @@ _FULL_WIDTH = (
             weight="full",
             head_dim=("hidden",),
         ),
-        rope=Rope("none"),
+        rope=ModelRope("none"),
         defaults=_sizes(16, hidden=1024, use_qk_norm=False),
         flag="use_qk_norm",
         tower="vision",
@@ -759,14 +765,14 @@ _LOW_RANK = (
     Family(
         ("deepseek_v32", "axk2"),
         (_INDEX_K, *_LORA),
-        rope=Rope(note="turns the first qk_rope_head_dim dims of the indexer's k"),
+        rope=ModelRope(note="turns the first qk_rope_head_dim dims of the indexer's k"),
         defaults={"index_head_dim": 128},
     ),
     # glm_moe_dsa:180, :215; mistral_large4:204, :246
     Family(
         ("glm_moe_dsa", "mistral_large4", "mistral_large4_text"),
         (_INDEX_K, *_LORA),
-        rope=Rope(
+        rope=ModelRope(
             style="interleaved", note="turns the first qk_rope_head_dim dims of the indexer's k"
         ),
         defaults={"index_head_dim": 128},
@@ -775,7 +781,7 @@ _LOW_RANK = (
     Family(
         ("hy_v4",),
         (_INDEX_K._replace(eps="rms_norm_eps"), *_LORA),
-        rope=Rope(note="turns the last qk_rope_head_dim dims of the indexer's k"),
+        rope=ModelRope(note="turns the last qk_rope_head_dim dims of the indexer's k"),
         defaults={"index_head_dim": 128, "rms_norm_eps": 1e-5},
     ),
     # dots3_note:213, :250, :496, :548
@@ -793,7 +799,7 @@ _LOW_RANK = (
             ),
             *_LORA,
         ),
-        rope=Rope(
+        rope=ModelRope(
             style="interleaved", note="turns the first qk_rope_head_dim dims of the indexer's k"
         ),
         defaults={"index_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-5},
@@ -802,7 +808,7 @@ _LOW_RANK = (
     Family(
         ("glm5_next", "glm5_next_text"),
         (_INDEX_K, *_LORA, _GATED._replace(stems=("self_attn.o_norm",))),
-        rope=Rope("none"),
+        rope=ModelRope("none"),
         defaults={"index_head_dim": 128},
     ),
     # kimi_linear:75, :603; bailing_hybrid:76, :680
@@ -842,7 +848,7 @@ _OTHERS = (
             )
             for bias, rounding in ((False, "before_weight"), (True, "every_op"))
         ),
-        rope=Rope("none"),
+        rope=ModelRope("none"),
         defaults={"num_heads": 8, "norm_eps": 1e-6},
     ),
     # mamba2:105, :430; bamba:637; granitemoehybrid:557; nemotron_h:441; zamba2:697; falcon_h1:640
@@ -889,7 +895,7 @@ _VISION_AND_AUDIO = (
             head_dim=("hidden",),
             **_CAST_FIRST,
         ),
-        rope=Rope(note="on patches only"),
+        rope=ModelRope(note="on patches only"),
         defaults=_sizes(16, hidden=1024, rms_norm_eps=1e-6, use_qk_norm=True),
         flag="use_qk_norm",
         tower="vision",
@@ -898,7 +904,7 @@ _VISION_AND_AUDIO = (
     Family(
         ("gemma4_vision",),
         (*_pair(*_QK, projected=False), _V_OF_K),
-        rope=Rope(note="each half of the dims turns by a coordinate of its own"),
+        rope=ModelRope(note="each half of the dims turns by a coordinate of its own"),
         defaults=_sizes(12, 12, 64, rms_norm_eps=1e-6),
         tower="vision",
     ),
@@ -906,7 +912,7 @@ _VISION_AND_AUDIO = (
     Family(
         ("glm_ocr_vision", "glm5_next_vision"),
         _pair(*_QK, "attn", heads="num_heads", head_dim=(), projected=False, **_CAST_FIRST),
-        rope=Rope(note="in float32, by two coordinates"),
+        rope=ModelRope(note="in float32, by two coordinates"),
         defaults={"num_heads": 16, "rms_norm_eps": 1e-5},
         tower="vision",
     ),
@@ -921,7 +927,7 @@ _VISION_AND_AUDIO = (
             projected=False,
             **_CAST_FIRST,
         ),
-        rope=Rope(note="in float32, by two coordinates"),
+        rope=ModelRope(note="in float32, by two coordinates"),
         defaults=_sizes(24, hidden=1536, rms_norm_eps=1e-5),
         tower="vision",
     ),
@@ -935,7 +941,7 @@ _VISION_AND_AUDIO = (
             head_dim=("hidden",),
             **_CAST_FIRST,
         ),
-        rope=Rope(note="in float32, by two coordinates"),
+        rope=ModelRope(note="in float32, by two coordinates"),
         defaults=_sizes(16, 8, hidden=1024, norm_eps=1e-5),
         tower="vision",
     ),
@@ -944,7 +950,7 @@ _VISION_AND_AUDIO = (
         Family(
             names,
             _pair(*_QK, **_CAST_FIRST),
-            rope=Rope(style="interleaved"),
+            rope=ModelRope(style="interleaved"),
             defaults=_sizes(14, head_dim=128, rms_norm_eps=1e-5),
             tower=tower,
         )
@@ -963,7 +969,7 @@ _VISION_AND_AUDIO = (
         _pair(
             *_QK, ("self_attn", "attn"), kind="layer", bias=True, eps=1e-5, heads="", head_dim=()
         ),
-        rope=Rope(partial=0.5),
+        rope=ModelRope(partial=0.5),
         tower="audio",
     ),
 )
@@ -1014,7 +1020,7 @@ _DIFFUSION = (
             *_joint(added=("q", "k"), heads_axis=-3, **_DIFFUSERS),
             *_named("second", _joint("attn2", heads_axis=-3, **_DIFFUSERS)),
         ),
-        rope=Rope("none"),
+        rope=ModelRope("none"),
         defaults=_sizes(18, attention_head_dim=64) | {"qk_norm": None},
         flag="qk_norm",
         tower="transformer",
@@ -1032,7 +1038,7 @@ _DIFFUSION = (
             "Flux2Transformer2DModel": _sizes(48, attention_head_dim=128),
         },
         roles=_joint(added=("q", "k"), **_TORCH),
-        rope=Rope(style="interleaved"),
+        rope=ModelRope(style="interleaved"),
         tower="transformer",
     ),
     # transformer_hunyuan_video.py:71
@@ -1049,7 +1055,7 @@ _DIFFUSION = (
             ),
         },
         roles=_joint(added=("q", "k"), **_DIFFUSERS),
-        rope=Rope(style="interleaved", note="on the image only"),
+        rope=ModelRope(style="interleaved", note="on the image only"),
         flag="qk_norm",
         tower="transformer",
     ),
@@ -1057,7 +1063,7 @@ _DIFFUSION = (
     Family(
         ("QwenImageTransformer2DModel",),
         _joint(added=("q", "k"), **_DIFFUSERS),
-        rope=Rope(style="interleaved"),
+        rope=ModelRope(style="interleaved"),
         defaults=_sizes(24, attention_head_dim=128),
         tower="transformer",
     ),
@@ -1066,7 +1072,7 @@ _DIFFUSION = (
         Family(
             (name,),
             _joint(attention, heads="", head_dim=(), eps=1e-5, **_DIFFUSERS),
-            rope=Rope(style="interleaved"),
+            rope=ModelRope(style="interleaved"),
             tower="transformer",
         )
         for name, attention in (
@@ -1078,7 +1084,7 @@ _DIFFUSION = (
     Family(
         ("CosmosTransformer3DModel",),
         _self_and_cross(eps=1e-5, heads_axis=-3, **_DIFFUSERS),
-        rope=Rope(note="in self-attention only"),
+        rope=ModelRope(note="in self-attention only"),
         defaults=_sizes(32, attention_head_dim=128),
         tower="transformer",
     ),
@@ -1086,7 +1092,7 @@ _DIFFUSION = (
     Family(
         ("MochiTransformer3DModel",),
         _joint("attn1", added=("q", "k"), eps=1e-5),
-        rope=Rope(style="interleaved", note="on the video only"),
+        rope=ModelRope(style="interleaved", note="on the video only"),
         defaults=_sizes(24, attention_head_dim=128, qk_norm="rms_norm"),
         flag="qk_norm",
         tower="transformer",
@@ -1097,7 +1103,7 @@ _DIFFUSION = (
         _joint(
             "attention", added=("k",), heads="num_heads", head_dim=(), heads_axis=-3, **_DIFFUSERS
         ),
-        rope=Rope(style="interleaved", note="on the image only"),
+        rope=ModelRope(style="interleaved", note="on the image only"),
         defaults={"num_heads": 28},
         tower="transformer",
     ),
@@ -1116,14 +1122,14 @@ _DIFFUSION = (
             for prefix, attention in (("", "self_attention"), ("cross_", "cross_attention"))
             for name, module in (("q", "query"), ("k", "key"))
         ),
-        rope=Rope(style="interleaved", note="in self-attention only"),
+        rope=ModelRope(style="interleaved", note="in self-attention only"),
         tower="transformer",
     ),
     # transformer_krea2.py:37; weights stay float32
     Family(
         ("Krea2Transformer2DModel",),
         _joint(heads="", eps=1e-5, **_ONE_PLUS),
-        rope=Rope(style="interleaved"),
+        rope=ModelRope(style="interleaved"),
         defaults={"attention_head_dim": 128},
         tower="transformer",
     ),
@@ -1131,7 +1137,7 @@ _DIFFUSION = (
     Family(
         ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
         _joint("attn1", kind="layer", bias=True, heads_axis=-3),
-        rope=Rope(style="interleaved", note="on the video only"),
+        rope=ModelRope(style="interleaved", note="on the video only"),
         defaults=_sizes(30, attention_head_dim=64),
         tower="transformer",
     ),
@@ -1139,14 +1145,14 @@ _DIFFUSION = (
     Family(
         ("CogView4Transformer2DModel", "GlmImageTransformer2DModel"),
         _joint("attn1", kind="layer", weight="none", eps=1e-5, heads_axis=-3),
-        rope=Rope(note="on the image only"),
+        rope=ModelRope(note="on the image only"),
         defaults=_sizes(64, attention_head_dim=40),
         tower="transformer",
     ),
     Family(
         ("CogView3PlusTransformer2DModel",),
         _joint("attn1", kind="layer", weight="none", heads_axis=-3),
-        rope=Rope("none"),
+        rope=ModelRope("none"),
         defaults=_sizes(64, attention_head_dim=40),
         tower="transformer",
     ),
@@ -1155,7 +1161,7 @@ _DIFFUSION = (
     Family(
         ("AuraFlowTransformer2DModel",),
         _joint(kind="layer", weight="none", eps=1e-5),
-        rope=Rope("none"),
+        rope=ModelRope("none"),
         defaults=_sizes(12, attention_head_dim=256),
         tower="transformer",
     ),
@@ -1172,14 +1178,14 @@ _DIFFUSION = (
             "SkyReelsV2Transformer3DModel": _sizes(16, attention_head_dim=128, eps=1e-6),
         },
         roles=_self_and_cross(weight="full", eps="eps", **_TORCH),
-        rope=Rope(style="interleaved", note="in self-attention only"),
+        rope=ModelRope(style="interleaved", note="in self-attention only"),
         tower="transformer",
     ),
     # transformer_ltx.py
     Family(
         ("LTXVideoTransformer3DModel",),
         _self_and_cross(weight="full", eps=1e-5, **_TORCH),
-        rope=Rope(style="interleaved", note="in self-attention only"),
+        rope=ModelRope(style="interleaved", note="in self-attention only"),
         defaults=_sizes(32, attention_head_dim=64),
         tower="transformer",
     ),

@@ -285,7 +285,7 @@ def of_model(weight, own_rounding, result, **overrides):
     described = ModelNorm(
         name="q_norm", tower="text", layer=0, role="q", weights=(), biases=(), kind="rms", eps=1e-6,
         weight_offset=0.0, rounding=own_rounding, result=result, num_heads=3, head_dim=64,
-        heads_axis=-2, shape=(64,), dtype="F32", rope=models.Rope(), notes=(),
+        heads_axis=-2, shape=(64,), dtype="F32", rope=models.ModelRope(), notes=(),
     )  # fmt: skip
     return HeadNorm._of_model(described, weight, None, **overrides)
 
