@@ -7,6 +7,7 @@ library already. Nothing here copies an element.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections import deque
@@ -37,7 +38,40 @@ def import_cupy() -> Any:
             f"importing CuPy failed ({type(error).__name__}: {error}); needs a writeable cache "
             "folder: set CUPY_CACHE_DIR to one"
         ) from error
+    if _before_fork is not None:
+        _check_fork(cupy)
     return cupy
+
+
+_before_fork: dict[type, Library] | None = None
+"""In the child of a fork, what `quick` held, until CUDA is seen to work there; else None."""
+
+
+def _forked() -> None:
+    """Let every call go step by step: what its like has loaded before the fork may be lost."""
+    global _before_fork
+    _before_fork = {**(_before_fork or {}), **quick}
+    quick.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def _check_fork(cupy: Any) -> None:
+    """Raise GPUUnavailableError in the child of a process that had used CUDA."""
+    global _before_fork
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+        cupy.cuda.runtime.getDevice()
+    except Exception as error:
+        if "InitializationError" not in str(error):
+            return  # nothing that a fork does: whoever needs the device explains it
+        raise _driver.GPUUnavailableError(
+            f"CUDA was used before this process was forked, and does not work in it ({error}); "
+            "needs: multiprocessing's start method spawn or forkserver"
+        ) from error
+    quick.update(_before_fork or {})
+    _before_fork = None
 
 
 class _NumPy(Plain):
@@ -325,7 +359,7 @@ def _find(x: Any, role: str) -> Library:
 
 def _once(adapter: Callable[[Any], Library], module: Any, plain: tuple[type, ...]) -> Library:
     """Make the adapter of a library whose `plain` types are looked at, or return the one made."""
-    library = quick.get(plain[0])
+    library = quick.get(plain[0]) or (_before_fork or {}).get(plain[0])
     if library is None:
         library = quick.setdefault(plain[0], adapter(module))
     for kind in plain:

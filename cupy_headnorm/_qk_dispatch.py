@@ -217,6 +217,8 @@ def step_by_step(
     for name, array in zip(names[1:], parts[1:], strict=True):
         views[name] = _interop.view_beside(q, array, name, of="q")
     on_gpu = device.kind == "cuda"
+    if on_gpu:
+        _interop.import_cupy()
     stream = library.stream(device.index) if on_gpu else 0
     bound = {name: norm._part_beside(q) for name, norm in norms.items()}
     rope = tables.describe(names, q, positions, cos, sin, stream)

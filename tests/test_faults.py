@@ -115,6 +115,69 @@ def test_a_fork_while_a_thread_makes_tables():
     assert run(FORK_IN_TABLES) == ["0"]
 
 
+FORK_AFTER_CUDA = """
+import os, sys, types
+import numpy as np
+from cupy_headnorm import GPUUnavailableError, HeadNorm, _interop
+
+parent, survives = os.getpid(), False
+
+def device():
+    if os.getpid() != parent and not survives:
+        raise RuntimeError("cudaErrorInitializationError: initialization error")
+
+sys.modules["cupy"] = cupy = types.ModuleType("cupy")
+runtime = types.SimpleNamespace(getDeviceCount=lambda: 1, getDevice=device)
+cupy.cuda = types.SimpleNamespace(runtime=runtime)
+seen = dict.fromkeys((int, str), "library")
+_interop.quick.update(seen)
+
+def told():
+    try:
+        return f"{_interop.import_cupy() is cupy}, {_interop.quick == seen}"
+    except GPUUnavailableError as error:
+        return f"{error}, {_interop.quick}"
+
+for survives in (False, True):
+    child = os.fork()
+    if not child:
+        sum_of_four = HeadNorm()(np.ones((1, 1, 4))).sum()
+        print(len(_interop.quick), told(), told(), round(sum_of_four), sep="|")
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+print(told())
+"""
+
+
+def test_cuda_is_looked_at_after_a_fork():
+    """Where it was used before, calls are refused; else remembered ones are there again."""
+    lost, survived, in_parent = run(FORK_AFTER_CUDA)
+    empty, *refused, result = lost.split("|")
+    assert (empty, result) == ("0", "4")
+    for told in refused:
+        assert told == (
+            "CUDA was used before this process was forked, and does not work in it "
+            "(cudaErrorInitializationError: initialization error); needs: multiprocessing's start "
+            "method spawn or forkserver, {}"
+        )
+    assert survived.split("|")[:3] == ["0", "True, True", "True, True"]
+    assert in_parent == "True, True"
+
+
+def test_after_a_fork_a_library_is_the_same_one(monkeypatch):
+    torch = pytest.importorskip("torch")
+    x, weight = torch.ones(3, 2, D), torch.nn.Parameter(torch.ones(D), requires_grad=False)
+    for first in (x, weight[None]), (weight, x):
+        monkeypatch.setattr(_interop, "_found", {np.ndarray: _interop._NUMPY})
+        monkeypatch.setattr(_interop, "_before_fork", None)
+        _interop.quick.clear()
+        rms_norm(first[0])
+        _interop._forked()
+        assert rms_norm(x, weight).shape == x.shape
+        _interop.quick.update(_interop._before_fork)
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_workers(method, rng):
     norm = HeadNorm(rng.standard_normal(D).astype(np.float32))
