@@ -329,11 +329,21 @@ def runner(launch: Launch) -> Callable[[int, int, int, int, int], None]:
     params, arguments, start = packed(launch)
     write, address = _ADDRESSES.pack_into, ctypes.addressof(arguments)
     function, blocks, threads, device = launch[:4]
+    in_use = False
 
     def launch_here(x: int, out: int, weight: int, bias: int, stream: int) -> None:
-        # Nothing of Python runs between these two: a finalizer could make the same call.
-        write(params, 0, x, out, weight, bias)
-        start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
+        nonlocal in_use
+        if in_use:
+            # Between any two steps Python may run a signal's handler or a finalizer: this is in
+            # one, and the parameters are those of the call below it.
+            runner(launch)(x, out, weight, bias, stream)
+            return
+        in_use = True
+        try:
+            write(params, 0, x, out, weight, bias)
+            start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
+        finally:
+            in_use = False
 
     vars(launch_here).update(keeps=arguments)  # their address is in use
     return on_its_device(launch_here, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cupy_headnorm import _kernels, _launch, _parts_launch
@@ -72,18 +72,19 @@ def compile_options(spec: PartsSpec, config: PartsConfig) -> tuple[str, ...]:
     return _kernels.options_of(macros(spec, config))
 
 
-class _Place(ctypes.Structure):
-    """``headnorm::PartPlace``."""
+_NAMES = ("x", "out", "weight", "bias")
+_WORDS = 2 * len(_NAMES)
+"""Of 8 bytes: a part's addresses, then its strides."""
+_ARRAYS = struct.Struct("4Q4q" * PARTS + "3Q")
+"""``headnorm::PartsParams`` from its parts up to the addresses of cosines, sines and positions."""
 
-    _fields_ = [(name, ctypes.c_uint64) for name in ("x", "out", "weight", "bias")]
 
-
-class _Heads(ctypes.Structure):
-    """``headnorm::PartHeads``."""
+class _Part(ctypes.Structure):
+    """``headnorm::Part``."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("x", "out", "weight", "bias")),
-        *((name, ctypes.c_int32) for name in ("count", "groups_end", "turned")),
+        *((name, ctypes.c_uint64) for name in _NAMES),
+        *((f"head_{name}", ctypes.c_int64) for name in _NAMES),
     ]
 
 
@@ -92,46 +93,44 @@ class _Axis(ctypes.Structure):
 
     _fields_ = [
         ("size", ctypes.c_int64),
+        ("multiplier", ctypes.c_uint32),
+        ("shift", ctypes.c_uint32),
         ("x", ctypes.c_int64 * PARTS),
         ("out", ctypes.c_int64 * PARTS),
         ("position", ctypes.c_int64),
         ("table", ctypes.c_int64),
-        ("multiplier", ctypes.c_uint32),
-        ("shift", ctypes.c_uint32),
     ]
 
 
 def _params_type(real: type[ctypes.c_float | ctypes.c_double], axes: int) -> type[ctypes.Structure]:
-    class Params(ctypes.Structure):
+    class Scalars(ctypes.Structure):
+        _fields_ = [
+            ("groups", ctypes.c_int64),
+            *((name, ctypes.c_int32) for name in ("heads_per_group", "groups_per_block")),
+            *((name, ctypes.c_int32 * PARTS) for name in ("groups_end", "num_heads", "turned")),
+            *((name, real * PARTS) for name in ("eps", "weight_offset")),
+        ]
+
+    class Params(Scalars):
         """``headnorm::PartsParams``."""
 
         _fields_ = [
-            ("part", _Place * PARTS),
+            ("unused", ctypes.c_uint8 * (-ctypes.sizeof(Scalars) % _PART_ALIGNMENT)),
+            ("part", _Part * PARTS),
             *((name, ctypes.c_uint64) for name in ("cosines", "sines", "positions")),
-            *(
-                (name, ctypes.c_int64)
-                for name in ("groups", "position_row", "table_row", "max_position")
-            ),
-            ("heads", _Heads * PARTS),
+            *((name, ctypes.c_int64) for name in ("position_row", "table_row", "max_position")),
             ("axis", _Axis * axes),
-            ("heads_per_group", ctypes.c_int32),
-            ("groups_per_block", ctypes.c_int32),
-            ("eps", real * PARTS),
-            ("weight_offset", real * PARTS),
         ]
 
     return Params
 
 
+_PART_ALIGNMENT = 16
 _PARAMS = {
     (name, axes): _params_type(real, axes)
     for name, real in (("float32", ctypes.c_float), ("float64", ctypes.c_double))
     for axes in _parts_launch.AXES
 }
-
-_ADDRESSES = struct.Struct(f"{4 * PARTS + 3}Q")
-"""Of each part's x, out, weight and bias, then of cosines, sines and positions: the first fields of
-``headnorm::PartsParams``."""
 
 
 def _params(call: PartsCall, config: PartsConfig) -> Any:
@@ -144,12 +143,12 @@ def _params(call: PartsCall, config: PartsConfig) -> Any:
     groups = 0
     for i in range(PARTS):
         if i < len(call.parts):
-            part, heads = call.parts[i], params.heads[i]
+            part, array = call.parts[i], params.part[i]
             groups += config.groups_of(part.num_heads)
-            heads.x, heads.out, heads.weight, heads.bias = part[1:5]
-            heads.count, heads.turned = part.num_heads, part.turned
+            array.head_x, array.head_out, array.head_weight, array.head_bias = part[1:5]
+            params.num_heads[i], params.turned[i] = part.num_heads, part.turned
             params.eps[i], params.weight_offset[i] = part.eps, part.weight_offset
-        params.heads[i].groups_end = groups
+        params.groups_end[i] = groups
     params.groups = call.tokens * groups
     none = (0,) * len(call.parts)
     unneeded = [TokenAxis(1, none, none, 0, 0)] * (config.axes - 1 - len(call.axes))
@@ -205,16 +204,38 @@ def runner(launch: PartsLaunch) -> Callable[..., None]:
     """
     Return a function that queues `launch`, for the thread that asks for it.
 
-    Its arguments are a stream and the addresses of `_ADDRESSES`.
+    Its arguments are a stream, and addresses: of each part's x, of each part's out, of the weight
+    and bias of each part in turn, and of cosines, sines and positions.
     """
     params, arguments, start = _kernels.packed(launch)
-    write, address = _ADDRESSES.pack_into, ctypes.addressof(arguments)
+    at = type(params).part.offset
+    write, packed_once = _ARRAYS.pack_into, list(_ARRAYS.unpack_from(params, at))
+    address = ctypes.addressof(arguments)
     function, blocks, threads, device = launch[:4]
+    in_use = False
 
-    def launch_here(stream: int, *addresses: int) -> None:
-        # Nothing of Python runs between these two: a finalizer could make the same call.
-        write(params, 0, *addresses)
-        start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
+    def launch_here(
+        stream: int,
+        x: Sequence[int],
+        out: Sequence[int],
+        parameters: Sequence[int],
+        tables: Sequence[int],
+    ) -> None:
+        nonlocal in_use
+        words = packed_once.copy()
+        end = len(x) * _WORDS
+        words[0:end:_WORDS], words[1:end:_WORDS] = x, out
+        words[2:end:_WORDS], words[3:end:_WORDS] = parameters[::2], parameters[1::2]
+        words[-3:] = tables
+        if in_use:  # as in _kernels.runner
+            runner(launch)(stream, x, out, parameters, tables)
+            return
+        in_use = True
+        try:
+            write(params, at, *words)
+            start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
+        finally:
+            in_use = False
 
     vars(launch_here).update(keeps=arguments)  # their address is in use
     return _kernels.on_its_device(launch_here, device)

@@ -144,17 +144,12 @@ def known(
         targets = addresses[:count] if arrays.in_place else addresses[-count:]
         if _may_overlap(call, addresses, count, in_place=arrays.in_place):
             return None
-    of_parts = [0] * (4 * _parts.PARTS)
-    of_parts[0 : 4 * count : 4] = addresses[:count]
-    of_parts[1 : 4 * count : 4] = targets
-    of_parts[2 : 4 * count : 4] = held[0 : 2 * count : 2]
-    of_parts[3 : 4 * count : 4] = held[1 : 2 * count : 2]
+    of_tables: tuple[int, ...] = _NO_ROPE
     if arrays.positions is not None:
-        call.run(stream, *of_parts, *held[2 * count :], addresses[count])
+        of_tables = (*held[2 * count :], addresses[count])
     elif arrays.cos is not None:
-        call.run(stream, *of_parts, addresses[count], addresses[count + 1], 0)
-    else:
-        call.run(stream, *of_parts, 0, 0, 0)
+        of_tables = (addresses[count], addresses[count + 1], 0)
+    call.run(stream, addresses[:count], targets, held[: 2 * count], of_tables)
     if arrays.out is not None:
         for result in results:
             library.wrote((result,))
@@ -273,12 +268,14 @@ def step_by_step(
     if dry:
         return ()
     if plan.launch is not None:
-        addresses = []
-        for name, (_, *held) in bound.items():
-            addresses += [views[name].pointer, outs[name].pointer]
-            addresses += [0 if view is None else view.pointer for view in held]
-        addresses += [0] * (4 * (_parts.PARTS - len(bound)))
-        run(stream, *addresses, *(_NO_ROPE if rope is None else rope.addresses))
+        held = [part for _, *of_part in bound.values() for part in of_part]
+        run(
+            stream,
+            [view.pointer for view in views.values()],
+            [view.pointer for view in outs.values()],
+            [0 if view is None else view.pointer for view in held],
+            _NO_ROPE if rope is None else rope.addresses,
+        )
         tables_read = () if rope is None else rope.views.values()
         library.launched((*views.values(), *tables_read), device.index, stream)
     elif not on_gpu:

@@ -61,10 +61,11 @@ struct Scales {
     for (int j = 0; j < G::kVectors; ++j) {
       const int first = G::first_element(0, j, lane);
       load_parameters<G>(weights[j],
-                         reinterpret_cast<const W*>(weight + head * p.heads[part].weight), first,
-                         exists && (HN_ALIKE || weight != nullptr));
-      load_parameters<G>(biases[j], reinterpret_cast<const B*>(bias + head * p.heads[part].bias),
-                         first, exists && (HN_ALIKE || bias != nullptr));
+                         reinterpret_cast<const W*>(weight + head * p.part[part].head_weight),
+                         first, exists && (HN_ALIKE || weight != nullptr));
+      load_parameters<G>(biases[j],
+                         reinterpret_cast<const B*>(bias + head * p.part[part].head_bias), first,
+                         exists && (HN_ALIKE || bias != nullptr));
     }
 #pragma unroll
     for (int j = 0; j < G::kVectors; ++j) {
@@ -176,14 +177,14 @@ extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
   const bool exists = local < p.groups_per_block && group < p.groups;
   const Place token(p, exists ? group : 0);
   const int among = token.group_of_token();
-  const int part = among < p.heads[0].groups_end ? 0 : among < p.heads[1].groups_end ? 1 : 2;
-  const PartHeads& heads = p.heads[part];
-  const int before = part == 0 ? 0 : p.heads[part - 1].groups_end;
+  const int part = among < p.groups_end[0] ? 0 : among < p.groups_end[1] ? 1 : 2;
+  const Part& array = p.part[part];
+  const int before = part == 0 ? 0 : p.groups_end[part - 1];
   const int first_head = (among - before) * p.heads_per_group;
-  const int count = exists ? heads.count - first_head : 0;
-  const char* x = p.part[part].x + first_head * heads.x +
+  const int count = exists ? p.num_heads[part] - first_head : 0;
+  const char* x = array.x + first_head * array.head_x +
                   token.offset([part](const TokenAxis& axis) { return axis.x[part]; });
-  char* out = p.part[part].out + first_head * heads.out +
+  char* out = array.out + first_head * array.head_out +
               token.offset([part](const TokenAxis& axis) { return axis.out[part]; });
   T* const stage = reinterpret_cast<T*>(exchanged) + (kExchanged > 1 ? local * G::kTile : 0);
 
@@ -206,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
   }
   Scales<HN_WEIGHT, HN_BIAS> scales;
   scales.load(p, part, first_head, lane, 0 < count);
-  const bool scales_differ = heads.weight != 0 || heads.bias != 0;
+  const bool scales_differ = array.head_weight != 0 || array.head_bias != 0;
   for (int i = 0; i < p.heads_per_group; ++i) {
     Row row;
 #pragma unroll
@@ -214,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
       row[j] = next[j];
     }
     // The next head is on its way while this one is worked on.
-    x += heads.x;
+    x += array.head_x;
     if (i + 1 < p.heads_per_group) {
       load(next, i + 1 < count);
     }
@@ -222,18 +223,18 @@ extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
       scales.load(p, part, first_head + i, lane, i < count);
     }
     if constexpr (kRope && HN_ROPE_FIRST) {
-      rotate<HN_ALIKE>(row, turn, stage, lane, heads.turned);
+      rotate<HN_ALIKE>(row, turn, stage, lane, p.turned[part]);
     }
     normalize(row, scales, p.eps[part], lane, partial);
     if constexpr (kRope && !HN_ROPE_FIRST) {
-      rotate<HN_ALIKE>(row, turn, stage, lane, heads.turned);
+      rotate<HN_ALIKE>(row, turn, stage, lane, p.turned[part]);
     }
     const Mover<T, G> mover{reinterpret_cast<T*>(moved), lane, i < count};
 #pragma unroll
     for (int j = 0; j < G::kVectors; ++j) {
       mover.store(row[j], reinterpret_cast<T*>(out), 0, j);
     }
-    out += heads.out;
+    out += array.head_out;
     row_barrier<G::kLanes>();  // `partial` and `stage` are written again
   }
 }

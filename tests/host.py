@@ -84,20 +84,22 @@ def _parts_uses(macros, params, _blocks):  # always all of them
     head_dim = int(macros["HN_HEAD_DIM"])
     uses = {}
 
-    def use(number, starts, width, written=False):
-        uses[8 * number] = Use(np.unique(starts), width, written)
+    def use(at, starts, width, written=False):
+        uses[at] = Use(np.unique(starts), width, written)
 
-    for i, (part, heads) in enumerate(zip(params.part, params.heads, strict=True)):
+    of = type(params)
+    for i, (part, num_heads) in enumerate(zip(params.part, params.num_heads, strict=True)):
         for j, name in enumerate(("x", "out", "weight", "bias")):
             address = getattr(part, name)
-            if not address or not heads.count:
+            if not address or not num_heads:
                 continue
-            starts = address + np.arange(heads.count) * getattr(heads, name)
+            starts = address + np.arange(num_heads) * getattr(part, f"head_{name}")
             if j < 2:
                 strides = [getattr(axis, name)[i] for axis in axes]
                 starts = np.add.outer(starts, _offsets(tokens, axes, strides))
             width = ITEMSIZE[macros["HN_X" if j < 2 else f"HN_{name.upper()}"]]
-            use(4 * i + j, starts, width * head_dim, name == "out")
+            at = of.part.offset + i * ctypes.sizeof(part) + getattr(type(part), name).offset
+            use(at, starts, width * head_dim, name == "out")
     if macros["HN_ROPE"] == "none":
         return uses
     rows = _offsets(tokens, axes, [axis.table for axis in axes])
@@ -106,10 +108,11 @@ def _parts_uses(macros, params, _blocks):  # always all of them
         at = _offsets(tokens, axes, [axis.position for axis in axes])
         sections = np.arange(macros["HN_SECTION_SIZES"].count(",") + 1) * params.position_row
         width = ITEMSIZE[macros["HN_POSITION"]]
-        use(14, params.positions + np.add.outer(sections, at), width)
+        use(of.positions.offset, params.positions + np.add.outer(sections, at), width)
     entries = int(macros["HN_ROTARY_DIM"]) // (1 if macros["HN_WHOLE_ROWS"] == "true" else 2)
-    for number, address in ((12, params.cosines), (13, params.sines)):
-        use(number, address + rows, ITEMSIZE[macros["HN_TABLE"]] * entries)
+    for name in ("cosines", "sines"):
+        starts = getattr(params, name) + rows
+        use(getattr(of, name).offset, starts, ITEMSIZE[macros["HN_TABLE"]] * entries)
     return uses
 
 
@@ -194,20 +197,16 @@ class _Device:
         blocks = -(-params.groups // config.groups_per_block)
         return _parts_kernels.PartsLaunch(found, blocks, config.threads, index, params, config)
 
-    def runner(self, launch):
-        return lambda *addresses: self.start(launch, addresses[:-1], _norm_uses)
-
-    def parts_runner(self, launch):
-        return lambda stream, *addresses: self.start(launch, addresses, _parts_uses)
-
-    def start(self, launch, addresses, uses):
+    def packed(self, launch):
         params = type(launch.params).from_buffer_copy(launch.params)
-        ctypes.memmove(
-            ctypes.addressof(params), np.array(addresses, np.uint64).ctypes.data, 8 * len(addresses)
-        )
         blocks = range(launch.blocks) if self.blocks is None else self.blocks
-        found = uses(dict(launch.function.macros), params, blocks)
-        run(self.built, launch.function, params, found, blocks, launch.threads, self.orders)
+        uses = _norm_uses if isinstance(launch, _kernels.Launch) else _parts_uses
+
+        def start(*_):
+            found = uses(dict(launch.function.macros), params, blocks)
+            run(self.built, launch.function, params, found, blocks, launch.threads, self.orders)
+
+        return params, (ctypes.c_void_p * 1)(ctypes.addressof(params)), start
 
 
 @contextlib.contextmanager
@@ -223,12 +222,29 @@ def device(built=None, *, orders=ORDERS, architecture=900, blocks=None):
         take_for_gpu(patch, _HostAsCuda(), np.ndarray)
         patch.setattr(_kernels, "limits", lambda index: _launch.DeviceLimits())
         patch.setattr(_kernels, "prepare", gpu.prepare)
-        patch.setattr(_kernels, "runner", gpu.runner)
+        patch.setattr(_kernels, "packed", gpu.packed)
+        patch.setattr(_kernels, "on_its_device", lambda launch_here, index: launch_here)
         patch.setattr(_parts_kernels, "prepare", gpu.prepare_parts)
-        patch.setattr(_parts_kernels, "runner", gpu.parts_runner)
         for module in (_dispatch, _qk_dispatch):
             forget_calls(patch, module)
         yield
+
+
+def interrupted(monkeypatch, handler):
+    """Run `handler` between packing and starting of the next launch, as Python runs a signal's."""
+    packed, left = _kernels.packed, [handler]
+
+    def packing(launch):
+        params, arguments, start = packed(launch)
+
+        def start_later(*of_launch):
+            if left:
+                left.pop()()
+            start(*of_launch)
+
+        return params, arguments, start_later
+
+    monkeypatch.setattr(_kernels, "packed", packing)
 
 
 def planted(specialisation, *changes):

@@ -46,16 +46,18 @@ class Runner:
                 shape = (*sizes, rope.rotary_dim)
                 yield self.laid(address, shape, [a.table for a in call.axes], rope.table)
 
-    def __call__(self, stream, *addresses):
+    def __call__(self, stream, xs, outs, parameters, tables):
         assert stream == STREAM
         call, spec = self.call, self.call.spec
-        *of_parts, cos, sin, positions = addresses
+        cos, sin, positions = tables
         tables = list(self.tables(positions, (cos, sin))) if spec.rope else []
         for i, part in enumerate(call.parts):
             shape = (*(axis.size for axis in call.axes), part.num_heads, spec.head_dim)
-            x, out, weight, _ = of_parts[4 * i : 4 * i + 4]
-            x = self.laid(x, shape, (*(axis.x[i] for axis in call.axes), part.x), spec.x)
-            out = self.laid(out, shape, (*(axis.out[i] for axis in call.axes), part.out), spec.x)
+            weight = parameters[2 * i]
+            x = self.laid(xs[i], shape, (*(axis.x[i] for axis in call.axes), part.x), spec.x)
+            out = self.laid(
+                outs[i], shape, (*(axis.out[i] for axis in call.axes), part.out), spec.x
+            )
             weight = self.laid(weight, shape[-2:], (part.weight,), spec.weight)
             y = reference.rms_norm(x, weight, eps=part.eps, rounding=spec.rounding)
             out[...] = rotary.apply(y, *(t[..., np.newaxis, :] for t in tables)) if tables else y

@@ -132,6 +132,21 @@ def test_a_call_that_is_remembered_reaches_the_kernel_too(rng, monkeypatch):
         assert mismatch(a, b) <= FLIPS_FEW
 
 
+def test_a_call_inside_of_its_like(rng, monkeypatch):
+    norm = kernel_of(host_build.QWEN3, ANY)
+    weight, _ = parameters(norm._replace(axes=1), rng, (norm.spec.head_dim,))
+    arrays = [rows(rng, (4, HEADS, norm.spec.head_dim), norm.spec.x) for _ in range(3)]
+    with running(norm):
+        held = cupy_headnorm.HeadNorm(weight)
+        expected = [held(x) for x in arrays]
+    inside = []
+    with running(norm):
+        host.interrupted(monkeypatch, lambda: inside.append(held(arrays[2])))
+        found = [held(x) for x in arrays[:2]]
+    for a, b in zip([*found, *inside], expected, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
 @pytest.mark.parametrize("step", [FAR, -FAR])
 @pytest.mark.parametrize("how", [WHOLE, ANY])
 def test_rows_may_lie_further_apart_than_32_bits_count(how, step, rng):

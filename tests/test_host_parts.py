@@ -80,6 +80,20 @@ def test_parts_without_rope_have_the_bits_of_norms_one_by_one(rng):
             assert qk.norms[name](part).tobytes() == y.tobytes()
 
 
+def test_a_call_inside_of_its_like(rng, monkeypatch):
+    kernel = PARTS[0]
+    _, (parts, _, beside), qk = parts_of(kernel, rng)
+    others = [part[..., ::-1].copy() for part in parts]
+    with running(kernel):
+        expected = [qk(*arrays, **beside) for arrays in (parts, others)]
+    inside = []
+    with running(kernel):
+        host.interrupted(monkeypatch, lambda: inside.extend(qk(*others, **beside)))
+        found = qk(*parts, **beside)
+    for a, b in zip([*found, *inside], [*expected[0], *expected[1]], strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
 def test_positions_outside_of_the_tables_are_clamped_and_read_nothing_else(rng):
     kernel = PARTS[0]
     _, (parts, _, _), qk = parts_of(kernel, rng)
