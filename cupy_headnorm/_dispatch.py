@@ -142,7 +142,7 @@ def apply(norm: Norm, x: Any, weight: Any = None, bias: Any = None, out: Any = N
         key = (parameters.identity, x_key)
     elif out is None:
         if not library.allocates_in_graphs:
-            _refuse_allocation(library.stream(x_key[0]))
+            _kernels.refuse_allocation(library.stream(x_key[0]))
         out_address, out_key = 0, None
         key = (parameters.identity, x_key, None)
     else:
@@ -273,11 +273,6 @@ def store(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -
     cache[key] = value
 
 
-def _refuse_allocation(stream: int) -> None:
-    """Raise CaptureError where a new result would come from a pool that knows nothing of graphs."""
-    _kernels.refuse_capture(stream, "a result without out would be allocated")
-
-
 class _Plan(NamedTuple):
     call: NormCall
     launch: _kernels.Launch | None
@@ -319,7 +314,7 @@ def step_by_step(
     make = None
     if out is None:
         if on_gpu and not library.allocates_in_graphs:
-            _refuse_allocation(stream)
+            _kernels.refuse_allocation(stream)
         result, make = library.empty_like(x_view)
         out_view = _interop.view(result, "out")
     elif out is x and library.takes_out:

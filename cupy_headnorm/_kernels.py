@@ -392,10 +392,16 @@ def _on_device(index: int, function: Callable[[], None]) -> None:
             runtime.setDevice(before)
 
 
-def refuse_capture(stream: int, what: str) -> None:
+def refuse_capture(
+    stream: int,
+    what: str,
+    needed: str = "a call of warmup(x) before, with an array of the same layout",
+) -> None:
     """Raise CaptureError where `stream` is being captured."""
     if _interop.is_capturing(stream):
-        raise CaptureError(
-            f"{what} while the stream is captured into a graph; needs a call of warmup(x) before, "
-            "with an array of the same layout"
-        )
+        raise CaptureError(f"{what} while the stream is captured into a graph; needs {needed}")
+
+
+def refuse_allocation(stream: int) -> None:
+    """Raise CaptureError where a new result would come from a pool that knows nothing of graphs."""
+    refuse_capture(stream, "a result without out would be allocated", "out")

@@ -222,7 +222,7 @@ def plan(call: NormCall, limits: DeviceLimits = DeviceLimits()) -> LaunchConfig:
     # Blocks of 128 threads were as fast as 256 (H100, 64 MB). Smaller ones do not help where
     # multiprocessors idle either: 1 token x 32 heads x 128, bfloat16, 16 lanes a row: 1.54 us with
     # 8 rows a block, 1.58 with 2, 1.60 with 1 (a copy 1.21).
-    rows_per_block = max(1, 4 * WARP // lanes) if lanes <= WARP else 1
+    rows_per_block = 4 * WARP // lanes if lanes <= WARP else 1
     config = LaunchConfig(
         vector_bytes,
         lanes,

@@ -10,6 +10,9 @@ from cupy_headnorm._parts import PartsCall, PartsSpec
 
 AXES = (2, _launch.FEW_AXES, 8)
 """Axes that kernels are compiled for: those of the tokens, and one for the groups of a token."""
+ANY_HEAD_DIM = {2: 4096, 4: 16384, 8: 8192}
+"""By itemsize: heads of any length up to here fit a block of threads. Of 16-bit ones 8,192 and
+16,384 do too."""
 GROUP_THREADS = 128
 SHARED_BYTES = 48 * 1024
 """Of shared memory that any GPU gives a block."""
@@ -66,7 +69,7 @@ def plan(call: PartsCall) -> PartsConfig:
     vector = vector_bytes // itemsize
     if vector * lanes * vectors < spec.head_dim:
         raise ValueError(
-            f"head_dim is {spec.head_dim}; needs {vector * lanes * vectors} at most for {spec.x}"
+            f"head_dim is {spec.head_dim}; needs {ANY_HEAD_DIM[itemsize]} at most for {spec.x}"
         )
     fold = 1
     if 2 <= lanes <= WARP and 2 * vectors * vector <= FOLDED_VALUES:
@@ -75,7 +78,7 @@ def plan(call: PartsCall) -> PartsConfig:
     heads_per_group = 1
     if call.tokens * heads * lanes > FEW_THREADS and lanes <= WARP:
         heads_per_group = HEADS_PER_GROUP[_turned_by(spec)]
-    groups_per_block = max(1, GROUP_THREADS // lanes) if lanes <= WARP else 1
+    groups_per_block = GROUP_THREADS // lanes if lanes <= WARP else 1
     config = PartsConfig(
         vector,
         lanes,
@@ -101,7 +104,9 @@ def plan(call: PartsCall) -> PartsConfig:
     axes = next(n for n in AXES if len(call.axes) < n and (few or n == AXES[-1]))
     blocks = -(-groups // groups_per_block)
     if blocks > _launch.MAX_BLOCKS:
-        raise ValueError(f"{blocks} blocks are needed; needs {_launch.MAX_BLOCKS} at most")
+        raise ValueError(
+            f"{call.tokens} tokens take {blocks} blocks; needs {_launch.MAX_BLOCKS} at most"
+        )
     shared = 2 * lanes * vectors * vector * groups_per_block * itemsize
     if spec.rope and shared > SHARED_BYTES:
         raise ValueError(
@@ -121,7 +126,7 @@ def _turned_by(spec: PartsSpec) -> str:
 def blocks(spec: PartsSpec, config: PartsConfig) -> int:
     """Return how many blocks a multiprocessor must have room for: that caps the registers."""
     small = config.vector * config.vectors <= FOLDED_VALUES and config.access == config.vector
-    given = spec.rope is not None and spec.rope.position is None and spec.rope.every_op
+    given = _turned_by(spec) == "given"
     capped = small and given and spec.x.itemsize == 2 and not spec.bias and config.lanes <= WARP
     return GROUP_BLOCKS if capped else 1
 

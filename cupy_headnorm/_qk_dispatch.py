@@ -133,7 +133,7 @@ def known(
     stream = library.stream(index)
     if arrays.out is None:
         if not library.allocates_in_graphs:
-            _kernels.refuse_capture(stream, "a result without out would be allocated")
+            _kernels.refuse_allocation(stream)
         results = tuple(make(x) for make, x in zip(call.makes, arrays.parts, strict=True))
         targets = [library.address(result) for result in results]
         for address, alignment in zip(targets, call.alignments, strict=True):
@@ -151,8 +151,7 @@ def known(
         of_tables = (addresses[count], addresses[count + 1], 0)
     call.run(stream, addresses[:count], targets, held[: 2 * count], of_tables)
     if arrays.out is not None:
-        for result in results:
-            library.wrote((result,))
+        library.wrote(results)
     return results
 
 
@@ -220,7 +219,7 @@ def step_by_step(
     makes: Sequence[Any] = (None,) * len(parts)
     if out is None:
         if on_gpu and not library.allocates_in_graphs:
-            _kernels.refuse_capture(stream, "a result without out would be allocated")
+            _kernels.refuse_allocation(stream)
         results, makes = zip(*(library.empty_like(v) for v in views.values()), strict=True)
         outs = {n: _interop.view(r, "result") for n, r in zip(names, results, strict=True)}
     else:
@@ -285,8 +284,7 @@ def step_by_step(
             library.deliver(result, view)
             for result, view in zip(results, views.values(), strict=True)
         )
-    for result in results:
-        library.wrote((result,))
+    library.wrote(results)
     return results
 
 

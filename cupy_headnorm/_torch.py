@@ -108,7 +108,12 @@ def _version_counter(torch: Any) -> Callable[[tuple[Any, ...]], None]:
         inner((probe,))
         if probe._version == 1:
             return inner
-    return lambda arrays: torch.autograd.graph.increment_version(arrays[0])
+
+    def each(arrays: tuple[Any, ...]) -> None:
+        for array in arrays:
+            torch.autograd.graph.increment_version(array)
+
+    return each
 
 
 class Torch(Plain):

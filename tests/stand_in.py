@@ -35,7 +35,7 @@ def take_for_gpu(patch, adapter, *kinds):
         _interop, "upload", lambda array, _: on_cuda(_interop.view(np.array(array), "parameter"))
     )
     patch.setattr(_interop, "synchronize", lambda index: None)
-    patch.setattr(_kernels, "refuse_capture", lambda stream, what: None)
+    patch.setattr(_kernels, "refuse_capture", lambda *_: None)
 
 
 def forget_calls(patch, module):

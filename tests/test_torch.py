@@ -25,11 +25,10 @@ def test_versions_are_counted_without_torchs_private_function():
         _C=SimpleNamespace(), empty=torch.empty, inference_mode=torch.inference_mode,
         autograd=torch.autograd,
     )  # fmt: skip
-    x = torch.ones(3)
-    for library in (torch, without):
-        before = x._version
-        _torch._version_counter(library)((x,))
-        assert x._version == before + 1
+    arrays = torch.ones(3), torch.ones(2)
+    for count, library in enumerate((torch, without), 1):
+        _torch._version_counter(library)(arrays)
+        assert [x._version for x in arrays] == [count, count]
 
 
 @pytest.mark.parametrize("device", DEVICES)
