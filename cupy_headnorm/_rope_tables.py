@@ -11,7 +11,7 @@ import numpy as np
 from cupy_headnorm import _dtypes, _interop, _kernels
 from cupy_headnorm import rope as rotary
 from cupy_headnorm._arrays import ArrayView
-from cupy_headnorm._dispatch import identity
+from cupy_headnorm._parameters import identity
 from cupy_headnorm._turning import Turning
 from cupy_headnorm.rope import Rope
 

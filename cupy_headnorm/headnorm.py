@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import operator
 import os
-import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,9 +11,9 @@ import numpy as np
 
 from cupy_headnorm import _dispatch, _interop, _kernels, _spec, checkpoint, reference
 from cupy_headnorm._arrays import AnyArray, Array, ArrayView
-from cupy_headnorm._dispatch import Norm, Parameters
+from cupy_headnorm._held import Held, device_of, snapshot
 from cupy_headnorm._launch import LaunchConfig
-from cupy_headnorm._layout import CPU, Device
+from cupy_headnorm._parameters import Norm
 from cupy_headnorm._spec import Kind, NormOptions, Rounding
 from cupy_headnorm._torch import untraced
 
@@ -92,8 +90,8 @@ class HeadNorm:
             weight_offset=weight_offset,
             rounding=rounding,
         )
-        self._weight = _snapshot(weight, "weight")
-        self._bias = _snapshot(bias, "bias")
+        self._weight = snapshot(weight, "weight")
+        self._bias = snapshot(bias, "bias")
         self._geometry = _spec.geometry(
             self._options.num_heads,
             self._options.head_dim,
@@ -102,7 +100,7 @@ class HeadNorm:
         )
         _spec.check_parameters(self._options, weight, bias)
         self._source: Source | None = None
-        self._held = _Held(self._weight, self._bias)
+        self._held = Held(self._weight, self._bias)
         self._norm = Norm(self._options, self._held)
         self._norms = {self._options.heads_axis: self._norm}
 
@@ -338,7 +336,7 @@ class HeadNorm:
     def load(self, device: Any = None) -> None:
         """Upload to a CUDA device (an index, ``"cuda:1"``, a torch or CuPy device) and wait."""
         with _kernels.explained():
-            place = _device(device)
+            place = device_of(device)
             if place.kind == "cuda":
                 self._held.load(place.index)
 
@@ -489,95 +487,8 @@ def _rebuilt(rebuild: Callable[[], HeadNorm], result: str, source: Source | None
     return norm
 
 
-class _Held:
-    """
-    A norm's weight and bias in each memory where they were needed.
-
-    No norm is referred to from here: one that is let go is freed at once, and with it its memory.
-    A collector could do that at any moment, of another thread's graph capture too, which CUDA
-    forbids.
-    """
-
-    def __init__(self, weight: np.ndarray | None, bias: np.ndarray | None) -> None:
-        self._arrays = (weight, bias)
-        self.on_host = tuple(
-            None if array is None else _interop.view(array, name)
-            for array, name in ((weight, "weight"), (bias, "bias"))
-        )
-        self._lock = threading.Lock()
-        self.on_device: dict[int, tuple[ArrayView | None, ...]] = {}
-
-    def __call__(self, norm: Norm, x: ArrayView) -> Parameters:
-        device = x.layout.device
-        if device.kind == "cpu":
-            return _dispatch.parameters(norm.options, *self.on_host)
-        found = norm.ready.get(device.index)
-        if found is None:
-            if device.index not in self.on_device:
-                stream = x.library.stream(device.index)
-                _kernels.refuse_capture(stream, f"the weight is not on {device} yet")
-            with self._lock:
-                found = _dispatch.parameters(norm.options, *self._loaded(device.index))
-                norm.ready[device.index] = found
-        return found
-
-    def _loaded(self, index: int) -> tuple[ArrayView | None, ...]:
-        """Return the arrays on a CUDA device, uploaded if need be, under the lock."""
-        held = self.on_device.get(index)
-        if held is None:
-            held = tuple(
-                None if array is None else _interop.upload(array, index) for array in self._arrays
-            )
-            self.on_device[index] = held
-        return held
-
-    def load(self, index: int) -> None:
-        """Upload to a CUDA device, once."""
-        with self._lock:
-            self._loaded(index)
-
-    def unload(self, norms: dict[int, Norm]) -> None:
-        """Wait for the work in flight and free every device copy, those of `norms` too."""
-        with self._lock:
-            held, self.on_device = self.on_device, {}
-            for norm in tuple(norms.values()):
-                norm.ready.clear()
-        for index in held:
-            _interop.synchronize(index)
-
-
 def _refuse_new_names(ignored: dict[str, Any]) -> None:
     """Refuse arguments of `__call__` that the old calling form would silently ignore."""
     for name in ("out", "heads_axis"):
         if name in ignored:
             raise TypeError(f"forward takes no {name}; needs a call of the norm itself")
-
-
-def _snapshot(array: Any, role: str) -> np.ndarray | None:
-    if array is None:
-        return None
-    library = _interop.library_of(array, role)
-    values = np.array(library.to_host(array, role), order="C", copy=True, subok=False)
-    values.flags.writeable = False
-    return values
-
-
-def _device(device: Any) -> Device:
-    """Read a device as torch, CuPy and people write it."""
-    if device is None:
-        return Device("cuda", _interop.import_cupy().cuda.runtime.getDevice())
-    if hasattr(device, "__index__"):
-        return Device("cuda", operator.index(device))
-    kind, index = getattr(device, "type", None), getattr(device, "index", None)
-    if kind is None and hasattr(device, "id"):  # cupy.cuda.Device
-        kind, index = "cuda", device.id
-    if isinstance(device, str):
-        kind, _, number = device.partition(":")
-        index = int(number) if number.isdecimal() else None
-        if number and index is None:
-            kind = None
-    if kind == "cpu":
-        return CPU
-    if kind == "cuda":
-        return _device(None) if index is None else Device("cuda", index)
-    raise ValueError(f"device is {device!r}; needs an index, 'cpu', 'cuda' or 'cuda:<index>'")

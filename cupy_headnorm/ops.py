@@ -7,6 +7,7 @@ from typing import Any
 from cupy_headnorm import _dispatch
 from cupy_headnorm._arrays import AnyArray, Array
 from cupy_headnorm._launch import LaunchConfig
+from cupy_headnorm._parameters import of_options
 from cupy_headnorm._spec import Kind, Rounding
 from cupy_headnorm._torch import untraced
 
@@ -110,7 +111,7 @@ def rms_norm(
     Traceback (most recent call last):
     ValueError: eps is -1.0; needs 0 or more
     """
-    norm = _dispatch.of_options(
+    norm = of_options(
         "rms",
         eps=eps,
         num_heads=num_heads,
@@ -174,7 +175,7 @@ def layer_norm(
     >>> layer_norm(np.array([[1.0, 2.0, 3.0]])).round(4)
     array([[-1.2247,  0.    ,  1.2247]])
     """
-    norm = _dispatch.of_options(
+    norm = of_options(
         "layer",
         eps=eps,
         num_heads=num_heads,
@@ -204,6 +205,6 @@ def launch(
     `x` is in CUDA memory; `options` are those of `rms_norm`. Other geometries add in another order,
     so results may differ from those of the library's own choice in the last bit.
     """
-    norm = _dispatch.of_options(kind, **options)
+    norm = of_options(kind, **options)
     result: Array = _dispatch.step_by_step(norm, x, weight, bias, out, config=config)
     return result

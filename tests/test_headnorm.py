@@ -14,9 +14,9 @@ from tolerances import assert_alike
 import cupy_headnorm
 from cupy_headnorm import HeadNorm, LaunchConfig, layer_norm, models, rms_norm
 from cupy_headnorm._dtypes import BFLOAT16, FLOAT16, FLOAT32
+from cupy_headnorm._held import device_of
 from cupy_headnorm._layout import Device
 from cupy_headnorm._model_norms import ModelNorm
-from cupy_headnorm.headnorm import _device
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_load_without_a_gpu_says_what_is_missing():
     [1, np.int64(1), "cuda:1", SimpleNamespace(type="cuda", index=1), SimpleNamespace(id=1)],
 )
 def test_a_device_is_read_as_libraries_write_it(device):
-    assert _device(device) == Device("cuda", 1)
+    assert device_of(device) == Device("cuda", 1)
 
 
 def test_load_names_a_device_it_cannot_read():

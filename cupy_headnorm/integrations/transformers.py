@@ -15,6 +15,7 @@ import torch
 from cupy_headnorm import _dispatch, _dtypes, _model_norms
 from cupy_headnorm._kernels import CaptureError
 from cupy_headnorm._model_norms import ModelNorm
+from cupy_headnorm._parameters import Norm
 from cupy_headnorm._torch import untraced
 from cupy_headnorm.headnorm import HeadNorm
 
@@ -177,7 +178,7 @@ class _Forward:
         self.described = described
         self._weights = _getters(described, described.weights)
         self._biases = _getters(described, described.biases)
-        self.of_options = _dispatch.Norm(self.norm()._along(described.heads_axis).options)
+        self.of_options = Norm(self.norm()._along(described.heads_axis).options)
         self.active = True
         self.calls = 0
         self.fallbacks: Counter[str] = Counter()
