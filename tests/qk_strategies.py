@@ -5,7 +5,18 @@ from typing import NamedTuple
 import numpy as np
 import qk_cases
 from hypothesis import strategies as st
-from strategies import ELEMENTS, SPOILT, Buffer, Place, alignment_of, shifts, shown, sizes, strides
+from strategies import (
+    ELEMENTS,
+    KINDS,
+    SPOILT,
+    Buffer,
+    Place,
+    alignment_of,
+    shifts,
+    shown,
+    sizes,
+    strides,
+)
 
 
 class QKKey(NamedTuple):
@@ -65,8 +76,6 @@ QK_KEYS = (
     _key(x="float64", head_dim=36, by="half x", style="half flipped", access=1, kind="layer"),
     _key(x="float64", head_dim=128, every_op=False, weight=None, first=True, v=True, by="int32"),
 )  # fmt: skip
-QK_KINDS = ("normal", "steady", "zeros", "one", "infinite", "nan")
-"""Of rows."""
 
 
 def qk_norm(case, rng, heads, eps):
@@ -92,7 +101,7 @@ class QKCase(NamedTuple):
     eps: tuple[float, float]
     """Of the norms of q and of k."""
     kinds: tuple[str, ...]
-    """Of rows, of `QK_KINDS`."""
+    """Of rows, of `KINDS`."""
     seed: int
     """Of all values."""
     lengths: tuple[None, ...]
@@ -256,7 +265,7 @@ def drawn_qk_case(draw, backend, keys):
         at = shifts(draw, step, most)
         places["cos"] = buffer.place(beside, steps, table, at)
         places["sin"] = buffer.place(beside, steps, table, step * draw(st.integers(0, 3)))
-    kinds = draw(st.sampled_from((("normal",), ("normal", "zeros", "one"), QK_KINDS)))
+    kinds = draw(st.sampled_from((("normal",), ("normal", "zeros", "one"), KINDS)))
     heads_axis = heads_at - len(shape) if how == "packed" or draw(st.booleans()) else heads_at
     eps = [draw(st.sampled_from((1e-5, 1e-6, 1e-3))) for _ in "qk"]
     case = QKCase(

@@ -95,8 +95,6 @@ def _rows(rng, kind, shape, name):
         rows[...] = 0
     elif kind == "one":
         rows *= np.arange(shape[-1]) == rng.integers(shape[-1], size=(*shape[:-1], 1))
-    elif kind == "steady":
-        rows *= 10 ** rng.uniform(-1, 2, (*shape[:-1], 1))
     elif kind == "near a mean":
         rows = rows + 10 ** rng.uniform(0, 2.5, (*shape[:-1], 1))
     elif kind in ("infinite", "nan"):
