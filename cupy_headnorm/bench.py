@@ -127,6 +127,8 @@ def _check_op(chosen: argparse.Namespace) -> None:
         raise ValueError(
             f"--op is {chosen.op}; needs it without --kind, --layout, --host and --suite"
         )
+    if chosen.op == "norm" and chosen.num_kv_heads != [8]:
+        raise ValueError(f"--num-kv-heads is given with --op {chosen.op}; needs --op qk-rope")
 
 
 def _check_places(chosen: argparse.Namespace) -> None:

@@ -126,6 +126,7 @@ def test_megabytes_are_of_q_and_k(capsys, tmp_path):
         ([*TINY, "--layout", "in-place"], "needs it without --kind, --layout"),
         ([*TINY, "--host"], "needs it without --kind, --layout, --host and --suite"),
         ([*TINY, "--suite"], "needs it without --kind, --layout, --host and --suite"),
+        (["--num-kv-heads", 2], "--num-kv-heads is given with --op norm; needs --op qk-rope"),
         ([*TINY, "--providers", "liger"], "provider 'liger' is not known; needs one of copy, "),
         ([*TINY[:-1], 15], "rotary_dim is 15; needs an even number"),
     ],
