@@ -359,11 +359,12 @@ def _find(x: Any, role: str) -> Library:
 
 def _once(adapter: Callable[[Any], Library], module: Any, plain: tuple[type, ...]) -> Library:
     """Make the adapter of a library whose `plain` types are looked at, or return the one made."""
-    library = quick.get(plain[0]) or (_before_fork or {}).get(plain[0])
+    known = quick if _before_fork is None else _before_fork
+    library = known.get(plain[0])
     if library is None:
-        library = quick.setdefault(plain[0], adapter(module))
+        library = known.setdefault(plain[0], adapter(module))
     for kind in plain:
-        quick[kind] = library
+        known[kind] = library
     return library
 
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ("head_norm", "qk_norm")
 """Each is part of the names of all kernels from one source."""
 MAX_TESTS = 150
-SECONDS, PLANTED_SECONDS = 400, 60
+SECONDS, PLANTED_SECONDS = 400, 120
 """Until a process is stopped: that of many tests, and that of one on a planted fault."""
 REPORT = "HEADNORM_SANITIZE_REPORT"
 

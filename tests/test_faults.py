@@ -176,7 +176,7 @@ for first in x, weight:
     if not child:
         rms_norm(first)
         _interop._forked()
-        print(rms_norm(x, weight).shape == x.shape, flush=True)
+        print(rms_norm(x, weight).shape == x.shape, _interop.quick, flush=True)
         os._exit(0)
     os.waitpid(child, 0)
 """
@@ -185,7 +185,7 @@ for first in x, weight:
 def test_after_a_fork_a_library_is_the_same_one():
     """A tensor and a parameter, of which one kind was met before the fork."""
     pytest.importorskip("torch")
-    assert run(ONE_LIBRARY_AFTER_A_FORK) == ["True", "True"]
+    assert run(ONE_LIBRARY_AFTER_A_FORK) == ["True {}", "True {}"]
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
