@@ -133,8 +133,9 @@ TOOLS = {
         (),
         "include/headnorm/reduce.cuh",
         "    __syncwarp();",
-        # Warps that end count as arrived, so none waits for ever.
-        "    if (threadIdx.x < kWarp) {\n      __syncthreads();\n    }",
+        # The last lane is not of those it says it waits with. A barrier that a warp misses is no
+        # finding on an H100: the lanes that end count as arrived.
+        "    __syncwarp(0x7fffffff);",
         (f"{NORM}test_any_strides[cupy-float16-layer-misaligned]", f"{QK}[cupy-default]"),
     ),
 }
