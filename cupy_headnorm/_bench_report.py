@@ -28,7 +28,7 @@ from cupy_headnorm import _driver, _qk_providers
 from cupy_headnorm._providers import CEILINGS, PROVIDERS, Case
 from cupy_headnorm._targets import Results, case_of
 
-_PROVIDERS = {**_qk_providers.PROVIDERS, **PROVIDERS}
+_PROVIDERS = {**PROVIDERS, **_qk_providers.PROVIDERS}
 _KEYS = ("device", "date", "command", "timer", "versions", "timings", "host", "once", "unavailable")
 
 # Okabe and Ito's colours, told apart by every kind of eye; ours is the vermilion.

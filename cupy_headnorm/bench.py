@@ -54,24 +54,37 @@ def _size(text: str) -> float:
     return size
 
 
+_CASES = {
+    "op": "norm",
+    "tokens": [1, 64, 1024, 8192],
+    "megabytes": None,
+    "num_heads": [32],
+    "num_kv_heads": [8],
+    "head_dim": [128],
+    "dtype": ["bfloat16"],
+    "kind": ["rms"],
+    "layout": ["contiguous"],
+}
+"""Options that choose cases, with their defaults."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `run` reads."""
     parser.add_argument(
         "--op",
         choices=tuple(_OPS),
-        default="norm",
         help="qk-rope: q and k of one packed buffer, normalized and turned in place",
     )
     dtypes = [dtype.name for dtype in _dtypes.DTYPES]
-    parser.add_argument("--tokens", type=count, nargs="+", default=[1, 64, 1024, 8192])
+    parser.add_argument("--tokens", type=count, nargs="+")
     parser.add_argument("--megabytes", type=_size, help="size of x, instead of --tokens")
-    parser.add_argument("--num-heads", type=count, nargs="+", default=[32])
-    parser.add_argument("--num-kv-heads", type=count, nargs="+", default=[8], help="of qk-rope")
-    parser.add_argument("--head-dim", type=count, nargs="+", default=[128])
-    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"])
-    kinds = tuple(_spec.DEFAULT_EPS)
-    parser.add_argument("--kind", nargs="+", choices=kinds, default=["rms"])
-    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["contiguous"])
+    parser.add_argument("--num-heads", type=count, nargs="+")
+    parser.add_argument("--num-kv-heads", type=count, nargs="+", help="of qk-rope")
+    parser.add_argument("--head-dim", type=count, nargs="+")
+    parser.add_argument("--dtype", nargs="+", choices=dtypes)
+    parser.add_argument("--kind", nargs="+", choices=tuple(_spec.DEFAULT_EPS))
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS)
+    parser.set_defaults(**_CASES)
     parser.add_argument(
         "--providers",
         nargs="+",
@@ -103,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace, command: str) -> None:
     """Measure, or read, what was `chosen`; print it, write it, draw it."""
     console = _bench_report.console()
-    _check_op(chosen)
+    _check_options(chosen)
     _check_places(chosen)
     if chosen.source is not None:
         results = _bench_report.read(chosen.source)
@@ -120,15 +133,22 @@ def run(chosen: argparse.Namespace, command: str) -> None:
         _bench_report.plot(results, chosen.plot)
 
 
-def _check_op(chosen: argparse.Namespace) -> None:
+def _check_options(chosen: argparse.Namespace) -> None:
     """Raise where an option would say nothing."""
-    plain = (chosen.kind, chosen.layout, chosen.host, chosen.suite)
-    if chosen.op != "norm" and plain != (["rms"], ["contiguous"], False, None):
-        raise ValueError(
-            f"--op is {chosen.op}; needs it without --kind, --layout, --host and --suite"
-        )
-    if chosen.op == "norm" and chosen.num_kv_heads != [8]:
-        raise ValueError(f"--num-kv-heads is given with --op {chosen.op}; needs --op qk-rope")
+    given = [name for name, default in _CASES.items() if getattr(chosen, name) != default]
+    if chosen.source is not None:
+        what, unread = "--from", [*given, *(["providers"] if chosen.providers else [])]
+    elif chosen.host or chosen.suite is not None:
+        what, unread = "--host" if chosen.host else "--suite", given
+    elif chosen.op == "norm":
+        what, unread = "--op norm", [name for name in given if name == "num_kv_heads"]
+    else:
+        what, unread = f"--op {chosen.op}", [name for name in given if name in ("kind", "layout")]
+    if not unread and {"tokens", "megabytes"} <= set(given):
+        what, unread = "--megabytes", ["tokens"]
+    if unread:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+        raise ValueError(f"{what} is given with {options}; needs it without")
 
 
 def _check_places(chosen: argparse.Namespace) -> None:
@@ -187,7 +207,7 @@ def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         # Without the folder: results are published.
-        "command": command if chosen.suite is None else "python -m cupy_headnorm bench --suite",
+        "command": command if chosen.suite is None else _suite_command(chosen),
         "timer": on.name,
         "timings": [],
         "host": [],
@@ -225,6 +245,11 @@ def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results
     if chosen.suite is not None:
         results["targets"] = _targets.judge(results)
     return results
+
+
+def _suite_command(chosen: argparse.Namespace) -> str:
+    only = f" --providers {' '.join(chosen.providers)}" if chosen.providers else ""
+    return f"python -m cupy_headnorm bench --suite{only}"
 
 
 def _op(case: Case) -> str:

@@ -133,6 +133,16 @@ def test_importing_the_package_leaves_the_bench_alone():
         (["--plot", "/nowhere/a.svg"], "--plot would write to /nowhere; needs a folder"),
         (["--plot", "a.pdf"], "--plot is a.pdf; needs a name that ends in .png or .svg"),
         (["--from", "/nowhere"], "No such file"),
+        (
+            ["--from", "/nowhere", "--kind", "layer", "--providers", "ours"],
+            "--from is given with --kind, --providers; needs it without",
+        ),
+        (["--host", "--dtype", "float16"], "--host is given with --dtype; needs it without"),
+        (["--suite", "--head-dim", 64], "--suite is given with --head-dim; needs it without"),
+        (
+            ["--tokens", 5, "--megabytes", 1],
+            "--megabytes is given with --tokens; needs it without",
+        ),
     ],
 )
 def test_errors(arguments, message, capsys, host):
