@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"of qk-rope: {', '.join(_qk_providers.PROVIDERS)}",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--host", action="store_true", help="host times, first calls, imports alone")
+    what.add_argument("--host", action="store_true", help="host times, first calls, imports, memory alone")
     what.add_argument(
         "--suite",
         type=Path,
@@ -227,7 +227,7 @@ def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results
         (on_gpu and of_norm, partial(_costs.plan_misses, on)),
         (on_gpu and (chosen.host or whole), _costs.first_calls),
         (chosen.host or whole, _costs.import_times),
-        (whole, partial(_costs.gpu_memory, on)),
+        (chosen.host or whole, partial(_costs.gpu_memory, on)),
         (whole, _costs.reference_costs),
     ):
         if is_wanted:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -339,6 +341,18 @@ def test_a_cost_that_fails_is_named_and_the_rest_is_kept(capsys, host, monkeypat
     assert code == 0
     assert results["host"]
     assert results["unavailable"]["broken"] == "MemoryError: too little"
+
+
+def test_a_terminal_shows_how_far_it_is(capsys, host, monkeypatch):
+    from rich.console import Console
+
+    arguments = ("--tokens", 1, 2, "--num-heads", 2, "--providers", "copy")
+    assert "measuring" not in run(capsys, *arguments)[1]
+    terminal = partial(Console, force_terminal=True, width=90)
+    monkeypatch.setattr(_bench_report, "console", terminal)
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert re.search(r"measuring\b.*100%", out)
 
 
 def test_the_suite_writes_a_file_named_for_the_device(capsys, host, monkeypatch, tmp_path):
