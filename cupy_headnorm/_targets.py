@@ -19,6 +19,7 @@ _BYTES = 0.99 * 64e6
 PLAIN = (64, 96, 128, 192, 256, 512, 1024, 4096)
 UNEVEN = (72, 80, 100, 112, 160)
 ODD = (33, 37, 73, 111, 127, 129, 255, 1001)
+UNLISTED = (40, 88, 120, 320)
 _ROW_BYTES = 64
 
 
@@ -64,7 +65,7 @@ def _in_place_or_packed(kind: str) -> Callable[[Results], Measured]:
 
 def _odd(case: Case) -> bool:
     row_bytes = case.nbytes // 2 // case.tokens // case.num_heads
-    odd = case.layout == "contiguous" and case.head_dim not in PLAIN + UNEVEN
+    odd = case.layout in ("contiguous", "in-place") and case.head_dim not in PLAIN + UNEVEN
     return row_bytes >= _ROW_BYTES and (odd or case.layout == "misaligned")
 
 
@@ -233,9 +234,10 @@ def suite(on: Timer) -> Iterator[tuple[Case, list[str] | None]]:
     every = ["float16", "bfloat16", "float32"]
     for head_dims, dtypes, kinds, layouts in (
         (PLAIN, every, ["rms", "layer"], LAYOUTS[:-1]),
-        (UNEVEN, every[:2], ["rms", "layer"], ["contiguous"]),
-        (ODD, every, ["rms"], ["contiguous"]),
-        ((64, 128, 256), every, ["rms"], ["misaligned"]),
+        (UNEVEN, every, ["rms", "layer"], ["contiguous"]),
+        (ODD + UNLISTED, every, ["rms"], ["contiguous"]),
+        ((37, 111), every[:2], ["rms", "layer"], ["in-place"]),
+        ((64, 72, 128, 160, 256), every, ["rms"], ["misaligned"]),
     ):
         for case in cases([], [32], head_dims, dtypes, kinds, layouts, megabytes=64):
             yield case, ["ours"]

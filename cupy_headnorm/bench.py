@@ -93,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"of qk-rope: {', '.join(_qk_providers.PROVIDERS)}",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--host", action="store_true", help="host times, first calls, imports, memory alone")
+    what.add_argument(
+        "--host", action="store_true", help="host times, first calls, imports, memory alone"
+    )
     what.add_argument(
         "--suite",
         type=Path,
