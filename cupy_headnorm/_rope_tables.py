@@ -114,18 +114,19 @@ class Tables:
         return RopeCall(rope, turning, cos_view, sin_view, seen)
 
     def _beside(self, rope: Rope, q: ArrayView, stream: int) -> tuple[ArrayView, ArrayView]:
-        """Return views of both tables for arrays like `q`."""
+        """Return views of both tables for arrays like `q`; on the host shapes and dtypes alone."""
         device, dtype = q.layout.device, q.layout.dtype
         if rope.table == "float32" and dtype.name != "float64":
             dtype = _dtypes.FLOAT32
         key = (device.kind, device.index, dtype.name)
+        if device.kind == "cpu":
+            # `in_numpy` computes the rows that it needs: the whole may be gigabytes.
+            half = rope.rotary_dim // 2
+            rows = np.broadcast_to(np.zeros(half, dtype.numpy), (rope.max_position, half))
+            unread = _interop.view(rows, "table")
+            return unread, unread
         found = self.ready.get(key)
-        if found is None and device.kind == "cpu":
-            # Not under the lock: in the child of a fork it may be held by a thread that is gone.
-            cos, sin = rope.tables(dtype.numpy)
-            found = (_interop.view(cos, "table"), _interop.view(sin, "table"))
-            found = self.ready.setdefault(key, found)
-        elif found is None:
+        if found is None:
             _kernels.refuse_capture(stream, f"the tables are not on {device} yet")
             with self._lock:
                 found = self.ready.get(key)

@@ -6,6 +6,7 @@ Pairs of each head's first dims turn by the cosines and sines of the head's toke
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from cupy_headnorm import _dtypes
@@ -120,12 +121,20 @@ def steps(turning: Turning, tokens: tuple[int, ...]) -> Steps:
     if positions is None:
         return Steps(_broadcast("cos", cos, tokens, 1), none)
     position_row = 0
+    between = zip(positions.shape, positions.strides, strict=True)
+    aligned = math.gcd(positions.alignment, *(stride for n, stride in between if n > 1))
+    if aligned % positions.dtype.itemsize:
+        raise ValueError(
+            f"positions are aligned to {aligned} bytes; needs {positions.dtype.itemsize}, the size "
+            f"of {positions.dtype}"
+        )
     if turning.sections:
         rows = len(turning.sections)
-        if not positions.shape or positions.shape[0] != rows:
+        least = 2 if tokens else 1  # (3,) may be meant as one position for each of 3 tokens
+        if len(positions.shape) < least or positions.shape[0] != rows:
             raise ValueError(
                 f"positions have shape {positions.shape}; needs ({rows}, ...), a row for "
-                "each of the sections"
+                f"each of the sections, of {tokens} or what broadcasts to it"
             )
         position_row = positions.strides[0]
         positions = positions._replace(shape=positions.shape[1:], strides=positions.strides[1:])

@@ -24,7 +24,16 @@ import numpy as np
 import pytest
 import qk_cases
 
-from cupy_headnorm import _kernels, _launch, _parts_kernels, _parts_launch, _qk_dispatch, _source
+from cupy_headnorm import (
+    _interop,
+    _kernels,
+    _launch,
+    _parts_kernels,
+    _parts_launch,
+    _qk_dispatch,
+    _rope_tables,
+    _source,
+)
 from cupy_headnorm._dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from cupy_headnorm._launch import LaunchConfig
 from cupy_headnorm._spec import NormSpec
@@ -149,12 +158,17 @@ NORMS = (
 
 
 def _call_of(case):
-    """Return the validated call that QKNorm makes of a case."""
+    """Return the validated call that QKNorm makes of a case on a GPU."""
     parts, norms, beside = case.made(np.random.default_rng(0))
-    plans = {}
+    qk, plans = qk_cases.qk_norm(case, norms), {}
+
+    def tables(*_):
+        return [_interop.view(t, "table") for t in qk.rope.tables(case.of_table.numpy)]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_qk_dispatch, "_plans", plans)
-        qk_cases.qk_norm(case, norms)(*parts, **beside)
+        patch.setattr(_rope_tables.Tables, "_beside", tables)
+        qk(*parts, **beside)
     (plan,) = plans.values()
     return plan.call
 

@@ -79,42 +79,6 @@ def test_forks_beside_threads_that_call():
     assert run(FORK) == ["0"] * 5 + ["True"]
 
 
-FORK_IN_TABLES = """
-import os, signal, threading
-import numpy as np
-from cupy_headnorm import HeadNorm, QKNorm, Rope
-
-norm, at = HeadNorm(np.ones(64, np.float32)), np.arange(3)
-parts = np.ones((2, 3, 2, 64), np.float32)
-qk = QKNorm(norm, norm, rope=Rope.of_theta(1e4, 64, max_position=16))
-making, forked, tables = threading.Event(), threading.Event(), Rope.tables
-
-def slow(rope, dtype):
-    making.set()
-    forked.wait()
-    return tables(rope, dtype)
-
-Rope.tables = slow
-thread = threading.Thread(target=lambda: qk(*parts, positions=at))
-thread.start()
-making.wait()
-child = os.fork()
-if not child:
-    signal.alarm(20)
-    forked.set()
-    qk(*parts, positions=at)
-    os._exit(0)
-print(os.waitpid(child, 0)[1])
-forked.set()
-thread.join()
-"""
-
-
-def test_a_fork_while_a_thread_makes_tables():
-    """The child must not wait for a thread that it does not have."""
-    assert run(FORK_IN_TABLES) == ["0"]
-
-
 FORK_AFTER_CUDA = """
 import os, sys, types
 import numpy as np

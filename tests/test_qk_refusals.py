@@ -115,6 +115,33 @@ def test_refused(library, name):
         assert again[0] is outs[0]
 
 
+@pytest.mark.parametrize(
+    ("offset", "step", "aligned"), [(4, 8, 4), (1, 8, 1), (0, 12, 4), (0, 9, 1)]
+)
+def test_positions_off_their_boundaries(offset, step, aligned):
+    """Their load is one of 8 bytes, which a GPU refuses there for good."""
+    memory = np.zeros(80, np.uint8)
+    memory = memory[-memory.ctypes.data % 16 :]
+    positions = np.ndarray((5,), np.int64, memory, offset, (step,))
+    with pytest.raises(
+        ValueError, match=f"positions are aligned to {aligned} bytes; needs 8, the size of int64"
+    ):
+        turner()(f(5, 3, D), f(5, 2, D), positions=positions)
+    alone = np.ndarray((1,), np.int64, memory, 0, (step,))
+    turner()(f(5, 3, D), f(5, 2, D), positions=alone)
+
+
+def test_one_position_a_token_where_three_are_needed():
+    qk = turner(sections=(8, 12, 12))
+    with pytest.raises(
+        ValueError, match=r"positions have shape \(3,\); needs \(3, \.\.\.\), a row .*of \(3,\) or"
+    ):
+        qk(f(3, 3, D), f(3, 2, D), positions=np.arange(3))
+    one = qk(f(3, D), f(2, D), positions=np.arange(3))
+    some = qk(f(3, D)[None], f(2, D)[None], positions=np.arange(3)[:, None])
+    np.testing.assert_array_equal(one[0], some[0][0])
+
+
 def test_missing_v_sections_and_no_rope(library):
     q, k, v, positions = (
         library.array(a) for a in (f(5, 3, D), f(5, 2, D), f(5, 2, D), np.arange(5))

@@ -279,6 +279,17 @@ def test_pickle_copy_repr(rng):
     assert "rope" not in repr(QKNorm(HeadNorm(), HeadNorm()))
 
 
+def test_the_host_makes_no_tables(rng, monkeypatch):
+    """Those of a long context are gigabytes, of which a call reads few rows."""
+    norm = HeadNorm(head_dim=64)
+    q, positions = rng.standard_normal((3, 2, 64)).astype(np.float32), np.array([0, 5, 10**9 - 1])
+    qk = QKNorm(norm, norm, rope=Rope.of_theta(1e4, 64, max_position=10**9))
+    monkeypatch.delattr(Rope, "tables")
+    turned, _ = qk(q, q, positions=positions)
+    cos, sin = qk.rope.at(positions, np.float32)
+    np.testing.assert_array_equal(turned, qk(q, q, cos=cos, sin=sin)[0])
+
+
 def test_the_stride_of_one_row_says_nothing(rng):
     rope = Rope.of_theta(1e4, 64, max_position=8)
     norm = HeadNorm(head_dim=64)
