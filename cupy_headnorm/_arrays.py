@@ -91,7 +91,7 @@ class Library(Protocol):
     def wrote(self, arrays: tuple[Any, ...], /) -> None:
         """Take note that `arrays`, given by the caller, were written."""
 
-    def to_host(self, x: Any, role: str) -> np.ndarray:
+    def to_host(self, x: Any, role: str, rows: Rows = NUMBERS) -> np.ndarray:
         """Copy (or view) `x` as a NumPy array; refuses what `view` does, but not gradients."""
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:

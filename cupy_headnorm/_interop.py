@@ -94,8 +94,8 @@ class _NumPy(Plain):
     def stream(self, index: int, /) -> int:
         raise NotImplementedError("host memory has no stream")
 
-    def to_host(self, x: Any, role: str) -> np.ndarray:
-        self.view(x, role)
+    def to_host(self, x: Any, role: str, rows: Rows = NUMBERS) -> np.ndarray:
+        self.view(x, role, rows)
         return np.asarray(x)
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
@@ -154,8 +154,8 @@ class _CuPy(Plain):
         handle: int = self._current_stream(index).ptr
         return handle
 
-    def to_host(self, x: Any, role: str) -> np.ndarray:
-        self.view(x, role)
+    def to_host(self, x: Any, role: str, rows: Rows = NUMBERS) -> np.ndarray:
+        self.view(x, role, rows)
         values: np.ndarray = x.get()
         return values
 
@@ -246,8 +246,8 @@ class _DLPack(Plain):
     def wrote(self, arrays: tuple[Any, ...], /) -> None:
         raise NotImplementedError("out is refused when it is viewed")
 
-    def to_host(self, x: Any, role: str) -> np.ndarray:
-        view = self.view(x, role)
+    def to_host(self, x: Any, role: str, rows: Rows = NUMBERS) -> np.ndarray:
+        view = self.view(x, role, rows)
         if view.layout.device.kind == "cuda":
             values: np.ndarray = import_cupy().from_dlpack(x).get()
             return values
@@ -302,8 +302,8 @@ class _JAX(_DLPack):
             return self.from_host(result, like)
         return super().deliver(result, like)
 
-    def to_host(self, x: Any, role: str) -> np.ndarray:
-        self._refuse(x, role)
+    def to_host(self, x: Any, role: str, rows: Rows = NUMBERS) -> np.ndarray:
+        self._refuse(x, role, rows)
         return np.asarray(x)
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:

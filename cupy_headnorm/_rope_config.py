@@ -167,7 +167,7 @@ def read(
     if params["rope_type"] not in ROPE_TYPES:
         raise ValueError(
             f"RoPE of {model_type} is of type {params['rope_type']!r}; needs one of {ROPE_TYPES}, "
-            "or cos and sin given with each call"
+            "or a Rope by hand, whose calls are given cos and sin"
         )
     longest = text.get("max_position_embeddings", params.get("original_max_position_embeddings"))
     frequencies, scaling = inverse_frequency(params, theta, head_dim, partial, longest)
@@ -227,7 +227,7 @@ def _refuse_unserved(model_type: str, family: models.Family) -> None:
     if why:
         raise ValueError(
             f"no rotary embedding of {model_type} is served: {why}; "
-            "needs cos and sin given with each call, or none"
+            "needs a Rope by hand, whose calls are given cos and sin, or none"
         )
 
 
@@ -301,6 +301,6 @@ def _sections(
     if sections and model_type.startswith("hunyuan_vl"):
         raise ValueError(
             f"sections of {model_type} are {sections} of twice as many dims: the dims of a pair "
-            "turn by different angles; needs cos and sin given with each call"
+            "turn by different angles; needs a Rope by hand, whose calls are given cos and sin"
         )
     return sections, interleaved

@@ -228,10 +228,10 @@ class Torch(Plain):
         handle: int = self._torch.cuda.current_stream(index).cuda_stream
         return handle
 
-    def to_host(self, x: Any, role: str) -> np.ndarray:
+    def to_host(self, x: Any, role: str, rows: Rows = NUMBERS) -> np.ndarray:
         with self._torch.no_grad():
             self._refuse(x, role)
-            return self.view(x.detach().cpu(), role).as_numpy()
+            return self.view(x.detach().cpu(), role, rows).as_numpy()
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
         # NumPy cannot hand bfloat16 to torch, so torch makes the memory and NumPy fills it.

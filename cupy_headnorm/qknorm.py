@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from cupy_headnorm import _interop, _parts, _rope_config, _spec
+from cupy_headnorm import _dtypes, _interop, _parts, _rope_config, _spec
 from cupy_headnorm._qk_dispatch import Arrays, known, step_by_step
 from cupy_headnorm._rope_tables import Tables
 from cupy_headnorm._torch import untraced
@@ -180,7 +180,8 @@ class QKNorm:
             With sections (M-RoPE) one row for each of them in front: ``(3, ...)``.
         cos, sin : array, optional
             In place of `positions`: those of each token, ``(..., rotary_dim)`` as models have them
-            or ``(..., rotary_dim / 2)``, float32 or q's dtype, broadcast to q's tokens.
+            or ``(..., rotary_dim / 2)``, float32 or q's dtype, broadcast to q's tokens; both of
+            the same strides.
         heads_axis : int, optional
             As in `HeadNorm`. Default: ``-2``.
         out : tuple of arrays, optional
@@ -202,6 +203,33 @@ class QKNorm:
             if results is not None:
                 return results
         return step_by_step(self._norms, self._tables, arrays, heads_axis)
+
+    @untraced
+    def forward_reference(
+        self,
+        q: Any,
+        k: Any,
+        v: Any = None,
+        /,
+        *,
+        positions: Any = None,
+        cos: Any = None,
+        sin: Any = None,
+        heads_axis: int = -2,
+    ) -> tuple[Any, ...]:
+        """Return what a call returns, computed on the host in NumPy: for debugging; it copies."""
+        arrays = {"q": q, "k": k, "v": v, "positions": positions, "cos": cos, "sin": sin}
+        given = {name: array for name, array in arrays.items() if array is not None}
+        views = [_interop.view(given[name], name) for name in _NAMES if name in given]
+        on_host = {}
+        for name, array in given.items():
+            rows = _dtypes.POSITIONS if name == "positions" else _dtypes.NUMBERS
+            on_host[name] = _interop.library_of(array, name).to_host(array, name, rows)
+        parts = [on_host.pop(name) for name in _NAMES if name in given]
+        results = self(*parts, **on_host, heads_axis=heads_axis)
+        return tuple(
+            view.library.from_host(y, view) for y, view in zip(results, views, strict=True)
+        )
 
     def packed(
         self,
@@ -227,9 +255,10 @@ class QKNorm:
         width = shape[-1] if shape else 0
         head_dim = self._head_dim or width // heads
         if width != heads * head_dim or not head_dim:
+            wanted = f"{heads * head_dim}" if self._head_dim else f"a multiple of {heads}"
             raise ValueError(
-                f"qkv has shape {shape}; needs a last axis of {heads * head_dim}, "
-                f"{num_heads} + 2 * {num_kv_heads} heads of {head_dim}"
+                f"qkv has shape {shape}; needs a last axis of {wanted}, "
+                f"{num_heads} + 2 * {num_kv_heads} heads of {self._head_dim or 'one length'}"
             )
         if not library.takes_out:
             raise TypeError(

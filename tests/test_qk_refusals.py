@@ -198,6 +198,11 @@ def test_refused_layouts_and_overlaps(library):
             ValueError, match=rf"qkv has shape \(5, {width}\); needs a last axis of"
         ):
             qk.packed(buffer[:, :width], **counts, positions=positions)
+    plain = QKNorm(HeadNorm(), HeadNorm())
+    with pytest.raises(
+        ValueError, match=r"needs a last axis of a multiple of 7, 3 \+ 2 \* 2 heads of one length"
+    ):
+        plain.packed(buffer[:, :54], num_heads=3, num_kv_heads=2)
     for counts, message in (
         ({"num_heads": 0, "num_kv_heads": 2}, "num_heads is 0; needs 1 or more"),
         ({"num_heads": 4, "num_kv_heads": 2.0}, "num_kv_heads is 2.0; needs an integer"),

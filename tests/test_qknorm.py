@@ -279,6 +279,20 @@ def test_pickle_copy_repr(rng):
     assert "rope" not in repr(QKNorm(HeadNorm(), HeadNorm()))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("by", ["int32", "int64", "whole x"])
+def test_forward_reference_returns_to_the_library(library, by, dtype, rng):
+    case = Case(x=dtype, by=by, v=True)
+    parts, norms, beside = case.made(rng)
+    qk = qk_norm(case, norms)
+    right = qk(*parts, **beside)
+    arrays = map(library.array, parts)
+    found = qk.forward_reference(*arrays, **{n: library.array(a) for n, a in beside.items()})
+    for y, expected in zip(found, right, strict=True):
+        assert isinstance(y, type(library.array(expected)))
+        np.testing.assert_array_equal(library.host(y), expected)
+
+
 def test_the_host_makes_no_tables(rng, monkeypatch):
     """Those of a long context are gigabytes, of which a call reads few rows."""
     norm = HeadNorm(head_dim=64)
