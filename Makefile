@@ -26,7 +26,7 @@ test: $(VENV)/test ## all tests that need no GPU, and with one those too
 	HEADNORM_REQUIRE_NVRTC=1 HEADNORM_REQUIRE_HOST=1 $(PYTEST) -n auto
 
 coverage: $(VENV)/test ## the Python lines that tests without a GPU run: 95 % at least
-	HEADNORM_REQUIRE_NVRTC=1 $(PYTEST) -n auto -m "not gpu" --cov --cov-report=term-missing:skip-covered
+	HEADNORM_REQUIRE_NVRTC=1 HEADNORM_REQUIRE_HOST=1 $(PYTEST) -n auto -m "not gpu" --cov --cov-report=term-missing:skip-covered
 
 lint: $(VENV)/test ## formatting, style and types
 	$(BIN)/ruff format --check cupy_headnorm tests notebooks

@@ -79,16 +79,22 @@ def plan(call: PartsCall) -> PartsConfig:
     if call.tokens * heads * lanes > FEW_THREADS and lanes <= WARP:
         heads_per_group = HEADS_PER_GROUP[_turned_by(spec)]
     groups_per_block = GROUP_THREADS // lanes if lanes <= WARP else 1
+    of_parameters = [
+        _access("weights or biases", found, vector, dtype.itemsize)
+        for dtype, found in call.parameters
+    ]
+    of_tables = 1
+    if spec.rope:
+        table = spec.rope.table
+        of_tables = _access("cos and sin", call.table_alignment, vector, table.itemsize)
     config = PartsConfig(
         vector,
         lanes,
         vectors,
         fold,
-        _access(call.alignment, vector, itemsize),
-        min(
-            (_access(found, vector, dtype.itemsize) for dtype, found in call.parameters), default=1
-        ),
-        _access(call.table_alignment, vector, spec.rope.table.itemsize) if spec.rope else 1,
+        _access("q, k, v or out", call.alignment, vector, itemsize),
+        min(of_parameters, default=1),
+        of_tables,
         heads_per_group,
         groups_per_block,
         0,
@@ -131,11 +137,11 @@ def blocks(spec: PartsSpec, config: PartsConfig) -> int:
     return GROUP_BLOCKS if capped else 1
 
 
-def _access(alignment: int, vector: int, itemsize: int) -> int:
+def _access(names: str, alignment: int, vector: int, itemsize: int) -> int:
     """Return the most elements at once that an alignment allows, up to a vector."""
     if alignment < itemsize:
         raise ValueError(
-            f"rows are aligned to {alignment} bytes; needs {itemsize}, an element's size"
+            f"{names} have rows aligned to {alignment} bytes; needs {itemsize}, an element's size"
         )
     while min(vector * itemsize, 16) > alignment:
         vector //= 2

@@ -6,7 +6,7 @@
 //   HN_ROUNDING  once, before_weight, every_op or rstd
 //   HN_X, HN_WEIGHT, HN_BIAS   element types; headnorm::None for an absent weight or bias
 //   HN_HEAD_DIM  elements a row
-//   HN_VEC, HN_ACCESS, HN_PARAMETER_ACCESS, HN_LANES, HN_VECTORS   geometry, see headnorm/norm.cuh
+//   HN_VEC, HN_ACCESS, HN_PARAMETER_ACCESS, HN_LANES, HN_VECTORS   geometry, see geometry.cuh
 //   HN_THREADS   threads a block at most
 //   HN_BLOCKS    such blocks that a multiprocessor must have room for: caps the registers
 //   HN_AXES      axes of the grid of rows, see headnorm/rows.cuh

@@ -31,8 +31,8 @@ __device__ __forceinline__ void row_barrier() {
 }
 
 // Sums over the kLanes neighbouring threads that share a row: within a warp, or over the whole
-// block. `partial` holds one value a warp and is written once in a kernel, so that no second
-// barrier is needed: each reduction brings its own.
+// block. `partial` holds one value a warp: each reduction of a row brings one of its own, so that
+// no second barrier is needed, and whoever does several rows waits before the next.
 template <int kLanes, typename Acc>
 __device__ __forceinline__ Acc row_sum(Acc value, Acc (&partial)[kWarp]) {
   if constexpr (kLanes <= kWarp) {
