@@ -64,10 +64,10 @@ _ELSEWHERE = {
 }
 """Whose rotary embedding is not of the first dims of q and k."""
 
-_ONLY_SLIDING = {
-    "afmoe", "flint", "kolibri1", "exaone4", "exaone4_5", "exaone4_5_text", "exaone_moe",
-}  # fmt: skip
+_ONLY_SLIDING = {"afmoe", "flint", "kolibri1", "exaone4", "exaone4_5", "exaone_moe"}
 """Whose full layers turn nothing: afmoe:359, flint:281, exaone4:233, exaone_moe:183."""
+_OWN_THETAS = {"muse_spark", "muse_spark_text", "muse_glimmer", "muse_glimmer_text"}
+"""Whose layers without a theta of their own turn nothing: muse_spark:663, muse_glimmer:512."""
 
 _LONGEST_HEAD = 1 << 16
 """Dims: of a norm without a weight config.json alone says how many."""
@@ -107,15 +107,25 @@ def _turns(config: Mapping[str, Any], layer: int) -> bool:
         if own:
             return bool(_of_layer(own, layer, "no_rope_layers"))
         return bool((layer + 1) % interval)
+    only_sliding = model_type in _ONLY_SLIDING and (
+        model_type in ("afmoe", "flint")
+        or text.get("sliding_window", "the class has one") is not None
+    )
+    for needed, name in (
+        (only_sliding, "layer_types"),
+        (model_type in _OWN_THETAS, "layer_rope_theta"),
+    ):
+        if needed and not text.get(name):
+            raise ValueError(
+                f"the config of {model_type} has no {name}; needs them, since some of its layers "
+                "turn nothing"
+            )
     layer_type = _of_layer(text.get("layer_types") or "sliding_attention", layer, "layer_types")
     params, thetas = text.get("rope_parameters") or {}, text.get("layer_rope_theta")
     if layer_type in params and params[layer_type] is None:  # beam:138
         return False
     if thetas and not _of_layer(thetas, layer, "layer_rope_theta"):  # muse_spark:663
         return False
-    only_sliding = model_type in _ONLY_SLIDING and (
-        model_type in ("afmoe", "flint") or text.get("sliding_window") is not None
-    )
     return not only_sliding or layer_type == "sliding_attention"
 
 

@@ -11,9 +11,12 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import host_build
 import numpy as np
 import pytest
 import stand_in
+from host_build import ANY
+from host_cases import kernel_of, rows, running
 from stand_in import expected, tensor
 
 from cupy_headnorm import (
@@ -118,6 +121,11 @@ def test_heads_first_layouts_are_told_apart(slow, rng):
         np.testing.assert_array_equal(norm(x, heads_axis=-3), right)
         np.testing.assert_array_equal(norm(x[None], heads_axis=-3)[0], right)
         np.testing.assert_array_equal(norm(x, heads_axis=0), right)
+    square = tensor(rng, 4, 4, 64)  # as many tokens as heads: nothing but heads_axis tells
+    for axis in (-2, -3, -2, -3):
+        right = expected(square, weight, heads_axis=axis)
+        np.testing.assert_array_equal(norm(square, heads_axis=axis), right)
+        np.testing.assert_array_equal(rms_norm(square, weight, heads_axis=axis), right)
     with pytest.raises(ValueError, match="3 heads on axis -3; needs num_heads=4"):
         norm(tensor(rng, 3, 5, 64), heads_axis=-3)
     with pytest.raises(ValueError, match="3 heads on axis -2; needs num_heads=4"):
@@ -130,6 +138,19 @@ def test_one_token_and_none_after_many(slow, rng):
     for tokens in (6, 1, 0, 6, 1, 0):
         x = tensor(rng, tokens, 4, 64)
         np.testing.assert_array_equal(norm(x), expected(x, weight))
+
+
+def test_no_token_after_many_where_it_has_an_address(compiler, rng):
+    """NumPy's empty slices have one, as a GPU's need not: nothing may be launched over no row."""
+    kernel = kernel_of(host_build.QWEN3, ANY)
+    x = rows(rng, (6, 4, kernel.spec.head_dim), kernel.spec.x)
+    weight = rows(rng, x.shape[-1:], kernel.spec.weight)
+    norm = HeadNorm(weight, rounding=kernel.spec.rounding)
+    with running(kernel):
+        right = norm(x)
+        for tokens in (1, 0, 6, 1, 0):
+            for out in (None, np.empty_like(x)[:tokens]):
+                np.testing.assert_array_equal(norm(x[:tokens], out=out), right[:tokens])
 
 
 def test_versions_count_every_write(slow, rng):

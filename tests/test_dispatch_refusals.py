@@ -2,9 +2,12 @@
 
 import itertools
 
+import host_build
 import numpy as np
 import pytest
 import stand_in
+from host_build import ANY
+from host_cases import kernel_of, rows, running
 from stand_in import expected, tensor
 
 from cupy_headnorm import CaptureError, HeadNorm, _interop, _kernels, ops, reference, rms_norm
@@ -65,6 +68,29 @@ def test_overlap_is_looked_for_at_every_call(slow, rng):
         with pytest.raises(ValueError, match=f"out overlaps {('weight', 'bias')[which]}; needs"):
             rms_norm(x, *shared, out=out[:4])
     assert len(slow) == known + 2
+
+
+def test_more_tokens_than_are_known_reach_further(slow, rng):
+    memory, norm = tensor(rng, 8, 4, 64), HeadNorm()
+    norm(memory[:2], out=memory[2:4])
+    before = memory.clone()
+    with pytest.raises(ValueError, match="out overlaps x in part"):
+        norm(memory[:5], out=memory[2:7])
+    assert torch.equal(memory, before)
+
+
+def test_more_tokens_backwards_reach_further_down(compiler, rng):
+    """Of NumPy, since torch has no negative strides."""
+    kernel = kernel_of(host_build.QWEN3, ANY)
+    memory = rows(rng, (8, 4, kernel.spec.head_dim), kernel.spec.x)
+    weight = rows(rng, memory.shape[-1:], kernel.spec.weight)
+    norm = HeadNorm(weight, rounding=kernel.spec.rounding)
+    with running(kernel):
+        norm(memory[4:2:-1], out=memory[6:4:-1])
+        before = memory.copy()
+        with pytest.raises(ValueError, match="out overlaps x in part"):
+            norm(memory[4::-1], out=memory[6:1:-1])
+    assert memory.tobytes() == before.tobytes()
 
 
 def test_interleaved_slices_are_told_apart_exactly(slow, rng):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from cases import covering_specs
 
-from cupy_headnorm import _dtypes, _launch
+from cupy_headnorm import _dtypes, _kernels, _launch, _parts, _parts_kernels, _parts_launch
 from cupy_headnorm._launch import DeviceLimits, LaunchConfig
-from cupy_headnorm._spec import NormCall, NormSpec, RowAxis
+from cupy_headnorm._layout import Device, Layout
+from cupy_headnorm._spec import NormCall, NormSpec, RowAxis, options
 
 HEAD_DIMS = [*range(1, 300), 320, 384, 511, 512, 513, 576, 640, 768, 1000, 1001, 1024, 1025, 1536]
 HEAD_DIMS += [2047, 2048, 4095, 4096, 4099, 8192, 16384, 20000, 65536, 100003, 10_000_001]
@@ -156,6 +157,23 @@ def test_division_by_multiplication_is_exact(rng):
         total = high + numbers
         assert (total < 2**32).all(), "the kernel adds in 32 bits"
         np.testing.assert_array_equal(total >> np.uint64(shift), numbers // np.uint64(divisor))
+
+
+@pytest.mark.parametrize("size", [1, 3, 2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1, 2**31])
+def test_every_length_of_31_bits_has_a_multiplier(size):
+    """Kernels of few axes divide by nothing else, those of more in 64 bits."""
+    rows = call(1, _dtypes.FLOAT16, size, axes=(RowAxis(size, 64, 64, 0, 0),))
+    part = Layout((size, 1, 2), (64, 4, 2), _dtypes.FLOAT16, Device("cuda", 0), 4)
+    parts, norm = dict.fromkeys("qk", part), _parts.PartNorm(options("rms"), None, None)
+    tokens = _parts.describe(dict.fromkeys("qk", norm), parts, parts, None, -2)
+    for params in (
+        _kernels._params(rows, _launch.plan(rows), 3),
+        _parts_kernels._params(tokens, _parts_launch.plan(tokens)),
+    ):
+        axis = params.axis[len(params.axis) - 1]
+        assert axis.size == size
+        divider = _launch.division(size) if size < 2**31 else (0, 0)
+        assert (axis.multiplier, axis.shift) == divider
 
 
 def test_the_covering_list_is_small_and_covers():

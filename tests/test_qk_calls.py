@@ -38,10 +38,10 @@ def turning(rng, device, way, tokens=5):
     return {n: tensor(rng, device, tokens, D) for n in ("cos", "sin")} if way else {}
 
 
-def right(qk, parts, beside):
+def right(qk, parts, beside, **options):
     """Return what the host makes of the same values."""
     beside = {name: array.cpu().numpy() for name, array in beside.items()}
-    return qk(*(part.cpu().numpy() for part in parts), **beside)
+    return qk(*(part.cpu().numpy() for part in parts), **beside, **options)
 
 
 def same(found, expected):
@@ -159,6 +159,19 @@ def test_other_layouts_of_as_many_bytes(device, slow, rng):
         qk(q, k, positions=positions[:5].short())
     with pytest.raises(ValueError, match="needs the same tokens"):
         qk(q, k[:4], positions=positions[:5])
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_the_axis_of_the_heads_is_that_of_the_call(device, slow, way, rng):
+    """As many tokens as heads: nothing but heads_axis tells which of them turn alike."""
+    qk, beside = made(rng), turning(rng, device, way)
+    parts = [tensor(rng, device, 4, 5, 5, D) for _ in "qk"]
+    expected = {axis: right(qk, parts, beside, heads_axis=axis) for axis in (-2, -3)}
+    assert not np.allclose(expected[-2][0], expected[-3][0])
+    slow.clear()
+    for axis in (-2, -3, -2, -3):
+        same(qk(*parts, **beside, heads_axis=axis), expected[axis])
+    assert len(slow) == 2
 
 
 def test_what_the_first_call_refuses_the_second_does_too(device, slow, rng):

@@ -120,6 +120,18 @@ def test_scale_of_the_input_does_not_matter(rng):
     )
 
 
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("head_dim", [64, 65, 256, 257, 340, 341, 512, 513])
+def test_the_largest_promised_values_stay_in_range(kind, head_dim):
+    """1e18 of either sign: the squares of 341 are more than float32 has."""
+    x = np.full((2, head_dim), 1e18, np.float32)
+    x[0, ::2] *= -1
+    x[1, 0] *= -1  # twice as far from the mean
+    exact, slack, _ = oracle(kind, x, eps=1e-5)
+    norm = {"rms": reference.rms_norm, "layer": reference.layer_norm}[kind]
+    assert_close(norm(x, eps=1e-5), exact, slack, "float32")
+
+
 def test_layer_norm_ignores_a_shift(rng):
     x = rng.integers(-8, 9, (5, 3, 64)).astype(np.float32)
     _, slack, _ = oracle("layer", x + 16, eps=1e-5)

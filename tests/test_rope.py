@@ -1,16 +1,19 @@
 """Rotary embeddings against transformers' own classes and functions, from configs as released."""
 
 import dataclasses
+import re
+import sys
 
 import numpy as np
 import pytest
 from tolerances import FLIPS, FLIPS_FEW, FLIPS_NEED, TELLING, mismatch
 
-from cupy_headnorm import _rope_config, models
+from cupy_headnorm import HeadNorm, QKNorm, _rope_config, models
 from cupy_headnorm.rope import Rope, apply
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+import families  # noqa: E402
 import rotary  # noqa: E402
 from rotary import (  # noqa: E402
     BASE,
@@ -123,6 +126,108 @@ def test_every_family(name, rng):
     assert mismatch(ours, expected) < FLIPS_FEW
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+TURNED = [
+    name
+    for name, row in families.FAMILIES.items()
+    if {"q", "encoder_q"} & row.roles.keys()
+    for family in [models.BY_MODEL_TYPE.get(row.package or name)]
+    if family is not None and family.tower == "text" and family.rope.order != "none"
+]
+
+
+def layers_that_turn(name, layer_types, monkeypatch):
+    """
+    Return a tiny model's config, and of each layer whether a forward pass turned its heads.
+
+    Where the model tells sliding layers from full ones, it has two of `layer_types`.
+    """
+    row, kind = families.ROWS[name], families.model_class(name)
+    if isinstance(kind, str):
+        pytest.skip(kind)
+    config = families._config(kind.config_class, row.config)
+    config._attn_implementation = "eager"
+    text = config.get_text_config()
+    types = {*(getattr(text, "layer_types", None) or ())}
+    made_by_type = name in ("neomme", "step3p7")  # their fields would not fit other types
+    if types and types <= {SLIDING, FULL} and not made_by_type and text.sliding_window:
+        text.layer_types = list(layer_types)
+        text.sliding_window = text.sliding_window if SLIDING in layer_types else None
+    model, now, seen, modules = kind(config).eval(), [], {}, set()
+
+    def enter(layer):
+        now[:] = [layer]
+        seen.setdefault(layer, False)
+
+    def telling(function):
+        def told(*given, **named):
+            seen.update(dict.fromkeys(now, True))
+            return function(*given, **named)
+
+        return told
+
+    for path, attention in model.named_modules():
+        found = re.fullmatch(r"(?!.*vision).*layers\.(\d+)\.self_attn", path)
+        if found:
+            attention.register_forward_pre_hook(lambda *_, layer=int(found[1]): enter(layer))
+            attention.register_forward_hook(lambda *_: now.clear())
+            modules.add(sys.modules[type(attention).__module__])
+    for module in modules:
+        for function in [name for name in vars(module) if name.startswith("apply_rotary")]:
+            monkeypatch.setattr(module, function, telling(getattr(module, function)))
+    with torch.no_grad():
+        row.run(model)
+    return saved(model.config), seen
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("name", "layer_types"),
+    [*((name, (SLIDING, FULL)) for name in TURNED), ("exaone4", (FULL, FULL))],
+)
+def test_layers_turn_as_in_the_model(name, layer_types, monkeypatch):
+    """Full layers may turn nothing, or only where no layer slides."""
+    config, seen = layers_that_turn(name, layer_types, monkeypatch)
+    assert seen
+    assert seen == {layer: _rope_config.turns(config, layer) for layer in seen}
+    if name == "exaone4_5":  # as released: transformers renames it
+        config["text_config"]["model_type"] = "exaone4_5_text"
+        assert seen == {layer: _rope_config.turns(config, layer) for layer in seen}
+
+
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        ({"model_type": "afmoe"}, "layer_types"),
+        ({"model_type": "exaone4"}, "layer_types"),
+        ({"model_type": "exaone_moe", "sliding_window": 128}, "layer_types"),
+        ({"model_type": "muse_spark_text"}, "layer_rope_theta"),
+    ],
+)
+def test_which_layers_turn_is_not_guessed(config, missing):
+    """A config may leave out what its class makes up."""
+    with pytest.raises(ValueError, match=f"the config of .* has no {missing}; needs them, since"):
+        _rope_config.turns(config, 3)
+
+
+def test_a_window_that_is_left_out_is_there():
+    exaone = {"model_type": "exaone4", "layer_types": ["sliding_attention", "full_attention"]}
+    assert [_rope_config.turns(exaone, layer) for layer in (0, 1)] == [True, False]
+    assert _rope_config.turns(exaone | {"sliding_window": None}, 1)
+    assert _rope_config.turns({"model_type": "exaone4", "sliding_window": None}, 1)
+
+
+def test_layers_that_turn_nothing_where_no_model_runs():
+    """AFMoE and FLINT look at the layer alone, and Llama 4 counts: configuration_llama4:170."""
+    for model_type in ("afmoe", "flint"):
+        config = {"model_type": model_type, "layer_types": [FULL], "sliding_window": None}
+        assert not _rope_config.turns(config, 0)
+    for interval in ({}, {"no_rope_layer_interval": 4}, {"no_rope_layer_interval": 3}):
+        every = interval.get("no_rope_layer_interval", 4)
+        found = [_rope_config.turns({"model_type": "llama4_text"} | interval, i) for i in range(8)]
+        assert found == [(i + 1) % every != 0 for i in range(8)]
+
+
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_vl"])
 def test_rows_of_positions(name, rng):
     if name == "qwen3_vl":
@@ -150,6 +255,58 @@ def test_cos_of_full_width_may_differ_within_a_pair(rng):
     assert not torch.equal(cos[..., :64], cos[..., 64:])
     found = apply(numpy_of(q), numpy_of(cos)[:, None], numpy_of(sin)[:, None], rounding="once")
     assert np.array_equal(found, numpy_of(theirs.apply(q, cos, sin)))
+
+
+LONG = {"short_factor": [1.0] * 64, "long_factor": [2.0 + i / 8 for i in range(64)]}
+BY_HAND = {
+    # what is refused: (config, fields of a Rope by hand)
+    "type 'longrope'": (
+        qwen3(rope_type="longrope", original_max_position_embeddings=4096, **LONG)[0], {},
+    ),
+    "the dims of a pair turn by different angles": (
+        {
+            "model_type": "hunyuan_vl_text", **BASE,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 16, 16, 16],
+            },
+        },
+        {"order": "before norm", "rounding": "once"},
+    ),
+    "its vision tower turns by no table": ({"model_type": "sapiens2"}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("refused", BY_HAND)
+def test_what_a_config_is_refused_a_rope_by_hand_does(refused, rng):
+    """As the error says: given cos and sin, a call asks the Rope for no angle."""
+    config, fields = BY_HAND[refused]
+    message = f"{refused}.*; needs .*a Rope by hand, whose calls are given cos and sin"
+    with pytest.raises(ValueError, match=message):
+        Rope.from_config(config)
+    norms = [HeadNorm(rng.standard_normal(128).astype(np.float32)) for _ in "qk"]
+    qk = QKNorm(*norms, rope=Rope.of_theta(1e4, 128, max_position=1, **fields))
+    parts = [
+        numpy_of(torch.from_numpy(rng.standard_normal((1, 64, n, 128))).to(torch.bfloat16))
+        for n in (4, 2)
+    ]
+    if config["model_type"] == "sapiens2":  # its own angles are of a picture
+        angles = rng.uniform(0, 9, (1, 64, 64))
+        angles = torch.from_numpy(np.concatenate((angles, angles), -1)).to(torch.bfloat16)
+        cos, sin = angles.cos(), angles.sin()
+    else:
+        rows = (4,) if "different angles" in refused else ()
+        positions = torch.from_numpy(rng.integers(4096, 9999, (*rows, 1, 64)))
+        cos, sin = Theirs(config, 0).cos_sin(torch.bfloat16, positions)
+    cos, sin = numpy_of(cos), numpy_of(sin)
+
+    def turn(x):
+        rounding = fields.get("rounding", "every_op")
+        return apply(x, cos[:, :, None], sin[:, :, None], rounding=rounding)
+
+    found = qk(*parts, cos=cos, sin=sin)
+    for y, x, norm in zip(found, parts, norms, strict=True):
+        expected = norm(turn(x)) if "order" in fields else turn(norm(x))
+        assert y.tobytes() == expected.tobytes()
 
 
 def test_positions_are_clamped_and_ropes_are_values():
