@@ -77,6 +77,11 @@ def macros_of(call):
     if isinstance(call, NormCall):
         config = _launch.plan(call)
         return "head_norm.cu", _kernels.macros(call.spec, config, _launch.memory(call, config))
+    rope = call.spec.rope
+    if rope and rope.position and not call.table_row:
+        # The host makes no tables. A GPU's have row after row.
+        row = rope.rotary_dim // 2 * rope.table.itemsize
+        call = call._replace(table_alignment=math.gcd(16, row))
     return "qk_norm_rope.cu", _parts_kernels.macros(call.spec, _parts_launch.plan(call))
 
 

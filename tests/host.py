@@ -78,25 +78,33 @@ def _norm_uses(macros, params, blocks):
     return uses
 
 
-def _parts_uses(macros, params, _blocks):  # always all of them
+def _parts_uses(macros, params, blocks):
     axes = params.axis[1:]  # the first one is that of the groups
-    tokens = np.arange(params.groups // params.axis[0].size)
+    groups = np.add.outer(
+        np.array(blocks, np.int64) * params.groups_per_block, np.arange(params.groups_per_block)
+    )
+    tokens, among = np.divmod(groups[groups < params.groups], params.axis[0].size)
     head_dim = int(macros["HN_HEAD_DIM"])
     uses = {}
 
     def use(at, starts, width, written=False):
         uses[at] = Use(np.unique(starts), width, written)
 
-    of = type(params)
+    of, before = type(params), 0
     for i, (part, num_heads) in enumerate(zip(params.part, params.num_heads, strict=True)):
+        heads = np.add.outer(
+            (among - before) * params.heads_per_group, np.arange(params.heads_per_group)
+        )
+        before = params.groups_end[i]
+        group, _ = there = np.nonzero((heads >= 0) & (heads < num_heads))
         for j, name in enumerate(("x", "out", "weight", "bias")):
             address = getattr(part, name)
-            if not address or not num_heads:
+            if not address or not group.size:
                 continue
-            starts = address + np.arange(num_heads) * getattr(part, f"head_{name}")
+            starts = address + heads[there] * getattr(part, f"head_{name}")
             if j < 2:
                 strides = [getattr(axis, name)[i] for axis in axes]
-                starts = np.add.outer(starts, _offsets(tokens, axes, strides))
+                starts += _offsets(tokens[group], axes, strides)
             width = ITEMSIZE[macros["HN_X" if j < 2 else f"HN_{name.upper()}"]]
             at = of.part.offset + i * ctypes.sizeof(part) + getattr(type(part), name).offset
             use(at, starts, width * head_dim, name == "out")

@@ -213,7 +213,9 @@ PARTS = (
         WHOLE, 8, by="whole float32", every_op=False, table="float32", first=True,
         weight="own float32",
     ),
-    _parts(ANY, 8, x="float16", head_dim=96, kind="layer", weight="own x", bias="own float32"),
+    _parts(
+        ANY, 8, x="float16", head_dim=96, kind="layer", weight="own x", bias="own float32", v=True
+    ),
     _parts(ANY, 8, x="float16", head_dim=33, by="half x", style="interleaved"),
     _parts(ANY, 8, x="float16", head_dim=80, style="half flipped", first=True, v=True),
     _parts(WHOLE, 3, x="float16", head_dim=2048, by="int32", partial=True),
@@ -246,8 +248,9 @@ def includes():
 @functools.cache
 def missing():
     """Say what is missing to compile and run kernels; empty if nothing is."""
-    if not shutil.which("g++") or not shutil.which("objcopy"):
-        return "g++ is not on the PATH; needs a package such as g++ or build-essential"
+    for tool in ("g++", "objcopy"):
+        if not shutil.which(tool):
+            return f"{tool} is not on the PATH; needs a package such as g++ or build-essential"
     if not Path(sanitizer()).is_absolute():
         return "g++ has no AddressSanitizer; needs a package such as libasan"
     if not includes():

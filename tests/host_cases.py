@@ -1,6 +1,7 @@
 """What kernels on the CPU are run on: rows of a few sizes in any layout, and rows far apart."""
 
 import contextlib
+import math
 import mmap
 
 import host
@@ -100,6 +101,17 @@ def far_apart(memory, norm, step):
     dtype, head_dim = norm.spec.x.numpy, norm.spec.head_dim
     at = 0 if step > 0 else -3 * step
     return np.ndarray((4, head_dim), dtype, memory, at, (step, dtype.itemsize))
+
+
+def far_copy(values, step):
+    """Return a copy whose rows all lie so far apart, upwards or downwards."""
+    *outer, _ = values.shape
+    strides = [step * math.prod(outer[i + 1 :]) for i in range(len(outer))]
+    reach = (math.prod(outer) - 1) * abs(step)
+    memory, at = reserved(reach + 2**16), 0 if step > 0 else reach
+    array = np.ndarray(values.shape, values.dtype, memory, at, (*strides, values.itemsize))
+    array[...] = values
+    return array
 
 
 MANY = 2**31 + 200

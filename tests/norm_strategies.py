@@ -13,6 +13,7 @@ from strategies import (
     Buffer,
     Place,
     alignment_of,
+    off_boundaries,
     shifts,
     shown,
     sizes,
@@ -186,6 +187,11 @@ def drawn_norm_case(draw, backend, keys):
         for name, of in (("weight", key.weight), ("bias", key.bias))
         if of
     }
+    # What alone is off the boundaries of 16 bytes: an address, or the stride of an array's rows.
+    misaligned = draw(st.sampled_from(sorted(forms))) if forms and not key.aligned else None
+    by_stride = misaligned is not None and heads > 1 and draw(st.integers(0, 2)) < 2
+    if by_stride:
+        forms[misaligned] = "own"
     own, flat_form = "own" in forms.values(), "flat" in forms.values()
     per_head = own or flat_form
     give_heads = draw(st.booleans()) or (flat and not per_head)
@@ -206,16 +212,24 @@ def drawn_norm_case(draw, backend, keys):
         st.sampled_from(("absent", "in place", "apart", "beside", "the same place", "shifted"))
     )
     shift = shifts(draw, unit, whole)
+    # The same of `whole` bytes: every address, or one stride of x or of out.
+    off = draw(st.sampled_from((None, "x", "out"))) if unit < whole else None
+    if off == "out" or (off and where != "absent"):
+        where = "apart"
+    shift, between = (0, whole) if off else (shift, unit)
     if backend.odd_addresses and draw(st.integers(0, 49)) == 49:
         shift += 1
     written = where in ("in place", "the same place")
     packed = draw(st.integers(2, 3)) if where == "beside" else 1
-    steps = strides(draw, shape, dtype, unit, backend, distinct=written, packed=packed)
+    steps = strides(draw, shape, dtype, between, backend, distinct=written, packed=packed)
     if 1 in shape[:-1] and where != "beside" and draw(st.booleans()):
         # What the stride of one entry is, nobody may ask.
         odd = itemsize * draw(st.integers(0, 99))
         steps = (*(odd if n == 1 else s for n, s in zip(shape, steps, strict=True)),)
         steps = (*steps[:-1], itemsize)
+    if off == "x":
+        steps, more = off_boundaries(shape, steps, unit)
+        shift += more
     places = {}
     if where in ("beside", "shifted"):
         # A slice of one buffer beside another: interleaved, disjoint, or overlapping in part.
@@ -232,18 +246,20 @@ def drawn_norm_case(draw, backend, keys):
     if written:
         places["out"] = x
     elif where == "apart":
-        steps = strides(draw, shape, dtype, unit, backend, distinct=True)
-        places["out"] = buffer.place(shape, steps, dtype, unit * draw(st.integers(0, 3)))
-    misaligned = draw(st.sampled_from(sorted(forms))) if forms and not key.aligned else None
+        steps = strides(draw, shape, dtype, between, backend, distinct=True)
+        shift = between * draw(st.integers(0, 3))
+        if off == "out":
+            steps, shift = off_boundaries(shape, steps, unit)
+        places["out"] = buffer.place(shape, steps, dtype, shift)
     held = has_parameters and key.aligned and draw(st.booleans())
     for name, form in forms.items():
         of = getattr(key, name)
         size = {"shared": (head_dim,), "own": (heads, head_dim), "flat": (heads * head_dim,)}[form]
-        step = 16 if key.aligned else of.itemsize
+        step = 16 if key.aligned or by_stride else of.itemsize
         steps = strides(draw, size, of.numpy, step, backend)
-        at = of.itemsize if name == misaligned else 0
-        if not key.aligned and name != misaligned:
-            at = of.itemsize * draw(st.integers(0, 3))
+        at = of.itemsize if name == misaligned else step * draw(st.integers(0, 3))
+        if name == misaligned and by_stride:
+            steps, at = off_boundaries(size, steps, of.itemsize)
         place = buffer.place(size, steps, of.numpy, at)
         if "out" in places and not held and draw(st.integers(0, 19)) == 19:
             # In the result's bytes.
@@ -269,7 +285,8 @@ def drawn_norm_case(draw, backend, keys):
     lead = outermost(case)
     lengths = [(None,), (None, None)]
     if lead is not None:
-        n = draw(st.integers(1, shape[lead]))
+        # The stride of one entry is off nothing.
+        n = draw(st.integers(2 if off else 1, shape[lead]))
         lengths += [(n, None), (None, n, None)]
     return case._replace(lengths=draw(st.sampled_from(lengths)))
 

@@ -12,6 +12,7 @@ from strategies import (
     Buffer,
     Place,
     alignment_of,
+    off_boundaries,
     shifts,
     shown,
     sizes,
@@ -62,7 +63,9 @@ QK_KEYS = (
     _key(by="interleaved sections", rounding="once", weight="own float32"),
     _key(head_dim=256, every_op=False, table="float32", first=True),
     _key(x="float16", head_dim=80, style="half flipped", first=True),
-    _key(x="float16", head_dim=96, kind="layer", weight="own x", bias="own float32", access=1),
+    _key(
+        x="float16", head_dim=96, kind="layer", weight="own x", bias="own float32", v=True, access=1
+    ),
     _key(x="float16", head_dim=33, by="half x", style="interleaved", table_access=1),
     _key(x="float16", head_dim=2, by="int32", weight=None),
     _key(x="float16", head_dim=160, every_op=False, weight="shared float32", rounding="once"),
@@ -82,6 +85,9 @@ def qk_norm(case, rng, heads, eps):
     """Return a QKNorm and, for each part, weight, bias and options."""
     norms = [case.norm(rng, n) for n in heads]
     norms = [(w, b, options | {"eps": e}) for (w, b, options), e in zip(norms, eps, strict=True)]
+    if case.v and case.bias and rng.integers(2):
+        (weight, _, of_q), (_, bias, of_k) = norms
+        norms = [(weight, None, of_q), (None, bias, of_k)]
     if case.v:
         norms.append((None, None, norms[0][2] | {"weight_offset": 0.0}))
     return qk_cases.qk_norm(case, norms), norms
@@ -138,15 +144,13 @@ def _beside(draw, tokens):
     return shape[draw(st.sampled_from((0, 0, 0, 1, len(shape)))) :]
 
 
-def _qk_faults(case):
+def _qk_faults(backend, case):
     """Yield the ways to spoil a call, as `_faults`."""
     q, k = case.places["q"], case.places["k"]
 
     def without(*names, **more):
         return {"places": {n: p for n, p in case.places.items() if n not in names} | more}
 
-    if "qkv" in case.places:
-        return
     yield "heads_axis", {"heads_axis": -1}, (ValueError, "heads_axis is -1")
     yield "another dtype", without(k=k._replace(dtype=np.dtype("i2"))), (TypeError, "k has dtype")
     fewer = k._replace(shape=k.shape[1:], strides=k.strides[1:])
@@ -170,6 +174,15 @@ def _qk_faults(case):
         more = positions._replace(shape=many, strides=(8,) * len(many))
         if 0 not in many and positions.offset + more.reach[1] <= case.size:
             yield "shape of positions", without(positions=more), (ValueError, "broadcasts to it")
+        half, size = positions.dtype.itemsize // 2, positions.dtype.itemsize
+        refusal = ValueError, f"positions are aligned to {half} bytes; needs {size}"
+        if backend.odd_addresses and 0 not in positions.shape:
+            off = positions._replace(offset=positions.offset + half)
+            yield "address of positions", without(positions=off), refusal
+            steps = [step - half if step > 0 else step + half for step in positions.strides]
+            off = positions._replace(strides=(*steps,))
+            if max(positions.shape, default=1) > 1 and off.offset + off.reach[1] <= case.size:
+                yield "strides of positions", without(positions=off), refusal
     if "cos" in case.places:
         cos = case.places["cos"]
         wider = cos._replace(shape=(*cos.shape[:-1], cos.shape[-1] + 1))
@@ -185,7 +198,8 @@ def drawn_qk_case(draw, backend, keys):
     head_dim, dtype, itemsize = of.head_dim, of.dtype.numpy, of.dtype.itemsize
     whole, unit = alignment_of(head_dim, itemsize), key.alignment
     budget = max(2, ELEMENTS // head_dim)
-    how = draw(st.sampled_from(("packed", "one buffer", "apart")))
+    # What is spoilt is none of a packed buffer's.
+    how = draw(st.sampled_from(("packed", "one buffer", "apart")[spoilt:]))
     # No heads: where the arrays' addresses do not matter.
     fewest = draw(st.integers(0, 15)) < 15 or how == "packed" or key.access is not None
     fewest = 1 if fewest or "own" in f"{of.weight}{of.bias}" else 0
@@ -208,28 +222,42 @@ def drawn_qk_case(draw, backend, keys):
         st.sampled_from(("absent", "in place", "apart", "the same places", "swapped", "shifted"))
     )
     where = "in place" if how == "packed" else where
+
+    # What is off the boundaries of `whole` bytes: every address, or one stride of one array.
+    off = draw(st.sampled_from((None, "parts", "outs"))) if unit < whole else None
+    if off and how == "packed":
+        off = "parts"
+    elif off == "outs" or (off and where != "absent"):
+        where = "apart"
+    between = whole if off else unit
     written = where in ("in place", "the same places")
 
-    def slices(distinct, shift):
+    def slices(distinct, shift, off):
         """Return places of q, k and v in one buffer."""
         whole_shape = of_heads(sum(heads))
-        steps = strides(draw, whole_shape, dtype, unit, backend, distinct=distinct)
+        steps = strides(draw, whole_shape, dtype, between, backend, distinct=distinct)
+        if off:
+            steps, shift = off_boundaries(whole_shape, steps, unit)
         qkv = buffer.place(whole_shape, steps, dtype, shift, slack=unit)
         ends = np.cumsum([0, *heads])
         return [qkv.cut(heads_at, int(ends[i]), int(ends[i + 1])) for i in range(3)]
 
-    def apart(distinct, shift):
-        found = []
-        for n in heads:
-            steps = strides(draw, of_heads(n), dtype, unit, backend, distinct=distinct)
+    def apart(distinct, shift, off):
+        found, one = [], draw(st.sampled_from(names)) if off else None
+        for name, n in zip("qkv", heads, strict=True):
+            steps = strides(draw, of_heads(n), dtype, between, backend, distinct=distinct)
+            if name == one:
+                steps, shift = off_boundaries(of_heads(n), steps, unit)
             found.append(buffer.place(of_heads(n), steps, dtype, shift, slack=unit))
-            shift = unit * draw(st.integers(0, 3))
+            shift = between * draw(st.integers(0, 3))
         return found
 
-    shift = shifts(draw, unit, whole)
+    shift = 0 if off else shifts(draw, unit, whole)
     if how == "packed":
         width = sum(heads) * head_dim
-        steps = strides(draw, (*tokens, width), dtype, unit, backend, distinct=True)
+        steps = strides(draw, (*tokens, width), dtype, between, backend, distinct=True)
+        if off:
+            steps, shift = off_boundaries((*tokens, width), steps, unit)
         qkv = places["qkv"] = buffer.place((*tokens, width), steps, dtype, shift)
         by_head = qkv._replace(
             shape=of_heads(sum(heads)), strides=(*steps[:-1], head_dim * itemsize, itemsize)
@@ -237,34 +265,40 @@ def drawn_qk_case(draw, backend, keys):
         ends = np.cumsum([0, *heads])
         parts = [by_head.cut(heads_at, int(ends[i]), int(ends[i + 1])) for i in range(3)]
     else:
-        parts = (slices if how == "one buffer" else apart)(written, shift)
+        parts = (slices if how == "one buffer" else apart)(written, shift, off == "parts")
     places |= dict(zip(names, parts, strict=False))
     if where == "shifted":
         outs = [part._replace(offset=part.offset + unit) for part in parts]
     elif where == "swapped":
         outs = [parts[1], parts[0], parts[2]] if heads[0] == heads[1] else parts
     elif where == "apart":
-        outs = draw(st.sampled_from((slices, apart)))(True, unit * draw(st.integers(0, 3)))
+        shift = between * draw(st.integers(0, 3))
+        outs = draw(st.sampled_from((slices, apart)))(True, shift, off == "outs")
     else:
         outs = parts if written else []
     places |= {f"out of {n}": out for n, out in zip(names, outs, strict=False)}
     # What turns.
     if of.by_positions:
         positions = np.dtype(np.int32 if of.by == "int32" else np.int64)
-        front = [3] if "sections" in of.by else []
-        beside = (*front, *_beside(draw, tokens))
+        beside = _beside(draw, tokens)
+        if "sections" in of.by:
+            beside = [3, *beside] if beside or not tokens else [3, 1]  # (3,) might be of 3 tokens
         size = positions.itemsize
         # The last stride is free too.
         steps = strides(draw, (*beside, 1), positions, size, backend)[:-1]
-        places["positions"] = buffer.place(beside, steps, positions)
+        at = size * draw(st.integers(0, 16 // size - 1))
+        places["positions"] = buffer.place(beside, steps, positions, at)
     elif of.by:
         table = of.of_table.numpy
         step, most = key.table_alignments
         beside = (*_beside(draw, tokens), of.table_width)
-        steps = strides(draw, beside, table, step, backend)
+        between = most if step < most and draw(st.booleans()) else step
+        steps = strides(draw, beside, table, between, backend)
         at = shifts(draw, step, most)
+        if between > step:
+            steps, at = off_boundaries(beside, steps, step)
         places["cos"] = buffer.place(beside, steps, table, at)
-        places["sin"] = buffer.place(beside, steps, table, step * draw(st.integers(0, 3)))
+        places["sin"] = buffer.place(beside, steps, table, between * draw(st.integers(0, 3)))
     kinds = draw(st.sampled_from((("normal",), ("normal", "zeros", "one"), KINDS)))
     heads_axis = heads_at - len(shape) if how == "packed" or draw(st.booleans()) else heads_at
     eps = [draw(st.sampled_from((1e-5, 1e-6, 1e-3))) for _ in "qk"]
@@ -273,8 +307,6 @@ def drawn_qk_case(draw, backend, keys):
         draw(st.integers(0, 2**32 - 1)), (None,), None, None,
     )  # fmt: skip
     if spoilt:
-        faults = list(_qk_faults(case))
-        if faults:
-            name, changes, refusal = draw(st.sampled_from(faults))
-            return case._replace(**changes, fault=name, refusal=refusal)
+        name, changes, refusal = draw(st.sampled_from(list(_qk_faults(backend, case))))
+        return case._replace(**changes, fault=name, refusal=refusal)
     return case._replace(lengths=draw(st.sampled_from(((None,), (None, None)))))

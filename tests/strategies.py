@@ -221,3 +221,18 @@ def alignment_of(head_dim, itemsize, access=None):
 def shown(case):
     """Return what a report shows of a drawn case: a field a line."""
     return "\n    ".join(f"{name}={value!r}" for name, value in case._asdict().items())
+
+
+def off_boundaries(shape, steps, unit):
+    """
+    Return strides and a shift that lie on boundaries of `unit` bytes, and `steps` on those of more.
+
+    The stride of the axis that is outermost in memory alone, so that elements stay apart; the shift
+    where no axis is longer than 1.
+    """
+    counted = [axis for axis, n in enumerate(shape[:-1]) if n > 1]
+    if not counted:
+        return steps, unit
+    at = max(counted, key=lambda axis: abs(steps[axis]))
+    step = steps[at] + (unit if steps[at] >= 0 else -unit)
+    return (*steps[:at], step, *steps[at + 1 :]), 0

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import qk_cases
 from host_build import ANY, PARTS, WHOLE
-from host_cases import running
+from host_cases import FAR, MANY, far_copy, reserved, running
 from tolerances import FLIPS_FEW, mismatch
 
-from cupy_headnorm import _parts_launch
+from cupy_headnorm import _interop, _parts_launch, _rope_tables
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -80,6 +80,17 @@ def test_parts_without_rope_have_the_bits_of_norms_one_by_one(rng):
             assert qk.norms[name](part).tobytes() == y.tobytes()
 
 
+def test_parts_may_have_a_weight_or_a_bias_alone(rng):
+    """Beside parts that have the other: each is looked for where it is."""
+    kernel = next(k for k in PARTS if k.case.v and k.case.bias)
+    case, (parts, norms, beside), _ = parts_of(kernel, rng)
+    (weight, _, options), (_, bias, _), without = norms
+    norms = [(weight, None, options), (None, bias, options), without]
+    with running(kernel):
+        found = qk_cases.qk_norm(case, norms)(*parts, **beside)
+    qk_cases.check(case, found, (parts, norms, beside))
+
+
 def test_a_call_inside_of_its_like(rng, monkeypatch):
     kernel = PARTS[0]
     _, (parts, _, beside), qk = parts_of(kernel, rng)
@@ -104,3 +115,62 @@ def test_positions_outside_of_the_tables_are_clamped_and_read_nothing_else(rng):
         clamped = qk(*parts, positions=np.clip(far, 0, qk_cases.MAX_POSITION - 1))
     for a, b in zip(found, clamped, strict=True):
         assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("step", [FAR, -FAR])
+@pytest.mark.parametrize("kernel", PARTS, ids=str)
+def test_rows_may_lie_further_apart_than_32_bits_count(kernel, step, rng, monkeypatch):
+    """Heads, tokens, positions, and cosines and sines, be they given or looked up."""
+    plan = _parts_launch.plan
+    # Then a group begins with the third head, and each walks from head to head.
+    monkeypatch.setattr(_parts_launch, "plan", lambda call: plan(call)._replace(heads_per_group=2))
+    case = kernel.case._replace(tokens=2, heads=(4, 3))
+    parts, norms, beside = case.made(rng)
+    qk = qk_cases.qk_norm(case, norms)
+    tables = [] if case.by is None else [t[:4] for t in qk.rope.tables(case.of_table.numpy)]
+
+    def looked_up(*_):
+        return [_interop.view(table, "table") for table in tables]
+
+    monkeypatch.setattr(_rope_tables.Tables, "_beside", looked_up)
+    with running(kernel):
+        expected = qk(*parts, **beside)
+        parts = tuple(far_copy(part, step) for part in parts)
+        tables = [far_copy(table, step) for table in tables]
+        far = {
+            name: far_copy(array[..., np.newaxis], step)[..., 0]
+            if name == "positions"
+            else far_copy(array, step)
+            for name, array in beside.items()
+        }
+        qk(*parts, **far, out=parts)
+    for part, y in zip(parts, expected, strict=True):
+        assert part.tobytes() == y.tobytes()
+
+
+def test_more_groups_than_32_bits_count(rng, monkeypatch):
+    """Two of each token, of which those of the last block run."""
+    kernel = next(k for k in PARTS if k.case.head_dim == 10)
+    case, plan, planned = kernel.case._replace(heads=(1, 1), tokens=100), _parts_launch.plan, []
+    monkeypatch.setattr(
+        _parts_launch, "plan", lambda call: planned.append(plan(call)) or planned[-1]
+    )
+    parts, norms, beside = case.made(rng)
+    parts = [part[0] for part in parts]
+    qk = qk_cases.qk_norm(case, norms)
+    beside = {name: table[0, :1] for name, table in beside.items()}  # one row for all
+    many = []
+    for part in parts:
+        many.append(np.ndarray((MANY, *part.shape[1:]), part.dtype, reserved(40 * MANY)))
+        many[-1][-100:] = part
+    with running(kernel):
+        expected = qk(*parts, **beside)
+    groups_per_block = planned[-1].groups_per_block
+    last = (2 * MANY - 1) // groups_per_block
+    with running(kernel, blocks=[last]):
+        qk(*many, **beside, out=tuple(many))
+    assert planned[-1].axes == _parts_launch.AXES[-1], "kernels of fewer count in 32 bits"
+    done = MANY - last * groups_per_block // 2
+    for x, y, before in zip(many, expected, parts, strict=True):
+        assert x[-done:].tobytes() == y[-done:].tobytes()
+        assert x[-100:-done].tobytes() == before[:-done].tobytes()
