@@ -238,8 +238,13 @@ def device(built=None, *, orders=ORDERS, architecture=900, blocks=None):
         yield
 
 
-def interrupted(monkeypatch, handler):
-    """Run `handler` between packing and starting of the next launch, as Python runs a signal's."""
+@contextlib.contextmanager
+def interrupted(handler):
+    """
+    Run `handler` between packing and starting of the next launch, as Python runs a signal's.
+
+    It goes inside of `device`, whose own functions must be back when that ends.
+    """
     packed, left = _kernels.packed, [handler]
 
     def packing(launch):
@@ -252,7 +257,9 @@ def interrupted(monkeypatch, handler):
 
         return params, arguments, start_later
 
-    monkeypatch.setattr(_kernels, "packed", packing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_kernels, "packed", packing)
+        yield
 
 
 def planted(specialisation, *changes):

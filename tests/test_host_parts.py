@@ -91,15 +91,14 @@ def test_parts_may_have_a_weight_or_a_bias_alone(rng):
     qk_cases.check(case, found, (parts, norms, beside))
 
 
-def test_a_call_inside_of_its_like(rng, monkeypatch):
+def test_a_call_inside_of_its_like(rng):
     kernel = PARTS[0]
     _, (parts, _, beside), qk = parts_of(kernel, rng)
     others = [part[..., ::-1].copy() for part in parts]
     with running(kernel):
         expected = [qk(*arrays, **beside) for arrays in (parts, others)]
     inside = []
-    with running(kernel):
-        host.interrupted(monkeypatch, lambda: inside.extend(qk(*others, **beside)))
+    with running(kernel), host.interrupted(lambda: inside.extend(qk(*others, **beside))):
         found = qk(*parts, **beside)
     for a, b in zip([*found, *inside], [*expected[0], *expected[1]], strict=True):
         assert a.tobytes() == b.tobytes()
