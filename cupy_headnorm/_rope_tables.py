@@ -56,16 +56,17 @@ class RopeCall(NamedTuple):
 
 
 class Tables:
-    """A rotary embedding's cosines and sines in each memory and dtype where they were needed."""
+    """A rotary embedding's cosines and sines on each device and in each dtype they were needed."""
 
     def __init__(self, rope: Rope | None) -> None:
         self.rope = rope
         self._lock = threading.Lock()
         self.identity = identity(rope)
         """Stands for `rope`, or for none, in the keys of remembered calls."""
-        self.ready: dict[tuple[str, int, str], tuple[ArrayView, ArrayView]] = {}
+        self.ready: dict[tuple[int, str], tuple[ArrayView, ArrayView]] = {}
+        """By CUDA device's index and their dtype."""
         self.seen: dict[tuple[int, Any], tuple[ArrayView, ArrayView]] = {}
-        """Those on CUDA devices, by index and the library's own dtype of q."""
+        """The same by the library's own dtype of q."""
 
     def describe(
         self,
@@ -118,13 +119,13 @@ class Tables:
         device, dtype = q.layout.device, q.layout.dtype
         if rope.table == "float32" and dtype.name != "float64":
             dtype = _dtypes.FLOAT32
-        key = (device.kind, device.index, dtype.name)
         if device.kind == "cpu":
             # `in_numpy` computes the rows that it needs: the whole may be gigabytes.
             half = rope.rotary_dim // 2
             rows = np.broadcast_to(np.zeros(half, dtype.numpy), (rope.max_position, half))
             unread = _interop.view(rows, "table")
             return unread, unread
+        key = (device.index, dtype.name)
         found = self.ready.get(key)
         if found is None:
             _kernels.refuse_capture(stream, f"the tables are not on {device} yet")
@@ -141,5 +142,5 @@ class Tables:
         """Wait for the work in flight and free every device copy."""
         with self._lock:
             held, self.ready, self.seen = self.ready, {}, {}
-        for index in {index for kind, index, _ in held if kind == "cuda"}:
+        for index in {index for index, _ in held}:
             _interop.synchronize(index)

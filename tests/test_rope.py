@@ -211,7 +211,7 @@ def test_which_layers_turn_is_not_guessed(config, missing):
 
 
 def test_a_window_that_is_left_out_is_there():
-    exaone = {"model_type": "exaone4", "layer_types": ["sliding_attention", "full_attention"]}
+    exaone = {"model_type": "exaone4", "layer_types": [SLIDING, FULL]}
     assert [_rope_config.turns(exaone, layer) for layer in (0, 1)] == [True, False]
     assert _rope_config.turns(exaone | {"sliding_window": None}, 1)
     assert _rope_config.turns({"model_type": "exaone4", "sliding_window": None}, 1)
