@@ -8,7 +8,9 @@ since the Makefile asks before anything is installed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -16,16 +18,42 @@ class GPUUnavailableError(RuntimeError):
     """A call needs the GPU and something it rests on is missing; the message says the remedy."""
 
 
+def _libcuda() -> ctypes.CDLL | None:
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL("libcuda.so.1")
+    return None
+
+
 def cuda_version() -> int | None:
     """Return the newest CUDA version the driver supports, 13000 for 13.0; None without a driver."""
-    try:
-        libcuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int()
-    if libcuda.cuInit(0) or libcuda.cuDriverGetVersion(ctypes.byref(version)):
+    libcuda, version = _libcuda(), ctypes.c_int()
+    if libcuda is None or libcuda.cuInit(0) or libcuda.cuDriverGetVersion(ctypes.byref(version)):
         return None
     return version.value
+
+
+@contextlib.contextmanager
+def beside_captures() -> Iterator[None]:
+    """
+    Let this thread allocate and load while another one captures a graph.
+
+    torch.cuda.graph captures in CUDA's global mode: cudaMalloc in any thread then is an error, and
+    ends the capture. A thread in relaxed mode is let be.
+    """
+    libcuda, mode = _libcuda(), ctypes.c_int(_RELAXED)
+    if libcuda is None:
+        yield
+        return
+    exchange = libcuda.cuThreadExchangeStreamCaptureMode
+    exchange(ctypes.byref(mode))  # it gives back what was before
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
+
+
+_RELAXED = 2
+"""CU_STREAM_CAPTURE_MODE_RELAXED in CUDA's cuda.h."""
 
 
 def extra() -> str:

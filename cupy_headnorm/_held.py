@@ -18,9 +18,8 @@ class Held:
     """
     A norm's weight and bias in each memory where they were needed.
 
-    No norm is referred to from here: one that is let go is freed at once, and with it its memory.
-    A collector could do that at any moment, of another thread's graph capture too, which CUDA
-    forbids.
+    No norm is referred to from here: one that is let go is freed at once, and with it its memory,
+    for which cudaFree waits until the device is idle. A collector would do that at any moment.
     """
 
     def __init__(self, weight: np.ndarray | None, bias: np.ndarray | None) -> None:

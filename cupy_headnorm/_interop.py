@@ -7,9 +7,11 @@ library already. Nothing here copies an element.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -394,13 +396,28 @@ def upload(values: np.ndarray, index: int) -> ArrayView:
     pool would hand the bytes out again under a kernel still running on another library's stream.
     """
     cupy = import_cupy()
-    with cupy.cuda.Device(index):
-        memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(max(values.nbytes, 1)), 0)
-        copy = cupy.ndarray(values.shape, values.dtype, memory)
+    size = max(values.nbytes, 1)
+    with _driver.beside_captures(), cupy.cuda.Device(index):
+        owner, address = _Owner(), cupy.cuda.runtime.malloc(size)
+        weakref.finalize(owner, _free, address).atexit = False
+        memory = cupy.cuda.UnownedMemory(address, size, owner, index)
+        pointer = cupy.cuda.MemoryPointer(memory, 0)
+        copy = cupy.ndarray(values.shape, values.dtype, pointer)
         stream = side_stream()
         copy.set(values, stream=stream)
         stream.synchronize()
     return view(copy, "parameter")
+
+
+class _Owner:
+    """Of memory: who lets the last reference go lets `_free` run."""
+
+
+def _free(address: int) -> None:
+    # CuPy's own memory would break the capture of another thread, which may be that of a collector.
+    # In the child of a fork there is nothing to free.
+    with contextlib.suppress(Exception), _driver.beside_captures():
+        import_cupy().cuda.runtime.free(address)
 
 
 def side_stream() -> Any:
@@ -421,4 +438,5 @@ def synchronize(index: int) -> None:
 def is_capturing(stream: int) -> bool:
     """Tell whether `stream` is being captured into a CUDA graph."""
     # The legacy default stream cannot be; asking about it while another is captured is an error.
-    return stream != 0 and bool(import_cupy().cuda.runtime.streamIsCapturing(stream))
+    # Whoever has another one has imported CuPy, which an import again would take 1 us to tell.
+    return stream != 0 and bool(sys.modules["cupy"].cuda.runtime.streamIsCapturing(stream))

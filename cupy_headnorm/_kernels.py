@@ -263,7 +263,7 @@ def compiled(file: str, options: tuple[str, ...], empty: Any, threads: int, inde
     cupy = _interop.import_cupy()
     name = next(o.partition("=")[2] for o in options if o.startswith("-DHN_NAME="))
     kernel = cupy.RawKernel(_source.pasted(file), name, options=options)
-    with explained(), cupy.cuda.Device(index):
+    with explained(), _driver.beside_captures(), cupy.cuda.Device(index):
         function = kernel.kernel
         stream = _interop.side_stream()
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(empty))

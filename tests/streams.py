@@ -58,7 +58,7 @@ class TorchStreams(TorchLibrary):
     @contextlib.contextmanager
     def capture(self):
         """Capture into a graph; what is yielded replays it afterwards."""
-        # A norm in a cycle that is collected meanwhile would be freed, which a capture forbids.
+        # A graph in a cycle that is collected meanwhile would be freed, which a capture forbids.
         gc.collect()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -245,7 +245,7 @@ def test_out_of_memory_for_a_weight_is_tried_again(library, rng, monkeypatch):
         raise cupy.cuda.runtime.CUDARuntimeError(2)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cupy.cuda, "Memory", full)
+        patch.setattr(cupy.cuda.runtime, "malloc", full)
         for _ in range(2):
             with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="MemoryAllocation"):
                 norm(x)

@@ -40,6 +40,12 @@ class Driver:
         to._obj.value = self.version
         return 0
 
+    mode = 0
+    """Of captures: global."""
+
+    def cuThreadExchangeStreamCaptureMode(self, to):
+        self.mode, to._obj.value = to._obj.value, self.mode
+
 
 @pytest.mark.parametrize(
     ("driver", "version"), [(Driver(12080), 12080), (Driver(13000), 13000), (Driver(0, 100), None)]
@@ -47,6 +53,22 @@ class Driver:
 def test_the_drivers_cuda_is_asked_of_libcuda(driver, version, monkeypatch):
     monkeypatch.setattr(_driver.ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
     assert _driver.cuda_version() == version
+
+
+def test_captures_of_other_threads_are_let_be(monkeypatch):
+    driver = Driver(13000)
+    monkeypatch.setattr(_driver.ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
+    seen = []
+
+    def allocate():
+        with _driver.beside_captures():
+            seen.append(driver.mode)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        allocate()
+    assert seen == [2], "CU_STREAM_CAPTURE_MODE_RELAXED"
+    assert driver.mode == 0
 
 
 def test_the_makefile_asks_without_anything_installed():

@@ -287,7 +287,37 @@ def _is_loaded(head_dim):
 
 
 def test_a_plan_miss_spares_another_threads_capture():
-    """Compiling and uploading use no default stream, which would break a blocking stream's."""
+    """CUDA's global mode, in which torch captures, forbids every thread to ask for memory."""
+    prepared, captured = threading.Event(), threading.Event()
+
+    def other_thread():
+        stream = TORCH.stream()
+        with TORCH.on(stream):
+            x = TORCH.array(np.ones((8, 4, 264), np.float32))
+            prepared.set()
+            assert captured.wait(60)
+            HeadNorm(np.full(264, 3, np.float32))(x, out=x)
+        return x, stream  # CUDA takes nothing back meanwhile
+
+    norm = HeadNorm(np.full(DIM, 2, np.float32))
+    x = TORCH.array(np.ones((8, 4, DIM), np.float32))
+    norm.warmup(x)
+    with ThreadPoolExecutor(1) as pool:
+        missing = pool.submit(other_thread)
+        assert prepared.wait(60)
+        synchronize()
+        with TORCH.capture() as replay:
+            captured.set()
+            other, _ = missing.result(60)
+            norm(x, out=x)
+        replay()
+        synchronize()
+    np.testing.assert_allclose(TORCH.host(x), 2, rtol=RELATIVE["float32"])
+    np.testing.assert_allclose(TORCH.host(other), 3, rtol=RELATIVE["float32"])
+
+
+def test_a_plan_miss_spares_the_capture_of_a_blocking_stream():
+    """Compiling and uploading use no default stream, which would break it."""
     captured = threading.Event()
 
     def other_thread():
