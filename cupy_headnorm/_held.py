@@ -49,8 +49,13 @@ class Held:
         """Return the arrays on a CUDA device, uploaded if need be, under the lock."""
         held = self.on_device.get(index)
         if held is None:
+            weight, bias = self._arrays
+            if weight is not None:
+                # Adding an offset, though it be 0, makes 0 of -0. A kernel that adds none, and
+                # multiplies two elements at once, has to give the same bits.
+                weight = np.where(weight == 0, weight.dtype.type(0), weight)
             held = tuple(
-                None if array is None else _interop.upload(array, index) for array in self._arrays
+                None if array is None else _interop.upload(array, index) for array in (weight, bias)
             )
             self.on_device[index] = held
         return held

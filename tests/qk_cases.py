@@ -96,6 +96,8 @@ class Case(NamedTuple):
 
     def norm(self, rng, num_heads):
         weight, bias = (self.parameter(rng, p, num_heads) for p in (self.weight, self.bias))
+        if weight is not None:
+            weight.flat[0] = -0.0
         options = {"kind": self.kind, "eps": 1e-5, "rounding": self.rounding}
         options["weight_offset"] = self.offset if self.weight else 0.0
         return (weight, bias, options)
