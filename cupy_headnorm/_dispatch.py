@@ -9,6 +9,7 @@ the call is remembered.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -78,12 +79,13 @@ def apply(norm: Norm, x: Any, weight: Any = None, bias: Any = None, out: Any = N
         parameters = norm.ready.get(x_key[0])
     if parameters is None:
         return step_by_step(norm, x, weight, bias, out)
+    stream = library.stream(x_key[0])
     if out is x:
         out_address, out_key = x_address, x_key
         key = (parameters.identity, x_key)
     elif out is None:
         if not library.allocates_in_graphs:
-            _kernels.refuse_allocation(library.stream(x_key[0]))
+            _kernels.refuse_allocation(stream)
         out_address, out_key = 0, None
         key = (parameters.identity, x_key, None)
     else:
@@ -107,13 +109,7 @@ def apply(norm: Norm, x: Any, weight: Any = None, bias: Any = None, out: Any = N
         call, x_address, out_address, parameters, in_place=out_key == x_key
     ):
         return step_by_step(norm, x, weight, bias, out)
-    call.run(
-        x_address,
-        out_address,
-        parameters.weight_address,
-        parameters.bias_address,
-        library.stream(x_key[0]),
-    )
+    call.run(x_address, out_address, parameters.weight_address, parameters.bias_address, stream)
     if out is None:
         return result
     library.wrote((out,))
@@ -146,24 +142,18 @@ def _may_overlap(call: _Call, x: int, out: int, parameters: Parameters, *, in_pl
 
 
 def _family_key(
-    identity: object, x_key: tuple[Any, ...], out_key: tuple[Any, ...] | None
-) -> tuple[int, tuple[Any, ...]]:
-    """Split the outermost length that is not 1 from all else that is seen of a call."""
+    identity: object, x_key: tuple[Any, ...], out_key: tuple[Any, ...] | None, lead: int
+) -> tuple[Any, ...]:
+    """Return all that is seen of a call, but for the lengths of its axes up to `lead`."""
     index, shape, strides, *rest = x_key
-    lead = 0
-    while shape[lead] == 1 and lead < len(shape) - 1:
-        lead += 1
-    if out_key is not None:
-        out_index, out_shape, out_strides, *out_rest = out_key
-        out_key = (out_index, out_shape == shape, out_strides[lead:], *out_rest)
-    key = (identity, index, len(shape), shape[lead + 1 :], strides[lead:], *rest, out_key)
-    return shape[lead], key
+    of_result = None if out_key is None else _result_key(shape, out_key, lead)
+    return (identity, index, len(shape), shape[lead + 1 :], strides[lead:], *rest, of_result)
 
 
-def _result_key(x_key: tuple[Any, ...], out_key: tuple[Any, ...]) -> tuple[Any, ...]:
+def _result_key(shape: tuple[int, ...], out_key: tuple[Any, ...], lead: int) -> tuple[Any, ...]:
     """Return what a family's key says of the result."""
-    of_result: tuple[Any, ...] = _family_key(None, x_key, out_key)[1][-1]
-    return of_result
+    index, out_shape, strides, *rest = out_key
+    return (index, out_shape == shape, strides[lead:], *rest)
 
 
 def _of_other_length(
@@ -178,12 +168,16 @@ def _of_other_length(
 
     Returns it, and the result that was made on the way where none is given.
     """
-    if len(x_key[1]) < 2:
+    shape, strides = x_key[1:3]
+    out_strides = strides if out_key is None or out_key[1] != shape else out_key[2]
+    for lead in _spec.leads(shape[:-1], strides, out_strides):
+        family = _thread.families.get(_family_key(key[0], x_key, out_key, lead))
+        if family is not None:
+            break
+    else:
         return None, None
-    identity = key[0]
-    tokens, family_key = _family_key(identity, x_key, out_key)
-    family = _thread.families.get(family_key)
-    if family is None or tokens < 2:
+    tokens = math.prod(shape[: lead + 1])
+    if tokens < 2:
         return None, None
     rows = family.launch.params.rows // family.tokens * tokens
     launch = _kernels.over_rows(family.launch, rows)
@@ -194,7 +188,9 @@ def _of_other_length(
         # What its library makes of x decides the strides: look, before they are relied on.
         result = family.call.make(x)
         seen = library.glance(result)
-        if seen is None or _result_key(x_key, seen[1]) != family.out_key:
+        if seen is None or _result_key(shape, seen[1], lead) != family.out_key:
+            return None, None
+        if lead not in _spec.leads(shape[:-1], strides, seen[1][2]):
             return None, None
     more = tokens - family.tokens
     grown = tuple(
@@ -333,11 +329,11 @@ def _remember(
         family = _Family(
             call,
             launch,
-            x_layout.shape[lead],
+            math.prod(x_layout.shape[: lead + 1]),
             (x_layout.strides[lead], out_layout.strides[lead]),
-            _result_key(x_key, out_key),
+            _result_key(x_key[1], out_key, lead),
         )
-        _, family_key = _family_key(identity, x_key, None if out is None else out_key)
+        family_key = _family_key(identity, x_key, None if out is None else out_key, lead)
         store(_thread.families, family_key, family)
 
 

@@ -47,11 +47,14 @@ class Layout(NamedTuple):
 
     def extent(self, pointer: int) -> tuple[int, int]:
         """Return the first byte used and the byte after the last."""
-        if self.size == 0:
-            return pointer, pointer
-        steps = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
-        low = pointer + sum(step for step in steps if step < 0)
-        high = pointer + sum(step for step in steps if step > 0)
+        low = high = pointer
+        for length, stride in zip(self.shape, self.strides, strict=True):
+            if length == 0:
+                return pointer, pointer
+            if stride > 0:
+                high += (length - 1) * stride
+            else:
+                low += (length - 1) * stride
         return low, high + self.dtype.itemsize
 
 

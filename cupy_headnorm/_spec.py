@@ -408,23 +408,39 @@ def tokens_axis(
     opts: NormOptions, x: Layout, out: Layout, weight: Layout | None, bias: Layout | None
 ) -> int | None:
     """
-    Return the outermost axis that is longer than 1, if a plan serves any other length of it too.
+    Return the innermost of `leads` up to which a plan serves other lengths too; None without one.
 
-    It does where that axis holds no heads and comes outermost in `out`: a kernel then meets the
-    length nowhere but in the number of rows. None where it does not.
+    It does where those axes hold no heads and come outermost in `out`: a kernel then meets their
+    lengths nowhere but in the number of rows.
     """
     if 0 in x.shape:
         return None
-    lead = next((i for i, n in enumerate(x.shape) if n > 1), len(x.shape) - 1)
     heads = geometry(opts.num_heads, opts.head_dim, weight and weight.shape, bias and bias.shape)
     flat = heads.head_dim is not None and x.shape[-1] != heads.head_dim
-    if heads.num_heads not in (None, 1) and not flat and opts.heads_axis % len(x.shape) <= lead:
-        return None
-    one_token = out._replace(shape=out.shape[lead + 1 :], strides=out.strides[lead + 1 :])
-    first, end = one_token.extent(0)
-    if lead == len(x.shape) - 1 or abs(out.strides[lead]) < end - first:
-        return None
-    return lead
+    matter = heads.num_heads not in (None, 1) and not flat
+    for lead in leads(x.shape[:-1], x.strides, out.strides):
+        if matter and opts.heads_axis % len(x.shape) <= lead:
+            continue
+        one_token = out._replace(shape=out.shape[lead + 1 :], strides=out.strides[lead + 1 :])
+        first, end = one_token.extent(0)
+        if abs(out.strides[lead]) >= end - first:
+            return lead
+    return None
+
+
+def leads(shape: tuple[int, ...], *strides: tuple[int, ...]) -> list[int]:
+    """
+    Return the axes, innermost first, up to which all step as one in arrays of these strides.
+
+    The last of them is the outermost axis that is longer than 1.
+    """
+    found: list[int] = []
+    for i, length in enumerate(shape):
+        if found and (length < 2 or any(s[i - 1] != length * s[i] for s in strides)):
+            break
+        if length > 1:
+            found.insert(0, i)
+    return found
 
 
 def check_out_layout(out: Layout) -> None:

@@ -74,6 +74,9 @@ LAYOUTS = {
     "flat slice": lambda n, rng: tensor(rng, n, 512)[:, 256:],
     "expanded": lambda n, rng: tensor(rng, 1, 4, 64).expand(n, 4, 64),
     "every other token": lambda n, rng: tensor(rng, 2 * n, 4, 64)[::2],
+    "sequences": lambda n, rng: tensor(rng, 2, n, 4, 64),
+    "slice of sequences": lambda n, rng: tensor(rng, 3, n, 6, 64)[..., 1:5, :],
+    "flat sequences": lambda n, rng: tensor(rng, 2, n, 512)[..., 128:384],
 }
 
 
@@ -103,12 +106,31 @@ def test_lengths_that_are_not_outermost(slow, rng):
     for length in (3, 5, 3, 5):
         for x in (
             tensor(rng, 2, length, 4, 64),  # sequences in a batch
+            tensor(rng, 2, 9, 4, 64)[:, :length],  # shorter than the memory of each
+            tensor(rng, 2, 18, 4, 64)[:, : 2 * length : 2],
+            tensor(rng, 1, length, 4, 64).expand(2, length, 4, 64),
             tensor(rng, 2, 4, length, 64).transpose(1, 2),
             tensor(rng, 4, length, 64).transpose(0, 1),  # tokens first, heads outermost in memory
             tensor(rng, 4, 9, 64)[:, :length].transpose(0, 1),
             tensor(rng, length, 1, 64).expand(length, 4, 64),
         ):
             np.testing.assert_array_equal(norm(x), expected(x, weight))
+
+
+def test_sequences_whose_results_lie_apart(slow, rng):
+    """x steps from sequence to sequence as from token to token, and out does not, or otherwise."""
+    weight = tensor(rng, 64)
+    norm = HeadNorm(weight)
+    for length in (3, 5, 8, 3, 5, 8):
+        dense, apart = torch.empty(2, length, 4, 64), torch.full((2, 9, 4, 64), 7.0)
+        x, y = tensor(rng, 2, length, 4, 64), apart[:, :length]
+        right = expected(x, weight)
+        for out in (dense, y):
+            np.testing.assert_array_equal(norm(x, out=out), right)
+        assert (apart[:, length:] == 7).all()
+        y.copy_(x)
+        np.testing.assert_array_equal(norm(y, out=dense), right)
+        np.testing.assert_array_equal(norm(y), right)
 
 
 def test_heads_first_layouts_are_told_apart(slow, rng):
