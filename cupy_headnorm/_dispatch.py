@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cupy_headnorm import _interop, _kernels, _launch, _spec, reference
@@ -25,8 +24,7 @@ from cupy_headnorm._spec import NormCall, NormOptions
 from cupy_headnorm._torch import untraced
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(NamedTuple):
     """A call that this thread has run before."""
 
     run: Callable[[int, int, int, int, int], None]
@@ -198,7 +196,7 @@ def _of_other_length(
         for (first, end), step in zip(family.call.reach[:2], family.steps, strict=True)
     )
     reach = (*grown, *family.call.reach[2:])
-    call = replace(family.call, run=_kernels.runner(launch), reach=reach)
+    call = family.call._replace(run=_kernels.runner(launch), reach=reach)
     store(_thread.calls, key, call)
     return call, result
 

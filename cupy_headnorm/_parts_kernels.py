@@ -172,6 +172,7 @@ class PartsLaunch(NamedTuple):
     device: int
     params: Any
     config: PartsConfig
+    spec: PartsSpec
 
 
 def prepare(
@@ -197,7 +198,22 @@ def prepare(
     function = _kernels.loaded((call.spec, options, index), stream, make)
     params = _params(call, config)
     blocks = -(-params.groups // config.groups_per_block)
-    return PartsLaunch(function.ptr, blocks, config.threads, index, params, config)
+    return PartsLaunch(function.ptr, blocks, config.threads, index, params, config, call.spec)
+
+
+def over_tokens(launch: PartsLaunch, before: int, after: int) -> PartsLaunch | None:
+    """
+    Return `launch` with `after` tokens for every `before`, its outermost axis being longer.
+
+    None where that takes another kernel.
+    """
+    config, params = launch.config, type(launch.params).from_buffer_copy(launch.params)
+    groups = params.groups // before * after
+    heads = groups // params.groups_end[PARTS - 1] * sum(params.num_heads)
+    if not _parts_launch.serves(config, launch.spec, heads, groups):
+        return None
+    params.groups = groups
+    return launch._replace(blocks=-(-groups // config.groups_per_block), params=params)
 
 
 def runner(launch: PartsLaunch) -> Callable[..., None]:

@@ -75,9 +75,7 @@ def plan(call: PartsCall) -> PartsConfig:
     if 2 <= lanes <= WARP and 2 * vectors * vector <= FOLDED_VALUES:
         fold, lanes, vectors = 2, lanes // 2, vectors * 2
     heads = sum(part.num_heads for part in call.parts)
-    heads_per_group = 1
-    if call.tokens * heads * lanes > FEW_THREADS and lanes <= WARP:
-        heads_per_group = HEADS_PER_GROUP[_turned_by(spec)]
+    heads_per_group = _heads_per_group(spec, call.tokens * heads, lanes)
     groups_per_block = GROUP_THREADS // lanes if lanes <= WARP else 1
     of_parameters = [
         _access("weights or biases", found, vector, dtype.itemsize)
@@ -120,6 +118,18 @@ def plan(call: PartsCall) -> PartsConfig:
             f"needs {SHARED_BYTES} at most"
         )
     return config._replace(axes=axes)
+
+
+def serves(config: PartsConfig, spec: PartsSpec, heads: int, groups: int) -> bool:
+    """Tell whether a call's configuration is that of another number of heads, of all tokens."""
+    alike = config.heads_per_group == _heads_per_group(spec, heads, config.lanes)
+    counted = groups <= _launch.MAX_FEW_ROWS or config.axes == AXES[-1]
+    return alike and counted and -(-groups // config.groups_per_block) <= _launch.MAX_BLOCKS
+
+
+def _heads_per_group(spec: PartsSpec, heads: int, lanes: int) -> int:
+    many = heads * lanes > FEW_THREADS and lanes <= WARP
+    return HEADS_PER_GROUP[_turned_by(spec)] if many else 1
 
 
 def _turned_by(spec: PartsSpec) -> str:

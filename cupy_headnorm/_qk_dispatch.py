@@ -1,176 +1,25 @@
 """
-One call on queries, keys and values, from arrays to arrays.
+One call on queries, keys and values, step by step: views, checks, a plan, and it is remembered.
 
-`known` runs a call whose like this thread has run before: it glances at the arrays, looks the call
-up by what was seen, and launches. Everything else goes `step_by_step`: views, checks, a plan, and
-the call is remembered. It is `_dispatch` for several norms and their rotary embedding.
+With `_qk_known`, to which a call goes first, it is `_dispatch` for several norms and their rotary
+embedding.
 """
 
 from __future__ import annotations
 
-import operator
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupy_headnorm import _interop, _kernels, _parts, _parts_kernels, _spec, reference
-from cupy_headnorm._arrays import ArrayView, Library
+from cupy_headnorm._arrays import ArrayView
 from cupy_headnorm._dispatch import store
-from cupy_headnorm._interop import quick
 from cupy_headnorm._parts import PartNorm, PartsCall
+from cupy_headnorm._qk_known import NO_ROPE, Arrays, remember
 from cupy_headnorm._rope_tables import RopeCall, Tables
 from cupy_headnorm._spec import NormOptions
 from cupy_headnorm.headnorm import HeadNorm
-
-_NO_ROPE = (0, 0, 0)
-"""Addresses of cosines, sines and positions."""
-
-
-class Arrays(NamedTuple):
-    """What a caller gave."""
-
-    parts: tuple[Any, ...]
-    positions: Any
-    cos: Any
-    sin: Any
-    out: tuple[Any, ...] | None
-
-    @property
-    def in_place(self) -> bool:
-        """Whether each part is its own `out`."""
-        return self.out is not None and all(map(operator.is_, self.out, self.parts))
-
-    def each(self) -> list[Any]:
-        """Return all that are there, those of `out` last if they are others."""
-        beside = [a for a in (self.positions, self.cos, self.sin) if a is not None]
-        return [*self.parts, *beside, *(() if self.in_place else self.out or ())]
-
-
-class _Known(NamedTuple):
-    """A call that this thread has run before."""
-
-    run: Callable[..., None]
-    """Launches, from a stream and the addresses of the kernel's parameters."""
-    makes: tuple[Any, ...]
-    """Make the results, where none are given."""
-    alignments: tuple[int, ...]
-    """That the results' addresses need, where none are given."""
-    reach: tuple[tuple[int, int], ...]
-    """Of each array of the caller: first byte and byte after the last, from its address."""
-    places: tuple[int, ...]
-    """Of each array of the caller, from the first one: these were seen not to overlap."""
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.calls: dict[tuple[Any, ...], _Known] = {}
-
-
-_thread = _Thread()
-
-
-def _glances(
-    norms: Mapping[str, HeadNorm],
-    tables: Tables,
-    library: Library,
-    arrays: Arrays,
-    heads_axis: int,
-) -> tuple[tuple[Any, ...], int, list[int], list[int], list[Any]] | None:
-    """
-    Look at a call's arrays; None where they need more than a look.
-
-    Returns a key of all that its plan depends on, the device's index, the addresses of the arrays,
-    those of the norms' weights and biases and of the tables, and what keeps the latter's memory
-    until the launch, whoever unloads it meanwhile.
-    """
-    addresses, keys = [], []
-    for array in arrays.each():
-        seen = library.glance(array) if quick.get(type(array)) is library else None
-        if seen is None:
-            return None
-        addresses.append(seen[0])
-        keys.append(seen[1])
-    index, _, _, dtype, _ = keys[0]
-    held: list[int] = []
-    keeps: list[Any] = []
-    identities = []
-    for norm in norms.values():
-        parameters = norm._norm.ready.get(index)
-        if parameters is None:
-            return None
-        held += (parameters.weight_address, parameters.bias_address)
-        identities.append(parameters.identity)
-        keeps.append(parameters)
-    if arrays.positions is not None:
-        of_tables = tables.seen.get((index, dtype))
-        if of_tables is None:
-            return None
-        held += (of_tables[0].pointer, of_tables[1].pointer)
-        keeps.append(of_tables)
-    # As many arrays may be others: cos and sin without out, or out without cos and sin.
-    given = (arrays.positions is None, 0 if arrays.out is None else 1 + arrays.in_place)
-    key = (*identities, tables.identity, *given, heads_axis, *keys)
-    return key, index, addresses, held, keeps
-
-
-def known(
-    norms: Mapping[str, HeadNorm], tables: Tables, arrays: Arrays, heads_axis: int
-) -> tuple[Any, ...] | None:
-    """Run a call whose like this thread has run before; None where there is none."""
-    library = quick.get(type(arrays.parts[0]))
-    if library is None:
-        return None
-    seen = _glances(norms, tables, library, arrays, heads_axis)
-    if seen is None:
-        return None
-    key, index, addresses, held, _ = seen
-    call = _thread.calls.get(key)
-    if call is None:
-        return None
-    count = len(arrays.parts)
-    stream = library.stream(index)
-    if arrays.out is None:
-        if not library.allocates_in_graphs:
-            _kernels.refuse_allocation(stream)
-        results = tuple(make(x) for make, x in zip(call.makes, arrays.parts, strict=True))
-        targets = [library.address(result) for result in results]
-        for address, alignment in zip(targets, call.alignments, strict=True):
-            if not address or address & (alignment - 1):
-                return None
-    else:
-        results = arrays.out
-        targets = addresses[:count] if arrays.in_place else addresses[-count:]
-        if _may_overlap(call, addresses, count, in_place=arrays.in_place):
-            return None
-    of_tables: tuple[int, ...] = _NO_ROPE
-    if arrays.positions is not None:
-        of_tables = (*held[2 * count :], addresses[count])
-    elif arrays.cos is not None:
-        of_tables = (addresses[count], addresses[count + 1], 0)
-    call.run(stream, addresses[:count], targets, held[: 2 * count], of_tables)
-    if arrays.out is not None:
-        library.wrote(results)
-    return results
-
-
-def _may_overlap(call: _Known, addresses: list[int], count: int, *, in_place: bool) -> bool:
-    """Tell whether what is written may share bytes with another array of the call."""
-    first = addresses[0]
-    if tuple(address - first for address in addresses) == call.places:
-        return False
-    ranges = [
-        (address + low, address + high)
-        for address, (low, high) in zip(addresses, call.reach, strict=True)
-    ]
-    written = range(count) if in_place else range(len(ranges) - count, len(ranges))
-    return any(
-        ranges[i][0] < high and low < ranges[i][1]
-        for i in written
-        for j, (low, high) in enumerate(ranges)
-        if i != j
-    )
 
 
 class _Plan(NamedTuple):
@@ -263,7 +112,9 @@ def step_by_step(
         _check_overlaps(views, outs, beside)
     if plan.launch is not None:
         run = _parts_kernels.runner(plan.launch)
-        _remember(norms, tables, library, arrays, heads_axis, run, makes, views, outs, rope)
+        remember(
+            norms, tables, library, arrays, heads_axis, plan.launch, run, makes, views, outs, rope
+        )
     if dry:
         return ()
     if plan.launch is not None:
@@ -273,7 +124,7 @@ def step_by_step(
             [view.pointer for view in views.values()],
             [view.pointer for view in outs.values()],
             [0 if view is None else view.pointer for view in held],
-            _NO_ROPE if rope is None else rope.addresses,
+            NO_ROPE if rope is None else rope.addresses,
         )
         tables_read = () if rope is None else rope.views.values()
         library.launched((*views.values(), *tables_read), device.index, stream)
@@ -286,46 +137,6 @@ def step_by_step(
         )
     library.wrote(results)
     return results
-
-
-def _remember(
-    norms: Mapping[str, HeadNorm],
-    tables: Tables,
-    library: Library,
-    arrays: Arrays,
-    heads_axis: int,
-    run: Callable[..., None],
-    makes: Sequence[Any],
-    parts: Mapping[str, ArrayView],
-    outs: Mapping[str, ArrayView],
-    rope: RopeCall | None,
-) -> None:
-    """Let `known` find this call, if a glance at its arrays tells that it is the same again."""
-    if quick.get(type(arrays.parts[0])) is not library:
-        return
-    beside: list[ArrayView] = []
-    if rope is not None and rope.positions is not None:
-        beside = [rope.positions]
-        q = library.glance(arrays.parts[0])
-        if q is None:
-            return
-        index, _, _, dtype, _ = q[1]
-        tables.seen[index, dtype] = (rope.cos, rope.sin)
-    elif rope is not None:
-        beside = [rope.cos, rope.sin]
-    seen = _glances(norms, tables, library, arrays, heads_axis)
-    if seen is None:
-        return
-    others = () if arrays.out is None or arrays.in_place else outs.values()
-    placed = [*parts.values(), *beside, *others]
-    call = _Known(
-        run,
-        tuple(makes),
-        tuple(view.layout.alignment for view in outs.values()),
-        tuple(view.layout.extent(0) for view in placed),
-        tuple(view.pointer - placed[0].pointer for view in placed),
-    )
-    store(_thread.calls, seen[0], call)
 
 
 def _check_overlaps(

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from cupy_headnorm import _dtypes, _interop, _parts, _rope_config, _spec
-from cupy_headnorm._qk_dispatch import Arrays, known, step_by_step
+from cupy_headnorm._qk_dispatch import step_by_step
+from cupy_headnorm._qk_known import Arrays, known
 from cupy_headnorm._rope_tables import Tables
 from cupy_headnorm._torch import untraced
 from cupy_headnorm.headnorm import HeadNorm

@@ -23,13 +23,11 @@ from host_run import ORDERS, Finding, Use, run  # noqa: F401  tests know them fr
 from stand_in import forget_calls, on_cuda, take_for_gpu
 
 from cupy_headnorm import (
-    _dispatch,
     _interop,
     _kernels,
     _launch,
     _parts_kernels,
     _parts_launch,
-    _qk_dispatch,
 )
 from cupy_headnorm._dtypes import DTYPES, INT32, INT64
 
@@ -203,7 +201,9 @@ class _Device:
         config = config._replace(axes=int(dict(found.macros)["HN_AXES"]))
         params = _parts_kernels._params(call, config)
         blocks = -(-params.groups // config.groups_per_block)
-        return _parts_kernels.PartsLaunch(found, blocks, config.threads, index, params, config)
+        return _parts_kernels.PartsLaunch(
+            found, blocks, config.threads, index, params, config, call.spec
+        )
 
     def packed(self, launch):
         params = type(launch.params).from_buffer_copy(launch.params)
@@ -233,8 +233,7 @@ def device(built=None, *, orders=ORDERS, architecture=900, blocks=None):
         patch.setattr(_kernels, "packed", gpu.packed)
         patch.setattr(_kernels, "on_its_device", lambda launch_here, index: launch_here)
         patch.setattr(_parts_kernels, "prepare", gpu.prepare_parts)
-        for module in (_dispatch, _qk_dispatch):
-            forget_calls(patch, module)
+        forget_calls(patch)
         yield
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from cupy_headnorm import _dispatch, _interop, _kernels, reference
+from cupy_headnorm import _dispatch, _interop, _kernels, _qk_dispatch, _qk_known, reference
 from cupy_headnorm._layout import Device, as_numpy
 from cupy_headnorm._spec import NormCall
 
@@ -38,10 +38,12 @@ def take_for_gpu(patch, adapter, *kinds):
     patch.setattr(_kernels, "refuse_capture", lambda *_: None)
 
 
-def forget_calls(patch, module):
-    """Let _dispatch or _qk_dispatch know no call, here and for as long as the patch lasts."""
-    patch.setattr(module, "_thread", module._Thread())
-    patch.setattr(module, "_plans", {})
+def forget_calls(patch):
+    """Let nobody know a call, here and for as long as the patch lasts."""
+    for module in (_dispatch, _qk_known):
+        patch.setattr(module, "_thread", module._Thread())
+    for module in (_dispatch, _qk_dispatch):
+        patch.setattr(module, "_plans", {})
 
 
 def torch_adapter():
@@ -88,7 +90,7 @@ def slow(monkeypatch):
     )
     monkeypatch.setattr(_kernels, "over_rows", over_rows)
     monkeypatch.setattr(_kernels, "runner", lambda launch: Runner(launch.call))
-    forget_calls(monkeypatch, _dispatch)
+    forget_calls(monkeypatch)
     shapes = []
     step_by_step = _dispatch.step_by_step
 

@@ -15,7 +15,17 @@ import pytest
 from libraries import CuPyLibrary, TorchLibrary
 from stand_in import forget_calls
 
-from cupy_headnorm import HeadNorm, _dispatch, _kernels, reference, rms_norm
+from cupy_headnorm import (
+    HeadNorm,
+    _dispatch,
+    _kernels,
+    _parts_kernels,
+    _qk_dispatch,
+    _qk_known,
+    qknorm,
+    reference,
+    rms_norm,
+)
 
 torch = pytest.importorskip("torch")
 cupy = pytest.importorskip("cupy", exc_type=ImportError)
@@ -198,28 +208,32 @@ def path(request):
 def taken(monkeypatch):
     """Forget all calls, and list how those that follow leave the path of a remembered one."""
     ways = []
-    step_by_step, over_rows = _dispatch.step_by_step, _kernels.over_rows
 
-    def stepping(*arguments, **options):
-        ways.append("step by step")
-        return step_by_step(*arguments, **options)
+    def listing(module, name, way):
+        function = getattr(module, name)
 
-    def deriving(*arguments):
-        ways.append("derived")
-        return over_rows(*arguments)
+        def listed(*arguments, **options):
+            ways.append(way)
+            return function(*arguments, **options)
 
-    forget_calls(monkeypatch, _dispatch)
-    monkeypatch.setattr(_dispatch, "step_by_step", stepping)
-    monkeypatch.setattr(_kernels, "over_rows", deriving)
+        monkeypatch.setattr(module, name, listed)
+
+    forget_calls(monkeypatch)
+    for module in (_dispatch, qknorm):
+        listing(module, "step_by_step", "step by step")
+    listing(_kernels, "over_rows", "derived")
+    listing(_parts_kernels, "over_tokens", "derived")
     return ways
 
 
 def forget(*, plans=True):
     """Forget this thread's calls, and the plans of all."""
-    _dispatch._thread.calls.clear()
-    _dispatch._thread.families.clear()
+    for module in (_dispatch, _qk_known):
+        module._thread.calls.clear()
+        module._thread.families.clear()
     if plans:
-        _dispatch._plans.clear()
+        for module in (_dispatch, _qk_dispatch):
+            module._plans.clear()
 
 
 @pytest.fixture(params=["norm", "function"])

@@ -8,7 +8,7 @@ from host_build import ANY, PARTS, WHOLE
 from host_cases import FAR, MANY, far_copy, reserved, running
 from tolerances import FLIPS_FEW, mismatch
 
-from cupy_headnorm import _interop, _parts_launch, _rope_tables
+from cupy_headnorm import _interop, _parts_kernels, _parts_launch, _rope_tables
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -89,6 +89,46 @@ def test_parts_may_have_a_weight_or_a_bias_alone(rng):
     with running(kernel):
         found = qk_cases.qk_norm(case, norms)(*parts, **beside)
     qk_cases.check(case, found, (parts, norms, beside))
+
+
+@pytest.mark.parametrize("kernel", [k for k in PARTS if k.how == WHOLE], ids=str)
+def test_parts_of_another_number_of_tokens(kernel, rng, monkeypatch):
+    """Derived from a call of 2 sequences: of one, and of one token."""
+    case, (parts, _, beside), qk = parts_of(kernel, rng)
+    derived, over_tokens = [], _parts_kernels.over_tokens
+
+    def listing(*arguments):
+        derived.append(over_tokens(*arguments))
+        return derived[-1]
+
+    monkeypatch.setattr(_parts_kernels, "over_tokens", listing)
+
+    def call(sequences, length):
+        # Axes of what turns a part, from its end: positions have none of head_dim.
+        last = -1 if "positions" in beside else -2
+        turning = {}
+        for name, array in beside.items():
+            array = np.take(array, range(min(length, array.shape[last])), last)
+            if array.ndim >= 1 - last:
+                array = np.take(array, range(min(sequences, array.shape[last - 1])), last - 1)
+            turning[name] = np.ascontiguousarray(array)
+        arrays = [np.ascontiguousarray(part[:sequences, :length]) for part in parts]
+        return [y.tobytes() for y in qk(*arrays, **turning)]
+
+    tokens = parts[0].shape[1]
+    smaller = [(1, tokens), (2, 1), (1, 2), (2, tokens)]
+    expected = []
+    for sizes in smaller:
+        with running(kernel):
+            expected.append(call(*sizes))
+    assert not derived
+    with running(kernel):
+        call(2, tokens)
+        found = [call(*sizes) for sizes in smaller]
+    assert found == expected
+    # Rows of positions would lie another number of bytes apart; 2 tokens have no other number.
+    never = case.by == "chunks of sections" or (tokens == 2 and beside)
+    assert any(derived) == (not never)
 
 
 def test_a_call_inside_of_its_like(rng):

@@ -8,6 +8,7 @@ from cupy_headnorm import _dtypes, _kernels, _launch, _parts, _parts_kernels, _p
 from cupy_headnorm._launch import DeviceLimits, LaunchConfig
 from cupy_headnorm._layout import Device, Layout
 from cupy_headnorm._spec import NormCall, NormSpec, RowAxis, options
+from cupy_headnorm._turning import Turning
 
 HEAD_DIMS = [*range(1, 300), 320, 384, 511, 512, 513, 576, 640, 768, 1000, 1001, 1024, 1025, 1536]
 HEAD_DIMS += [2047, 2048, 4095, 4096, 4099, 8192, 16384, 20000, 65536, 100003, 10_000_001]
@@ -174,6 +175,61 @@ def test_every_length_of_31_bits_has_a_multiplier(size):
         assert axis.size == size
         divider = _launch.division(size) if size < 2**31 else (0, 0)
         assert (axis.multiplier, axis.shift) == divider
+
+
+def parts_call(tokens, *, turned):
+    """32 and 8 heads of 128."""
+    x, table, rows = _dtypes.BFLOAT16, _dtypes.FLOAT32, _dtypes.INT64
+    device = Device("cuda", 0)
+    layouts = {
+        name: Layout((tokens, heads, 128), (heads * 256, 256, 2), x, device, 16)
+        for name, heads in (("q", 32), ("k", 8))
+    }
+    norm, turning = _parts.PartNorm(options("rms"), None, None), None
+    if turned:
+        tables = [Layout((100, 64), (256, 4), table, device, 16)] * 2
+        positions = Layout((tokens,), (8,), rows, device, 16)
+        turning = Turning("half", False, 128, True, (), False, (True, True), *tables, positions)
+    return _parts.describe(dict.fromkeys("qk", norm), layouts, layouts, turning, -2)
+
+
+def launch_of(call):
+    config = _parts_launch.plan(call)
+    params = _parts_kernels._params(call, config)
+    blocks = -(-params.groups // config.groups_per_block)
+    return _parts_kernels.PartsLaunch(1, blocks, config.threads, 0, params, config, call.spec)
+
+
+@pytest.mark.parametrize("turned", [True, False], ids=["by positions", "not turned"])
+@pytest.mark.parametrize("before", [2, 2500, 2600, 2**26])
+def test_a_launch_over_other_tokens_is_the_one_that_is_planned(before, turned):
+    """Or there is none, where a plan has another kernel, another geometry, or an error."""
+    known, derived = launch_of(parts_call(before, turned=turned)), []
+    for after in (2, 3, 2500, 2534, 2535, 2600, 2**20, 2**26, 2**28, 2**34, 2**36):
+        found = _parts_kernels.over_tokens(known, before, after)
+        try:
+            planned = launch_of(parts_call(after, turned=turned))
+        except ValueError:
+            assert found is None
+            continue
+        if found is None:
+            assert planned.config != known.config
+            continue
+        derived.append(after)
+        assert found.config._replace(axes=0) == planned.config._replace(axes=0)
+        assert found.config.axes >= planned.config.axes
+        assert found.blocks == planned.blocks
+        head = type(found.params).axis.offset
+        assert bytes(found.params)[:head] == bytes(planned.params)[:head]
+    assert (
+        derived
+        == {
+            (True, True): [2, 3, 2500, 2534],
+            (True, False): [2535, 2600, 2**20, 2**26],
+            (False, True): [2, 3, 2500, 2534, 2535, 2600, 2**20],
+            (False, False): [2, 3, 2500, 2534, 2535, 2600, 2**20, 2**26, 2**28],
+        }[turned, before < 2600 if turned else before < 2**26]
+    )
 
 
 def test_the_covering_list_is_small_and_covers():

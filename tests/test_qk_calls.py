@@ -98,6 +98,154 @@ def test_slices_of_one_buffer_at_other_places(device, slow, way, rng):
         assert torch.equal(qkv, before)
 
 
+def of_torch(slow):
+    """Count the calls that went step by step, without those of `right`."""
+    return sum(isinstance(arrays.parts[0], torch.Tensor) for arrays in slow)
+
+
+def whole(rng, device, *tokens):
+    return [tensor(rng, device, *tokens, n, D) for n in H[:2]]
+
+
+def packed(rng, device, *tokens):
+    heads = tensor(rng, device, *tokens, 8, D)
+    return [heads[..., 1:4, :], heads[..., 5:7, :]]
+
+
+def heads_first(rng, device, *tokens):
+    """The same heads as models turn them: between the tokens and their last axis."""
+    return [part.transpose(-2, -3) for part in whole(rng, device, *tokens)]
+
+
+def positions(rng, device, *shape):
+    found = rng.integers(-2, MAX_POSITION + 2, shape)
+    return {"positions": torch.from_numpy(found).to(device)}
+
+
+def cosines(rng, device, *shape):
+    return {n: tensor(rng, device, *shape, D) for n in ("cos", "sin")}
+
+
+LENGTHS = {
+    "tokens": (lambda n: (n,), lambda n: (n,)),
+    "a sequence": (lambda n: (1, n), lambda n: (1, n)),
+    "a sequence, positions alone": (lambda n: (1, n), lambda n: (n,)),
+    "a batch of one token": (lambda n: (n, 1), lambda n: (n, 1)),
+    "a batch of one position": (lambda n: (n, 1), lambda n: (1,)),
+    "a batch of other sizes": (lambda n: (n, 3), lambda n: (1, 3)),
+    "sequences": (lambda n: (2, n), lambda n: (2, n)),
+}
+"""Of the tokens, and of what they are turned by."""
+
+
+@pytest.mark.parametrize("target", ["new", "in place", "given"])
+@pytest.mark.parametrize("beside", [positions, cosines, None])
+@pytest.mark.parametrize("parts", [whole, packed, heads_first])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_another_number_of_tokens_is_no_new_plan(device, slow, lengths, parts, beside, target, rng):
+    qk = made(rng, turns=beside is not None)
+    of_tokens, of_beside = LENGTHS[lengths]
+    heads_axis = -3 if parts is heads_first else -2
+    if parts is heads_first and lengths == "tokens":
+        heads_axis = 0
+    for n in (7, 4, 20, 2, 7):
+        arrays = parts(rng, device, *of_tokens(n))
+        turning = {} if beside is None else beside(rng, device, *of_beside(n))
+        expected = right(qk, arrays, turning, heads_axis=heads_axis)
+        out = {
+            "new": None,
+            "in place": tuple(arrays),
+            "given": tuple(map(torch.empty_like, arrays)),
+        }
+        found = qk(*arrays, **turning, heads_axis=heads_axis, out=out[target])
+        same(found, expected)
+    # Slices of one buffer are told apart token by token, not 3 tokens by 3.
+    exactly = (lengths, parts, target) == ("a batch of other sizes", packed, "in place") and beside
+    assert of_torch(slow) == (4 if exactly else 1)
+
+
+def test_lengths_that_are_another_plan(device, slow, rng):
+    """Nothing is derived where an axis inside of another one has the other length."""
+    qk = made(rng)
+    for n in (5, 3, 5, 3):
+        apart = [part[:, :n] for part in whole(rng, device, 2, 6)]
+        broadcast = whole(rng, device, 2, n)
+        inside = [part.transpose(0, 1) for part in whole(rng, device, n, 2)]
+        expanded = [part.expand(n, *part.shape[1:]) for part in whole(rng, device, 1)]
+        for parts, turning in (
+            (apart, positions(rng, device, 2, n)),
+            (broadcast, positions(rng, device, n)),
+            (inside, positions(rng, device, 2, n)),
+            (expanded, positions(rng, device, n)),
+            ([expanded[0].contiguous(), expanded[1]], positions(rng, device, n)),
+            ([expanded[0], expanded[1].contiguous()], positions(rng, device, 1)),
+        ):
+            same(qk(*parts, **turning), right(qk, parts, turning))
+    assert of_torch(slow) == 9
+
+
+def test_lengths_that_do_not_fit_are_refused_after_others_did(device, slow, rng):
+    qk = made(rng)
+    for beside in (positions, cosines):
+        for n in (5, 4):
+            qk(*whole(rng, device, n), **beside(rng, device, n))
+    assert of_torch(slow) == 2
+    q, k = whole(rng, device, 6)
+    cos = cosines(rng, device, 6)["cos"]
+    for parts, turning, heads_axis, message in (
+        ((q, k[:5]), positions(rng, device, 6), -2, "needs the same tokens"),
+        ((q, k[:1]), positions(rng, device, 6), -2, "needs the same tokens"),
+        ((q, k), positions(rng, device, 5), -2, "positions has shape"),
+        ((q, k), positions(rng, device, 1, 1, 6), -2, "positions has shape"),
+        ((q, k), {"cos": cos}, -2, "given to turn by: cos; needs positions alone"),
+        ((q, k), positions(rng, device, 6) | {"cos": cos}, -2, "given to turn by: positions, cos"),
+        ((q, k), {}, -2, "given to turn by: nothing"),
+        ((q, k), positions(rng, device, 6), -1, "heads_axis is -1, the axis of head_dim"),
+        ((q, k), positions(rng, device, 6), 1 - 2**40, "needs one of the 64 axes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            qk(*parts, **turning, heads_axis=heads_axis)
+
+
+def test_results_that_overlap_at_another_length(device, slow, rng):
+    """Of 3 tokens they lie beside each other, of 5 they do not."""
+    qk, memory = made(rng), tensor(rng, device, 100 * D)
+
+    def outs(n):
+        starts = 0, 3 * H[0]
+        return tuple(
+            memory[start * D : (start + n * heads) * D].view(n, heads, D)
+            for start, heads in zip(starts, H, strict=False)
+        )
+
+    for _ in range(2):
+        for n in (3, 2):
+            parts, turning = whole(rng, device, n), positions(rng, device, n)
+            same(qk(*parts, **turning, out=outs(n)), right(qk, parts, turning))
+        before = memory.clone()
+        with pytest.raises(ValueError, match="out of q overlaps out of k"):
+            qk(*whole(rng, device, 5), **positions(rng, device, 5), out=outs(5))
+        assert torch.equal(memory, before)
+    assert of_torch(slow) == 3, (
+        "2 tokens are derived from 3, and whatever overlaps goes step by step"
+    )
+
+
+@pytest.mark.parametrize("beside", [positions, cosines])
+def test_a_packed_buffer_that_moves(device, slow, beside, rng):
+    """Its slices stay beside each other, what turns them is anywhere."""
+    qk, kept = made(rng), []
+    for of_tokens, of_beside in (((5,), (5,)), ((3,), (3,)), ((2, 3), (1, 3))):
+        turning = beside(rng, device, *of_beside)
+        for _ in range(3):
+            parts = packed(rng, device, *of_tokens)
+            expected = right(qk, parts, turning)
+            qk(*parts, **turning, out=tuple(parts))
+            same(parts, expected)
+            kept.append(parts)
+    assert of_torch(slow) == 2, "5 tokens, from which 3 are derived, and 2 times 3"
+
+
 def test_results_moved_onto_each_other_or_what_turns(device, slow, rng):
     qk, parts = made(rng), both(rng, device)
     memory = tensor(rng, device, 100 * D)

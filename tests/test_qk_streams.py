@@ -10,9 +10,9 @@ import streams
 from cases import random
 from qk_cases import MAX_POSITION, D, H
 from qk_stand_in import made
-from streams import CUPY, TORCH, synchronize
+from streams import CUPY, TORCH, forget, synchronize
 
-from cupy_headnorm import CaptureError, HeadNorm, QKNorm, Rope, _kernels, _qk_dispatch
+from cupy_headnorm import CaptureError, HeadNorm, QKNorm, Rope, _kernels
 from cupy_headnorm._dtypes import FLOAT32
 
 pytestmark = pytest.mark.gpu
@@ -116,7 +116,7 @@ def test_a_call_runs_after_what_its_stream_was_given_before(owner, default, firs
     sources = [owner.array(part) for part in values]
     arrays = [owner.array(np.zeros_like(part)) for part in values]
     if first:
-        _qk_dispatch._thread.calls.clear()
+        forget(plans=False)
     stream = owner.stream(default=default)
     with owner.on(stream):
         reserved = [part + part for part in (*arrays, *arrays)]  # asking for memory may wait

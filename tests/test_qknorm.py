@@ -15,7 +15,7 @@ from cases import Layout, random
 from qk_cases import AROUND, COVERING, MAX_POSITION, Case, D, H, check, held, qk_norm
 from stand_in import forget_calls
 
-from cupy_headnorm import HeadNorm, QKNorm, Rope, _parts_launch, _qk_dispatch
+from cupy_headnorm import HeadNorm, QKNorm, Rope, _parts_launch
 from cupy_headnorm._dtypes import BFLOAT16, FLOAT16, FLOAT32
 
 
@@ -28,7 +28,7 @@ def run(library, qk, parts, beside, **more):
 @pytest.fixture
 def forgotten(monkeypatch):
     """Forget all calls and plans."""
-    forget_calls(monkeypatch, _qk_dispatch)
+    forget_calls(monkeypatch)
 
 
 @pytest.mark.parametrize("case", list(dict.fromkeys(AROUND + COVERING)), ids=str)
@@ -44,8 +44,7 @@ def test_matches_float64(library, case, rng, forgotten, monkeypatch):
     if library.on_gpu:
         # As with many tokens, when a group of threads walks several heads.
         monkeypatch.setattr(_parts_launch, "FEW_THREADS", -1)
-        _qk_dispatch._plans.clear()
-        _qk_dispatch._thread.calls.clear()
+        forget_calls(monkeypatch)
         for y, right in zip(run(library, qk, parts, beside), found, strict=True):
             np.testing.assert_array_equal(y, right)
 

@@ -1,0 +1,72 @@
+"""Which calls on queries, keys and values differ in the number of tokens alone: pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from cupy_headnorm import _spec
+
+
+class Walk(NamedTuple):
+    """How one array steps over the tokens of a call."""
+
+    lengths: tuple[int, ...]
+    steps: tuple[int, ...]
+    """Strides; 0 along an axis of length 1, which is broadcast where q's is longer."""
+    rest: tuple[Any, ...]
+    """All else that is seen of the array."""
+    broadcasts: bool
+
+
+_APART: dict[str, tuple[int, ...]] = {"table": (-1,), "positions": (), "rows of positions": (0,)}
+"""Axes that are not the tokens'; those of a part are the heads' and the last."""
+
+
+def walks(keys: Sequence[tuple[Any, ...]], roles: Sequence[str], heads_axis: int) -> list[Walk]:
+    """
+    Return each array's walk from what a glance tells of it; none where their axes do not fit.
+
+    A role is "part", "table" (of cosines or sines), "positions" or "rows of positions".
+    """
+    axes = len(keys[0][1]) - 2
+    if axes < 1 or not -axes - 2 <= heads_axis <= axes:
+        return []
+    found = []
+    for (index, shape, strides, *rest), role in zip(keys, roles, strict=True):
+        is_part = role == "part"
+        apart = [i % len(shape) for i in ((heads_axis, -1) if is_part else _APART[role])]
+        own = [i for i in range(len(shape)) if i not in apart]
+        missing = axes - len(own)
+        if missing < 0 or (missing and is_part):
+            return []
+        found.append(
+            Walk(
+                (1,) * missing + tuple(shape[i] for i in own),
+                (0,) * missing + tuple(strides[i] if shape[i] != 1 else 0 for i in own),
+                (index, *rest, *((shape[i], strides[i]) for i in apart)),
+                not is_part,
+            )
+        )
+    return found
+
+
+def leads(walks: Sequence[Walk]) -> list[int]:
+    """Return the axes of the tokens, innermost first, up to which all arrays step as one."""
+    lengths = walks[0].lengths if walks else ()
+    found = _spec.leads(lengths, *(walk.steps for walk in walks))
+    if not found:
+        return []
+    for walk in walks:
+        for length, wanted in zip(walk.lengths[: found[0] + 1], lengths, strict=False):
+            if length != wanted and not (walk.broadcasts and length == 1):
+                return []
+    return found
+
+
+def family(walks: Sequence[Walk], lead: int) -> tuple[Any, ...]:
+    """Return all that is seen of the arrays but for the lengths of their axes up to `lead`."""
+    return (
+        lead,
+        *((walk.lengths[lead + 1 :], walk.steps[lead:], walk.rest) for walk in walks),
+    )
