@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from cupy_headnorm import _interop, _providers, _timing, reference
+from cupy_headnorm import _interop, _providers, _qk_providers, _timing, reference
 from cupy_headnorm._providers import Case, Workload
 from cupy_headnorm._spec import DEFAULT_EPS
 from cupy_headnorm._timing import Timer
+from cupy_headnorm.headnorm import HeadNorm
 
 HOST_CASE = Case(1, 32, 128, "bfloat16", "rms", "contiguous")
 """One token of Qwen3-8B's queries: the device is done with it before the host."""
@@ -148,27 +149,57 @@ def _functional(x: Any, weight: Any) -> Callable[[], Any]:
 
 
 def plan_misses(on: Timer) -> dict[str, float]:
-    """Return microseconds of a call with a new number of tokens, its kernel loaded."""
+    """Return microseconds of calls in place with a new number of tokens, their kernels loaded."""
     spent = {}
-    synchronize = _synchronize(on)
     libraries: list[Timer] = [_timing.Gpu(), on] if on.name == "torch" else [on]
     # Layouts are known across libraries: each has numbers of its own, which nobody else uses.
     for library, first in zip(libraries, (1101, 1501), strict=False):
+        lengths = range(first, first + _MISSES)
         with library:
-            case = HOST_CASE._replace(tokens=first + _MISSES)
+            case = HOST_CASE._replace(tokens=lengths.stop)
             work = _providers.prepare(case, library, buffers=1)
-            (x,) = work.inputs
-            work.norm(x, out=x)
-            times = []
-            for part in [x[: first + i] for i in range(_MISSES)]:
-                synchronize()
-                start = time.perf_counter()
-                work.norm(part, out=part)
-                times.append(time.perf_counter() - start)
-            synchronize()
-        name = f"plan_miss_{library.name}_microseconds"
-        spent[name] = round(statistics.median(times) * 1e6, 3)
-    return spent
+            calls = partial(_calls_of_norm, work.norm, work.inputs[0])
+            spent[library.name] = _new_lengths(calls, lengths, on)
+    with on:
+        # Two sequences each, of any such lengths.
+        case = HOST_CASE._replace(tokens=2 * lengths.stop)
+        work = _providers.prepare(case, on, buffers=1)
+        x = work.inputs[0].reshape(2 * lengths.stop * case.num_heads * case.head_dim)
+        calls = partial(_calls_of_sequences, work.norm, x, case)
+        spent["sequences"] = _new_lengths(calls, lengths, on)
+        of_both = _qk_providers.CASE._replace(tokens=lengths.stop)
+        packed = _qk_providers.prepare(of_both, on, buffers=1)
+        spent["q_and_k"] = _new_lengths(partial(_calls_of_both, packed), lengths, on)
+    return {f"plan_miss_{name}_microseconds": found for name, found in spent.items()}
+
+
+def _new_lengths(calls: Callable[[int], Callable[[], Any]], lengths: range, on: Timer) -> float:
+    """Return the median of microseconds of a call over each of `lengths`, after one of `stop`."""
+    synchronize, times = _synchronize(on), []
+    calls(lengths.stop)()
+    for call in [calls(length) for length in lengths]:
+        synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    synchronize()
+    return round(statistics.median(times) * 1e6, 3)
+
+
+def _calls_of_norm(norm: HeadNorm, x: Any, length: int) -> Callable[[], Any]:
+    part = x[:length]
+    return partial(norm, part, out=part)
+
+
+def _calls_of_sequences(norm: HeadNorm, x: Any, case: Case, length: int) -> Callable[[], Any]:
+    part = x[: 2 * length * case.num_heads * case.head_dim]
+    part = part.reshape(2, length, case.num_heads, case.head_dim)
+    return partial(norm, part, out=part)
+
+
+def _calls_of_both(work: _qk_providers.Workload, length: int) -> Callable[[], Any]:
+    q, k = (part[:length] for part in work.inputs[0])
+    return partial(work.qk, q, k, positions=work.positions[:length], out=(q, k))
 
 
 def _in_new_process(code: str, bytecode: str, **environment: str) -> float:

@@ -121,7 +121,7 @@ def _is_peer(name: str) -> bool:
 
 
 _TURNED = ("ours", "ours-positions")
-_MISSES = ("plan_miss_torch_microseconds", "plan_miss_cupy_microseconds")
+_MISSES = tuple(f"plan_miss_{name}_microseconds" for name in ("torch", "cupy", "sequences"))
 
 TARGETS = (
     Target("rms, out of place: share of a copy", 0.98, True, _out_of_place("rms")),

@@ -575,7 +575,8 @@ def test_host_times_on_a_gpu(make, monkeypatch):
     assert wanted <= calls
     assert set(failed) <= {"compile", "liger"}
     misses = _costs.plan_misses(on)
-    assert "plan_miss_cupy_microseconds" in misses
+    kinds = {on.name, "cupy", "sequences", "q_and_k"}
+    assert set(misses) == {f"plan_miss_{kind}_microseconds" for kind in kinds}
     assert all(value > 0 for value in misses.values())
 
 
