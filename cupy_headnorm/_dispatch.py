@@ -77,7 +77,7 @@ def apply(norm: Norm, x: Any, weight: Any = None, bias: Any = None, out: Any = N
         parameters = norm.ready.get(x_key[0])
     if parameters is None:
         return step_by_step(norm, x, weight, bias, out)
-    stream = library.stream(x_key[0])
+    stream = library.stream(x_key[0])  # that on which a result is made, too
     if out is x:
         out_address, out_key = x_address, x_key
         key = (parameters.identity, x_key)

@@ -41,15 +41,14 @@ def beside_captures() -> Iterator[None]:
     ends the capture. A thread in relaxed mode is let be.
     """
     libcuda, mode = _libcuda(), ctypes.c_int(_RELAXED)
-    if libcuda is None:
+    # It gives back what was before. Until CUDA has begun it is an error, and nobody captures.
+    if libcuda is None or libcuda.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)):
         yield
         return
-    exchange = libcuda.cuThreadExchangeStreamCaptureMode
-    exchange(ctypes.byref(mode))  # it gives back what was before
     try:
         yield
     finally:
-        exchange(ctypes.byref(mode))
+        libcuda.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 _RELAXED = 2

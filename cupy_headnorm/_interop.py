@@ -414,8 +414,8 @@ class _Owner:
 
 
 def _free(address: int) -> None:
-    # CuPy's own memory would break the capture of another thread, which may be that of a collector.
-    # In the child of a fork there is nothing to free.
+    # CuPy's own memory would end the capture of another thread, and a collector may run this in any
+    # thread. In the child of a fork there is nothing to free.
     with contextlib.suppress(Exception), _driver.beside_captures():
         import_cupy().cuda.runtime.free(address)
 

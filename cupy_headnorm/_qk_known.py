@@ -142,7 +142,7 @@ def known(
         return None
     key, index, addresses, held, _ = seen
     count = len(arrays.parts)
-    stream = library.stream(index)
+    stream = library.stream(index)  # that on which results are made, too
     if arrays.out is None and not library.allocates_in_graphs:
         _kernels.refuse_allocation(stream)
     call, results = _thread.calls.get(key), None
@@ -230,7 +230,7 @@ def _of_other_length(
     Returns it, and the results that were made on the way where none are given.
     """
     roles = _roles(tables, arrays)
-    walks = _qk_lengths.walks(key[-len(roles) :], roles, heads_axis)
+    walks = _qk_lengths.walks_of(key[-len(roles) :], roles, heads_axis)
     for lead in _qk_lengths.leads(walks):
         family = _thread.families.get((*key[: -len(roles)], *_qk_lengths.family(walks, lead)))
         if family is not None:
@@ -245,7 +245,7 @@ def _of_other_length(
     if arrays.out is None:
         # What their library makes decides the strides: look, before they are relied on.
         results = known.made(arrays)
-        of_results = _walks_of(library, results, heads_axis)
+        of_results = _walks_of_results(library, results, heads_axis)
         if (
             not of_results
             or lead not in _qk_lengths.leads([walks[0], *of_results])
@@ -270,7 +270,7 @@ def _of_other_length(
     return call, results
 
 
-def _walks_of(
+def _walks_of_results(
     library: Library, results: tuple[Any, ...], heads_axis: int
 ) -> list[_qk_lengths.Walk]:
     """Look at results; none where they need more than a look."""
@@ -280,7 +280,7 @@ def _walks_of(
         if seen is None:
             return []
         keys.append(seen[1])
-    return _qk_lengths.walks(keys, ["part"] * len(keys), heads_axis)
+    return _qk_lengths.walks_of(keys, ["part"] * len(keys), heads_axis)
 
 
 def remember(
@@ -316,13 +316,15 @@ def remember(
     placed = [*parts.values(), *beside, *others]
     key = seen[0]
     roles = _roles(tables, arrays)
-    walks = _qk_lengths.walks(key[-len(roles) :], roles, heads_axis)
-    of_results = _walks_of(library, tuple(view.owner for view in outs.values()), heads_axis)
-    lead = _outermost(walks, of_results)
+    walks = _qk_lengths.walks_of(key[-len(roles) :], roles, heads_axis)
+    of_results = _walks_of_results(library, tuple(v.owner for v in outs.values()), heads_axis)
+    leads = _qk_lengths.leads([*walks, *of_results]) if walks and of_results else []
+    written = tuple(outs.values())
+    in_bytes = _walks_in_bytes(written, ["part"] * len(written), heads_axis) if leads else []
     steps, length = (0,) * len(placed), 1
+    lead = next((lead for lead in leads if _is_outermost(lead, written, in_bytes)), None)
     if lead is not None:
-        layouts = [(0, view.layout.shape, view.layout.strides) for view in placed]
-        steps = tuple(walk.steps[lead] for walk in _qk_lengths.walks(layouts, roles, heads_axis))
+        steps = tuple(w.steps[lead] for w in _walks_in_bytes(placed, roles, heads_axis))
         length = math.prod(walks[0].lengths[: lead + 1])
     call = Known(
         run,
@@ -340,15 +342,24 @@ def remember(
         store(_thread.families, family_key, family)
 
 
-def _outermost(walks: list[_qk_lengths.Walk], of_results: list[_qk_lengths.Walk]) -> int | None:
-    """
-    Return the innermost of the axes that step as one and come outermost in q's result.
+def _walks_in_bytes(
+    views: Sequence[ArrayView], roles: Sequence[str], heads_axis: int
+) -> list[_qk_lengths.Walk]:
+    layouts = [(0, view.layout.shape, view.layout.strides) for view in views]
+    return _qk_lengths.walks_of(layouts, roles, heads_axis)
 
-    The kernel meets their length nowhere but in the number of tokens.
+
+def _is_outermost(
+    lead: int, results: Sequence[ArrayView], walks: Sequence[_qk_lengths.Walk]
+) -> bool:
     """
-    if walks and of_results:
-        steps = of_results[0].steps
-        for lead in _qk_lengths.leads([*walks, *of_results]):
-            if all(abs(steps[lead]) >= abs(step) for step in steps[lead + 1 :]):
-                return lead
-    return None
+    Tell whether in each result a token's piece ends where the next one's begins, or before.
+
+    Then the kernel meets the length of the axes up to `lead` nowhere but in the number of tokens,
+    and no result overlaps itself, however many there are.
+    """
+    for view, walk in zip(results, walks, strict=True):
+        first, end = view.layout.extent(0)
+        if end - first > math.prod(walk.lengths[: lead + 1]) * abs(walk.steps[lead]):
+            return False
+    return True

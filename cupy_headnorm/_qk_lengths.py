@@ -17,28 +17,35 @@ class Walk(NamedTuple):
     rest: tuple[Any, ...]
     """All else that is seen of the array."""
     broadcasts: bool
+    """Whether an axis may be 1 long where q's is longer."""
 
 
 _APART: dict[str, tuple[int, ...]] = {"table": (-1,), "positions": (), "rows of positions": (0,)}
 """Axes that are not the tokens'; those of a part are the heads' and the last."""
+_LEAST = {"table": 1, "positions": 0, "rows of positions": 2}
+"""Axes that there must be. Of (3,) with sections nobody knows whether it is one position of each
+row, or one row of 3 tokens: step by step that is an error."""
 
 
-def walks(keys: Sequence[tuple[Any, ...]], roles: Sequence[str], heads_axis: int) -> list[Walk]:
+def walks_of(keys: Sequence[tuple[Any, ...]], roles: Sequence[str], heads_axis: int) -> list[Walk]:
     """
     Return each array's walk from what a glance tells of it; none where their axes do not fit.
 
     A role is "part", "table" (of cosines or sines), "positions" or "rows of positions".
     """
     axes = len(keys[0][1]) - 2
-    if axes < 1 or not -axes - 2 <= heads_axis <= axes:
+    tables = {key[1] for key, role in zip(keys, roles, strict=True) if role == "table"}
+    if axes < 1 or not -axes - 2 <= heads_axis <= axes or len(tables) > 1:
         return []
     found = []
     for (index, shape, strides, *rest), role in zip(keys, roles, strict=True):
         is_part = role == "part"
+        if len(shape) < (axes + 2 if is_part else _LEAST[role]):
+            return []
         apart = [i % len(shape) for i in ((heads_axis, -1) if is_part else _APART[role])]
         own = [i for i in range(len(shape)) if i not in apart]
         missing = axes - len(own)
-        if missing < 0 or (missing and is_part):
+        if missing < 0:
             return []
         found.append(
             Walk(

@@ -133,6 +133,21 @@ def test_sequences_whose_results_lie_apart(slow, rng):
         np.testing.assert_array_equal(norm(y), right)
 
 
+def test_an_out_of_another_shape_is_refused_after_others_fit(slow, rng):
+    norm, x = HeadNorm(), tensor(rng, 5, 4, 64)
+    norm(x, out=torch.empty(5, 4, 64))
+    with pytest.raises(ValueError, match="out has shape"):
+        norm(x[:4], out=torch.empty(6, 4, 64))
+
+
+def test_results_whose_inner_axis_lies_outermost(slow, rng):
+    norm = HeadNorm()
+    for n in (5, 3, 6):
+        x = tensor(rng, n, 2, 4, 64)
+        out = torch.empty(2, 6, 4, 64)[:, :n].transpose(0, 1)
+        np.testing.assert_array_equal(norm(x, out=out), expected(x))
+
+
 def test_heads_first_layouts_are_told_apart(slow, rng):
     """The outermost axis may be that of the heads: then its length is no number of tokens."""
     weight = tensor(rng, 4, 64)
@@ -173,6 +188,22 @@ def test_no_token_after_many_where_it_has_an_address(compiler, rng):
         for tokens in (1, 0, 6, 1, 0):
             for out in (None, np.empty_like(x)[:tokens]):
                 np.testing.assert_array_equal(norm(x[:tokens], out=out), right[:tokens])
+
+
+def test_more_tokens_that_step_back_reach_further_back(compiler, rng):
+    """What 5 tokens leave free 7 do not; NumPy has negative strides, as CuPy."""
+    kernel = kernel_of(host_build.QWEN3, ANY)
+    memory = rows(rng, (20, 4, kernel.spec.head_dim), kernel.spec.x)
+    norm = HeadNorm(rows(rng, memory.shape[-1:], kernel.spec.weight), rounding=kernel.spec.rounding)
+    with running(kernel):
+        x, before = memory[14:9:-1], memory.copy()
+        right = norm(x)
+        np.testing.assert_array_equal(norm(x, out=memory[4:9]), right)
+        np.testing.assert_array_equal(norm(memory[14:10:-1], out=memory[4:8]), right[:4])
+        memory[:] = before
+        with pytest.raises(ValueError, match="out overlaps x"):
+            norm(memory[14:7:-1], out=memory[2:9])
+        np.testing.assert_array_equal(memory, before)
 
 
 def test_versions_count_every_write(slow, rng):

@@ -44,7 +44,10 @@ class Driver:
     """Of captures: global."""
 
     def cuThreadExchangeStreamCaptureMode(self, to):
-        self.mode, to._obj.value = to._obj.value, self.mode
+        if not self.failure:
+            self.mode, to._obj.value = to._obj.value, self.mode
+        self.failure, failure = 0, self.failure
+        return failure
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,14 @@ class Driver:
 def test_the_drivers_cuda_is_asked_of_libcuda(driver, version, monkeypatch):
     monkeypatch.setattr(_driver.ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
     assert _driver.cuda_version() == version
+
+
+def test_a_thread_keeps_its_mode_of_captures_where_cuda_begins(monkeypatch):
+    driver = Driver(13000, failure=3)  # CUDA_ERROR_NOT_INITIALIZED
+    monkeypatch.setattr(_driver.ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
+    with _driver.beside_captures():
+        assert not driver.failure, "it was asked"
+    assert driver.mode == 0
 
 
 def test_captures_of_other_threads_are_let_be(monkeypatch):

@@ -131,6 +131,38 @@ def test_parts_of_another_number_of_tokens(kernel, rng, monkeypatch):
     assert any(derived) == (not never)
 
 
+def test_no_token_after_some_is_no_launch(rng, monkeypatch):
+    kernel = next(k for k in PARTS if k.case.by is None)
+    _, (parts, *_), qk = parts_of(kernel, rng)
+    with running(kernel):
+        right = qk(*parts)
+        outs = tuple(map(np.empty_like, right))
+        qk(*parts, out=outs)
+        monkeypatch.setattr(_parts_kernels, "runner", None)
+        none = [part[:0] for part in parts]
+        for out in (None, tuple(y[:0] for y in outs)):
+            for y, expected in zip(qk(*none, out=out), right, strict=True):
+                np.testing.assert_array_equal(y, expected[:0])
+
+
+def test_more_tokens_that_step_back_reach_further_back(rng):
+    """What one sequence leaves free 2 do not."""
+    kernel = next(k for k in PARTS if k.case.by is None)
+    _, (parts, *_), qk = parts_of(kernel, rng)
+    q = np.concatenate([parts[0]] * 3)
+    k, v = parts[1:]
+    with running(kernel):
+        right = qk(q[5:3:-1], k, v)
+        outs = q[2:4], k.copy(), v.copy()
+        for y, expected in zip(qk(q[5:3:-1], k, v, out=outs), right, strict=True):
+            np.testing.assert_array_equal(y, expected)
+        before = q.copy()
+        more = [np.concatenate([part, part[:1]]) for part in (k, v)]
+        with pytest.raises(ValueError, match="out of q overlaps q"):
+            qk(q[5:2:-1], *more, out=(q[1:4], *(part.copy() for part in more)))
+        np.testing.assert_array_equal(q, before)
+
+
 def test_a_call_inside_of_its_like(rng):
     kernel = PARTS[0]
     _, (parts, _, beside), qk = parts_of(kernel, rng)

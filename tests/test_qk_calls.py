@@ -400,3 +400,162 @@ def test_an_unload_between_look_and_launch_leaves_the_memory(device, slow, monke
     assert not slow
     assert alive == [True] * 4
     assert all(ref() is None for ref in kept)
+
+
+def test_inner_lengths_tell_families_apart(device, slow, rng):
+    qk, rows = made(rng), positions(rng, device, 2, 6)["positions"]
+    for n in (3, 5, 2):
+        memory = whole(rng, device, 2, 6)
+        parts = [part[:, :n] for part in memory]
+        after = [part[:, n:].clone() for part in memory]
+        expected = right(qk, parts, {"positions": rows[:, :n]})
+        same(qk(*parts, positions=rows[:, :n], out=tuple(parts)), expected)
+        assert all(torch.equal(a[:, n:], b) for a, b in zip(memory, after, strict=True))
+
+
+def test_results_whose_heads_lie_apart_by_their_length(device, slow, rng):
+    """As many bytes from token to token, but from head to head as many as there are tokens."""
+    qk = made(rng, turns=False)
+    for n in (3, 5, 2):
+        parts = [tensor(rng, device, h, 6, D)[:, :n].transpose(0, 1) for h in H[:2]]
+        same(qk(*parts), right(qk, parts, {}))
+
+
+def test_slices_a_token_apart_overlap(device, slow, rng):
+    qk = made(rng, turns=False)
+    a, b = tensor(rng, device, 6, 8, D), tensor(rng, device, 6, 8, D)
+    for n in (5, 4):
+        parts = a[:n, :3], b[:n, :2]
+        qk(*parts, out=parts)
+        before = a.clone()
+        parts = a[:n, :3], a[1 : 1 + n, :2]
+        with pytest.raises(ValueError, match="out of q overlaps k"):
+            qk(*parts, out=parts)
+        assert torch.equal(a, before)
+
+
+def test_parts_that_are_broadcast_are_refused_after_expanded_ones(device, slow, rng):
+    qk = made(rng, turns=False)
+    q, k = whole(rng, device, 5)
+    outs = tuple(map(torch.empty_like, (q, k)))
+    qk(q, k[:1].expand(5, *k.shape[1:]), out=outs)
+    with pytest.raises(ValueError, match="needs the same tokens"):
+        qk(q[:4], k[:1], out=(outs[0][:4], outs[1][:4]))
+    q, k = whole(rng, device, 1, 5)
+    qk(q, k)
+    for n in (5, 4):
+        with pytest.raises(ValueError, match="needs as many axes as q"):
+            qk(q[:, :n], k[0, :n], out=(q[:, :n].clone(), k[0, :n].clone()))
+        qk(q, k, out=tuple(map(torch.clone, (q, k))))
+
+
+def test_results_whose_inner_axis_lies_outermost(device, slow, rng):
+    """The results' order is that of the kernel's axes."""
+    qk = made(rng, turns=False)
+    for n in (5, 3, 6):
+        parts = whole(rng, device, n, 2)
+        outs = tuple(
+            torch.empty(2, 6, *part.shape[2:], device=device)[:, :n].transpose(0, 1)
+            for part in parts
+        )
+        same(qk(*parts, out=outs), right(qk, parts, {}))
+        outs = tuple(map(torch.empty_like, parts))
+        inside = [
+            torch.empty(2, 6, *part.shape[2:], device=device)[:, :n].transpose(0, 1).copy_(part)
+            for part in parts
+        ]
+        same(qk(*inside, out=outs), right(qk, parts, {}))
+        same(qk(*inside), right(qk, parts, {}))
+    rows = tensor(rng, device, 2, 6, 5, D)
+    for n in (5, 3, 5, 3):
+        parts = rows[:, :n, :3], rows[:, :n, 3:]
+        dense = tuple(torch.empty(part.shape, device=device) for part in parts)
+        same(qk(*parts, out=dense), right(qk, parts, {}))
+
+
+def test_no_token_after_some(device, slow, rng):
+    qk = made(rng, turns=False)
+    for n in (5, 0, 4, 0):
+        parts = whole(rng, device, n, 3)
+        assert [len(y) for y in qk(*parts)] == [n, n]
+
+
+SECTIONS = (D // 8, D // 8, D // 4)
+
+
+def with_sections(rng):
+    norm = HeadNorm(random(rng, D, FLOAT32))
+    rope = Rope.of_theta(1e4, D, max_position=MAX_POSITION, sections=SECTIONS)
+    return QKNorm(norm, norm, rope=rope)
+
+
+def test_rows_of_positions_are_no_tokens(device, slow, rng):
+    qk = with_sections(rng)
+    for n in (5, 3, 5):
+        qk(*whole(rng, device, 3, n), **positions(rng, device, 3, 3, n))
+    assert of_torch(slow) == 2, "rows of 3 times 5 and of 3 times 3 lie otherwise"
+    parts = whole(rng, device, 5)
+    qk(*parts, **positions(rng, device, 3, 1))
+    for n in (5, 4, 3):
+        parts, turning = whole(rng, device, n), positions(rng, device, 3)
+        with pytest.raises(ValueError, match="a row for each of the sections"):
+            qk(*parts, **turning)
+
+
+def test_cos_and_sin_of_other_shapes_are_refused_after_equal_ones(device, slow, rng):
+    qk, (q, k) = made(rng), whole(rng, device, 4)
+    one = cosines(rng, device, 1)
+    qk(q, k, **one)
+    for cos in (one["cos"][0], one["cos"].expand(4, D)):
+        for parts in ((q, k), (q[:3], k[:3])):
+            with pytest.raises(ValueError, match="sin has shape|cos has shape"):
+                qk(*parts, cos=cos, sin=one["sin"])
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_arrays_without_axes_are_refused(device, slow, known, rng):
+    qk, (q, k), at = made(rng), whole(rng, device, 5), positions(rng, device, 5)
+    if known:
+        qk(q, k, **at)
+        qk(q, k, **cosines(rng, device, 5))
+    scalar = tensor(rng, device)
+    for call in (
+        lambda: qk(q, scalar, **at),
+        lambda: qk(scalar, k, **at),
+        lambda: qk(q, k, **at, out=(q, scalar)),
+        lambda: qk(q, k, cos=scalar, sin=scalar),
+        lambda: with_sections(rng)(q, k, **positions(rng, device)),
+    ):
+        with pytest.raises(ValueError, match="needs"):
+            call()
+
+
+def test_what_overlaps_itself_is_refused_after_fewer_tokens_did_not(device, slow, rng):
+    """Heads lie outermost, 5 tokens apart; or those of k alone do."""
+    qk, memory = made(rng, turns=False), tensor(rng, device, 40 * D)
+
+    def heads_apart(n):
+        (q, k), (q_heads, _) = whole(rng, device, n), H[:2]
+        return [(q, k), (memory.as_strided((n, q_heads, D), (D, 5 * D, 1)), k.clone())]
+
+    def tokens_apart(n):
+        parts, (_, heads) = whole(rng, device, n, 3), H[:2]
+        apart = memory.as_strided((n, 3, heads, D), (heads * D, 5 * heads * D, D, 1))
+        return [parts, (parts[0].clone(), apart)]
+
+    for made_of in (heads_apart, tokens_apart):
+        qk(*made_of(5)[0], out=made_of(5)[1])
+        before = memory.clone()
+        parts, outs = made_of(6)
+        with pytest.raises(ValueError, match="overlap themselves"):
+            qk(*parts, out=outs)
+        assert torch.equal(memory, before)
+
+
+def test_positions_are_not_taken_for_cos(device, slow, rng):
+    """Two arrays beside, of the same layouts as cos and sin."""
+    qk, (q, k) = made(rng), whole(rng, device, 5)
+    turning = cosines(rng, device, 5)
+    qk(q, k, **turning)
+    with pytest.raises(ValueError, match="given to turn by: positions, sin"):
+        qk(q, k, positions=turning["cos"], sin=turning["sin"])
