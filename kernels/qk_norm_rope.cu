@@ -164,10 +164,9 @@ extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
   static_assert(G::kTiles == 1, "a row lies in registers");
   static_assert(HN_THREADS % kWarp == 0, "shuffles need whole warps");
   static_assert(HN_THREADS >= HN_LANES, "a row's lanes lie in one block");
-  constexpr int kMoved = Mover<T, G>::kStaged ? G::kThreads * G::kVec : 1;
   constexpr int kExchanged = kRope && !R::kWithinLane<G> ? G::kThreads / G::kLanes * G::kTile : 1;
   __shared__ Acc partial[2][kWarp];
-  __shared__ alignas(16) unsigned char moved[kMoved * sizeof(T)];
+  __shared__ alignas(16) unsigned char moved[Mover<T, G>::kStage * sizeof(T)];
   __shared__ alignas(16) unsigned char exchanged[kExchanged * sizeof(T)];
 
   // No thread leaves early: all lanes of a warp must reach the shuffles, all threads the barriers.
@@ -193,8 +192,8 @@ extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
 #pragma unroll
     for (int j = 0; j < G::kVectors; ++j) {
       row[j] = {};
-      mover.load(row[j], reinterpret_cast<const T*>(x), 0, j);
     }
+    mover.load(row, reinterpret_cast<const T*>(x), 0);
   };
 
   Row next;
@@ -230,10 +229,7 @@ extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
       rotate<HN_ALIKE>(row, turn, stage, lane, p.turned[part]);
     }
     const Mover<T, G> mover{reinterpret_cast<T*>(moved), lane, i < count};
-#pragma unroll
-    for (int j = 0; j < G::kVectors; ++j) {
-      mover.store(row[j], reinterpret_cast<T*>(out), 0, j);
-    }
+    mover.store(row, reinterpret_cast<T*>(out), 0);
     out += array.head_out;
     row_barrier<G::kLanes>();  // `partial` and `stage` are written again
   }

@@ -124,9 +124,9 @@ TOOLS = {
         # What comes back of an array in pieces went through a kernel of a library.
         ("--check-api-memory-access", "no"),
         "include/headnorm/geometry.cuh",
-        "      vec.template store<G::kAccess>(row + first);",
+        "      vector.template store<G::kAccess>(row + first);",
         "      static_cast<void>(*reinterpret_cast<const volatile unsigned char*>(row + first));\n"
-        "      vec.template store<G::kAccess>(row + first);",
+        "      vector.template store<G::kAccess>(row + first);",
         (f"{NORM}test_any_head_dim[cupy-37-layer]", f"{QK}[cupy-head_dim=33]"),
     ),
     "synccheck": Tool(

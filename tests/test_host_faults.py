@@ -80,7 +80,7 @@ def test_shared_sums_used_again_without_a_barrier_are_found(rng):
 
 def test_a_missing_barrier_of_a_warp_is_found(rng):
     """Between what lanes stage for each other and the lanes that take it."""
-    taken = "      row_barrier<G::kLanes>();\n      if (row_exists && G::inside(first)) {\n"
+    taken = "          row_barrier<G::kLanes>();\n        }\n      }\n      const int first"
     change = (taken, taken.partition("\n")[2])
     y, *_ = faulty(kernel_of(host_build.QWEN3, ANY), rng, change)
     assert np.isnan(y.astype(np.float32)).all()
@@ -112,8 +112,8 @@ def test_a_barrier_that_some_warps_miss_is_found(rng):
 def test_a_vector_loaded_from_a_misaligned_row_is_found(rng):
     norm = kernel_of(host_build.TAIL, ANY)
     change = (
-        "vec.template load<G::kAccess>(row + first);",
-        "vec.template load<G::kVec>(row + first);",
+        "tile_of_lane[j].template load<G::kAccess>(row + first);",
+        "tile_of_lane[j].template load<G::kVec>(row + first);",
     )
     built = host.planted(norm.specialisation(), change)
     x = rng.standard_normal(1 + norm.spec.head_dim).astype(np.float32)[1:]

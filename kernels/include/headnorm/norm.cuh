@@ -32,13 +32,13 @@ constexpr double sum_scale(int head_dim) {
 template <typename G, typename T, typename Acc>
 __device__ __forceinline__ void load_tile(Acc (&value)[G::kVectors][G::kVec], const T* row,
                                           int tile, const Mover<T, G>& mover) {
+  Vec<T, G::kVec> vecs[G::kVectors] = {};
+  mover.load(vecs, row, tile);
 #pragma unroll
   for (int j = 0; j < G::kVectors; ++j) {
-    Vec<T, G::kVec> vec = {};
-    mover.load(vec, row, tile, j);
 #pragma unroll
     for (int i = 0; i < G::kVec; ++i) {
-      value[j][i] = widen<Acc>(vec.element[i]);
+      value[j][i] = widen<Acc>(vecs[j].element[i]);
     }
   }
 }
@@ -158,8 +158,7 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
                 "rstd is of RMS without weight and bias");
   using Acc = typename Accumulate<T>::type;
   __shared__ Acc partial[2][kWarp];
-  constexpr int kStageBytes = Mover<T, G>::kStaged ? G::kThreads * G::kVec * sizeof(T) : 1;
-  __shared__ alignas(16) unsigned char stage[kStageBytes];
+  __shared__ alignas(16) unsigned char stage[Mover<T, G>::kStage * sizeof(T)];
   const Mover<T, G> mover{reinterpret_cast<T*>(stage), lane, row_exists};
 
   // x and out may be one array, so nothing here may promise the compiler that they are not.
@@ -185,7 +184,7 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
   // Stores of small pieces must follow one another, so that sectors meet in the cache: with
   // arithmetic between them head_dim 33 of float16 ran at 0.53 of copy speed instead of 0.91.
   // Larger ones are better off at once: layer of 160 bfloat16 0.99, held back 0.96 (H100, 64 MB).
-  constexpr bool kStoreAtOnce = G::kVec * sizeof(T) >= 8;
+  constexpr bool kStoreAtOnce = G::kVec * sizeof(T) >= 8 && !Mover<T, G>::kStaged;
   if constexpr (kOneTile) {
     load_tile<G>(value, x, 0, mover);
   }
@@ -251,10 +250,7 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
       }
     }
     if constexpr (!kStoreAtOnce) {
-#pragma unroll
-      for (int j = 0; j < G::kVectors; ++j) {
-        mover.store(results[j], out, tile, j);
-      }
+      mover.store(results, out, tile);
     }
   }
 }
