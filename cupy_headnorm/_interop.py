@@ -438,5 +438,5 @@ def synchronize(index: int) -> None:
 def is_capturing(stream: int) -> bool:
     """Tell whether `stream` is being captured into a CUDA graph."""
     # The legacy default stream cannot be; asking about it while another is captured is an error.
-    # Whoever has another one has imported CuPy, which an import again would take 1 us to tell.
+    # Whoever has another one has imported CuPy.
     return stream != 0 and bool(sys.modules["cupy"].cuda.runtime.streamIsCapturing(stream))

@@ -205,7 +205,7 @@ def _side_by_side(call: Known, ranges: list[tuple[int, int]], i: int, j: int) ->
 
 
 def _roles(tables: Tables, arrays: Arrays) -> list[str]:
-    """Return what `_qk_lengths.walks` has to know of each array of the caller."""
+    """Return what `_qk_lengths.walks_of` has to know of each array of the caller."""
     rows = "rows of positions" if tables.rope and tables.rope.sections else "positions"
     beside = [
         role
