@@ -69,6 +69,13 @@ def over_tokens(call, before, after):
     return call._replace(axes=(outermost, *inner), tokens=call.tokens // before * after)
 
 
+def take_for_kernel(patch):
+    """Let NumPy do what the kernel for q, k and v does."""
+    patch.setattr(_parts_kernels, "prepare", lambda call, *_: call)
+    patch.setattr(_parts_kernels, "over_tokens", over_tokens)
+    patch.setattr(_parts_kernels, "runner", Runner)
+
+
 @pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """The device of torch's tensors that are a GPU's, or are taken for it."""
@@ -77,9 +84,7 @@ def device(request, monkeypatch):
     import torch
 
     take_for_gpu(monkeypatch, torch_adapter(), torch.Tensor, torch.nn.Parameter)
-    monkeypatch.setattr(_parts_kernels, "prepare", lambda call, *_: call)
-    monkeypatch.setattr(_parts_kernels, "over_tokens", over_tokens)
-    monkeypatch.setattr(_parts_kernels, "runner", Runner)
+    take_for_kernel(monkeypatch)
     return "cpu"
 
 

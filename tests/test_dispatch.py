@@ -190,22 +190,6 @@ def test_no_token_after_many_where_it_has_an_address(compiler, rng):
                 np.testing.assert_array_equal(norm(x[:tokens], out=out), right[:tokens])
 
 
-def test_more_tokens_that_step_back_reach_further_back(compiler, rng):
-    """What 5 tokens leave free 7 do not; NumPy has negative strides, as CuPy."""
-    kernel = kernel_of(host_build.QWEN3, ANY)
-    memory = rows(rng, (20, 4, kernel.spec.head_dim), kernel.spec.x)
-    norm = HeadNorm(rows(rng, memory.shape[-1:], kernel.spec.weight), rounding=kernel.spec.rounding)
-    with running(kernel):
-        x, before = memory[14:9:-1], memory.copy()
-        right = norm(x)
-        np.testing.assert_array_equal(norm(x, out=memory[4:9]), right)
-        np.testing.assert_array_equal(norm(memory[14:10:-1], out=memory[4:8]), right[:4])
-        memory[:] = before
-        with pytest.raises(ValueError, match="out overlaps x"):
-            norm(memory[14:7:-1], out=memory[2:9])
-        np.testing.assert_array_equal(memory, before)
-
-
 def test_versions_count_every_write(slow, rng):
     x, y = tensor(rng, 5, 4, 64), torch.empty(5, 4, 64)
     norm = HeadNorm()

@@ -1,5 +1,7 @@
 """The plan over a wide grid of rows: what must hold for every kernel that could be launched."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from cases import covering_specs
@@ -193,22 +195,20 @@ def parts_call(tokens, *, turned):
     return _parts.describe(dict.fromkeys("qk", norm), layouts, layouts, turning, -2)
 
 
-def launch_of(call):
-    config = _parts_launch.plan(call)
-    params = _parts_kernels._params(call, config)
-    blocks = -(-params.groups // config.groups_per_block)
-    return _parts_kernels.PartsLaunch(1, blocks, config.threads, 0, params, config, call.spec)
-
-
 @pytest.mark.parametrize("turned", [True, False], ids=["by positions", "not turned"])
 @pytest.mark.parametrize("before", [2, 2500, 2600, 2**26])
-def test_a_launch_over_other_tokens_is_the_one_that_is_planned(before, turned):
+def test_a_launch_over_other_tokens_is_the_one_that_is_planned(before, turned, monkeypatch):
     """Or there is none, where a plan has another kernel, another geometry, or an error."""
-    known, derived = launch_of(parts_call(before, turned=turned)), []
+    monkeypatch.setattr(_kernels, "loaded", lambda *_: SimpleNamespace(ptr=1))
+
+    def planned_over(tokens):
+        return _parts_kernels.prepare(parts_call(tokens, turned=turned), index=0, stream=0)
+
+    known, derived = planned_over(before), []
     for after in (2, 3, 2500, 2534, 2535, 2600, 2**20, 2**26, 2**28, 2**34, 2**36):
         found = _parts_kernels.over_tokens(known, before, after)
         try:
-            planned = launch_of(parts_call(after, turned=turned))
+            planned = planned_over(after)
         except ValueError:
             assert found is None
             continue

@@ -13,9 +13,10 @@ import pytest
 import qk_stand_in
 import stand_in
 
-from cupy_headnorm import HeadNorm, QKNorm, Rope, _dispatch, _parts_kernels, _qk_known
+from cupy_headnorm import HeadNorm, QKNorm, Rope, _dispatch, _qk_known
 
 torch = pytest.importorskip("torch")
+slow = stand_in.slow
 D, HEADS, CALLS = 8, (3, 2), 150
 ROPE = Rope.of_theta(1e4, D, max_position=40)
 
@@ -24,9 +25,7 @@ ROPE = Rope.of_theta(1e4, D, max_position=40)
 def derived(monkeypatch, slow):
     """Stand in for the GPU, of QKNorm too, and list the calls that are derived."""
     found = []
-    monkeypatch.setattr(_parts_kernels, "prepare", lambda call, *_: call)
-    monkeypatch.setattr(_parts_kernels, "over_tokens", qk_stand_in.over_tokens)
-    monkeypatch.setattr(_parts_kernels, "runner", qk_stand_in.Runner)
+    qk_stand_in.take_for_kernel(monkeypatch)
     for module in (_dispatch, _qk_known):
         derive = module._of_other_length
 
@@ -38,9 +37,6 @@ def derived(monkeypatch, slow):
 
         monkeypatch.setattr(module, "_of_other_length", listing)
     return found
-
-
-slow = stand_in.slow
 
 
 class Drawn:

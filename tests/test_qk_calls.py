@@ -27,15 +27,26 @@ def tensor(rng, device, *shape):
     return torch.from_numpy(random(rng, shape, FLOAT32)).to(device)
 
 
-def both(rng, device, tokens=5):
-    return [tensor(rng, device, tokens, n, D) for n in H[:2]]
+def whole(rng, device, *tokens):
+    return [tensor(rng, device, *tokens, n, D) for n in H[:2]]
 
 
-def turning(rng, device, way, tokens=5):
-    if way == "positions":
-        positions = torch.from_numpy(rng.integers(-2, MAX_POSITION + 2, tokens))
-        return {"positions": positions.to(device)}
-    return {n: tensor(rng, device, tokens, D) for n in ("cos", "sin")} if way else {}
+def positions(rng, device, *shape):
+    found = rng.integers(-2, MAX_POSITION + 2, shape)
+    return {"positions": torch.from_numpy(found).to(device)}
+
+
+def cosines(rng, device, *shape):
+    return {n: tensor(rng, device, *shape, D) for n in ("cos", "sin")}
+
+
+def both(rng, device):
+    return whole(rng, device, 5)
+
+
+def turning(rng, device, way):
+    beside = {"positions": positions, "cos and sin": cosines}
+    return beside[way](rng, device, 5) if way else {}
 
 
 def right(qk, parts, beside, **options):
@@ -103,10 +114,6 @@ def of_torch(slow):
     return sum(isinstance(arrays.parts[0], torch.Tensor) for arrays in slow)
 
 
-def whole(rng, device, *tokens):
-    return [tensor(rng, device, *tokens, n, D) for n in H[:2]]
-
-
 def packed(rng, device, *tokens):
     heads = tensor(rng, device, *tokens, 8, D)
     return [heads[..., 1:4, :], heads[..., 5:7, :]]
@@ -115,15 +122,6 @@ def packed(rng, device, *tokens):
 def heads_first(rng, device, *tokens):
     """The same heads as models turn them: between the tokens and their last axis."""
     return [part.transpose(-2, -3) for part in whole(rng, device, *tokens)]
-
-
-def positions(rng, device, *shape):
-    found = rng.integers(-2, MAX_POSITION + 2, shape)
-    return {"positions": torch.from_numpy(found).to(device)}
-
-
-def cosines(rng, device, *shape):
-    return {n: tensor(rng, device, *shape, D) for n in ("cos", "sin")}
 
 
 LENGTHS = {
@@ -286,27 +284,27 @@ def test_norms_and_tables_are_those_of_the_call(device, slow, rng):
 def test_other_layouts_of_as_many_bytes(device, slow, rng):
     qk = made(rng)
     buffer = tensor(rng, device, 5 * 3 * D + 1)
-    positions = turning(rng, device, "positions", 6)["positions"]
+    rows = positions(rng, device, 6)["positions"]
     k = tensor(rng, device, 5, 2, D)
     for q in (
         buffer[:-1].view(5, 3, D),
         buffer[1:].view(5, 3, D),
         buffer[:-1].view(3, 5, D).transpose(0, 1),
     ):
-        for at in (positions[:5], positions[1:], positions[:5].int().long()):
+        for at in (rows[:5], rows[1:], rows[:5].int().long()):
             same(qk(q, k, positions=at), right(qk, (q, k), {"positions": at}))
     batch = [tensor(rng, device, 2, 5, n, D) for n in H[:2]]
     for beside in (
-        {"positions": positions[None, :5]},
-        {"positions": positions[:2, None]},
+        {"positions": rows[None, :5]},
+        {"positions": rows[:2, None]},
         {n: tensor(rng, device, 1, 5, D) for n in ("cos", "sin")},
     ):
         for _ in range(2):
             same(qk(*batch, **beside), right(qk, batch, beside))
     with pytest.raises(TypeError, match="positions has dtype int16; needs int32 or int64"):
-        qk(q, k, positions=positions[:5].short())
+        qk(q, k, positions=rows[:5].short())
     with pytest.raises(ValueError, match="needs the same tokens"):
-        qk(q, k[:4], positions=positions[:5])
+        qk(q, k[:4], positions=rows[:5])
 
 
 @pytest.mark.parametrize("way", WAYS[:2])
