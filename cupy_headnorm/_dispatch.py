@@ -18,7 +18,7 @@ from cupy_headnorm import _interop, _kernels, _launch, _spec, reference
 from cupy_headnorm._arrays import ArrayView, Library
 from cupy_headnorm._interop import quick
 from cupy_headnorm._launch import LaunchConfig
-from cupy_headnorm._layout import Device
+from cupy_headnorm._layout import Device, is_dense
 from cupy_headnorm._parameters import Norm, Parameters
 from cupy_headnorm._spec import NormCall, NormOptions
 from cupy_headnorm._torch import untraced
@@ -189,6 +189,9 @@ def _of_other_length(
         if seen is None or _result_key(shape, seen[1], lead) != family.out_key:
             return None, None
         if lead not in _spec.leads(shape[:-1], strides, seen[1][2]):
+            return None, None
+        # `make` may be of an x without the odd stride along an axis of length 1 that this one has.
+        if not is_dense(shape, seen[1][2]):
             return None, None
     more = tokens - family.tokens
     grown = tuple(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -163,3 +165,32 @@ def dense_like(array: Any, empty_like: Any) -> Any:
     if kept.ndim and kept.size and kept.shape[-1] > 1 and kept.strides[-1] != kept.itemsize:
         return empty_like(array, order="C")
     return kept
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """
+    Tell whether `strides`, in any unit, are those of memory without gaps in some order of axes.
+
+    An axis of length 1 counts too: its stride, which no address depends on, must be one that an
+    order of axes gives it.
+    """
+    axes = sorted(zip(strides, shape, strict=True))
+    step = next((stride for stride, length in axes if length > 1), 1)
+    for stride, length in axes:
+        if stride != step:
+            return False
+        step *= max(length, 1)
+    return True
+
+
+@functools.lru_cache(maxsize=1024)
+def dense_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Return strides that `is_dense` holds for, in elements, in the order of axes of `strides`."""
+    if is_dense(shape, strides):
+        return strides
+    found, step, last = [1] * len(shape), 1, len(shape) - 1
+    # The last axis stays innermost; of equal strides the later axis is further in.
+    for axis in (last, *sorted(range(last), key=lambda i: (strides[i], -i))):
+        found[axis] = step
+        step *= max(shape[axis], 1)
+    return tuple(found)

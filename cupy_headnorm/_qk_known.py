@@ -17,6 +17,7 @@ from cupy_headnorm import _kernels, _parts_kernels, _qk_lengths
 from cupy_headnorm._arrays import ArrayView, Library
 from cupy_headnorm._dispatch import store
 from cupy_headnorm._interop import quick
+from cupy_headnorm._layout import is_dense
 from cupy_headnorm._rope_tables import RopeCall, Tables
 from cupy_headnorm.headnorm import HeadNorm
 
@@ -245,7 +246,7 @@ def _of_other_length(
     if arrays.out is None:
         # What their library makes decides the strides: look, before they are relied on.
         results = known.made(arrays)
-        of_results = _walks_of_results(library, results, heads_axis)
+        of_results = _walks_of_results(library, results, heads_axis, new=True)
         if (
             not of_results
             or lead not in _qk_lengths.leads([walks[0], *of_results])
@@ -271,13 +272,13 @@ def _of_other_length(
 
 
 def _walks_of_results(
-    library: Library, results: tuple[Any, ...], heads_axis: int
+    library: Library, results: tuple[Any, ...], heads_axis: int, *, new: bool = False
 ) -> list[_qk_lengths.Walk]:
-    """Look at results; none where they need more than a look."""
+    """Look at results; none where they need more than a look, or new ones are not dense."""
     keys = []
     for result in results:
         seen = library.glance(result)
-        if seen is None:
+        if seen is None or (new and not is_dense(*seen[1][1:3])):
             return []
         keys.append(seen[1])
     return _qk_lengths.walks_of(keys, ["part"] * len(keys), heads_axis)

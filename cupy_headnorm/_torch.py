@@ -13,6 +13,7 @@ import numpy as np
 from cupy_headnorm import _dlpack, _dtypes
 from cupy_headnorm._arrays import ArrayView, Plain, view_of
 from cupy_headnorm._dtypes import NUMBERS, Rows
+from cupy_headnorm._layout import dense_strides, is_dense
 
 
 class _Untraced:
@@ -213,7 +214,20 @@ class Torch(Plain):
         if result.dim() and result.numel() and result.shape[-1] > 1 and result.stride(-1) != 1:
             make = partial(make, memory_format=self._torch.contiguous_format)
             result = make(view.owner)
+        elif not is_dense(result.shape, result.stride()):
+            make = self._dense_like
+            result = make(view.owner)
         return result, make
+
+    @staticmethod
+    def _dense_like(x: Any) -> Any:
+        """
+        Return new memory in the order of axes of `x`, dense along axes of length 1 too.
+
+        torch.empty_like takes over their strides from an `x` that has no gaps otherwise, and a
+        product of matrices looks at them.
+        """
+        return x.new_empty_strided(x.shape, dense_strides(x.shape, x.stride()))
 
     def address(self, x: Any) -> int:
         try:

@@ -117,6 +117,27 @@ def test_lengths_that_are_not_outermost(slow, rng):
             np.testing.assert_array_equal(norm(x), expected(x, weight))
 
 
+def test_no_result_has_an_odd_stride(slow, rng):
+    """Neither where another length made the plan, with or without an odd stride, nor later."""
+    norm = HeadNorm(weight := tensor(rng, 64))
+
+    def strides(sequences, tokens, odd):
+        x = tensor(rng, 3, 9, 4, 64)[:1, :tokens] if odd else tensor(rng, sequences, tokens, 4, 64)
+        y = norm(x)
+        np.testing.assert_array_equal(y, expected(x, weight))
+        return y.stride()
+
+    plain = [(2, 7, False), (1, 7, True), (1, 5, True), (2, 3, False), (1, 1, True), (1, 7, True)]
+    for calls in (plain, plain[1:], plain[::-1]):
+        _dispatch._thread.calls.clear()
+        _dispatch._thread.families.clear()
+        slow.clear()
+        for sequences, tokens, odd in calls * 2:
+            assert strides(sequences, tokens, odd) == (tokens * 256, 256, 64, 1)
+        # Once more where the first one was plain, and for one token, which no other length serves.
+        assert len(slow) <= 3
+
+
 def test_sequences_whose_results_lie_apart(slow, rng):
     """x steps from sequence to sequence as from token to token, and out does not, or otherwise."""
     weight = tensor(rng, 64)

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cases import Layout
 from libraries import StrictLibrary
 from tolerances import assert_alike
 
 import cupy_headnorm
-from cupy_headnorm import _arrays, _dlpack, _interop, rms_norm
+from cupy_headnorm import HeadNorm, QKNorm, _arrays, _dlpack, _interop, rms_norm
 from cupy_headnorm._dtypes import FLOAT32
+from cupy_headnorm._layout import is_dense
 
 
 def test_result_is_the_producers(any_library, rng):
@@ -41,6 +43,43 @@ def test_result_keeps_the_order_of_axes(library, rng):
     x = library.array(rng.standard_normal((2, 5, 3, 64)).astype(np.float32)).swapaxes(1, 2)
     y = rms_norm(x, heads_axis=-3)
     assert library.strides(y) == library.strides(x)
+
+
+# shape, strides of x, of the result
+ODD = {
+    "a row of a wider matrix": ((1, 192), (768, 1), (192, 1)),
+    "a token of packed q, k, v": ((1, 1, 4, 64), (768, 768, 64, 1), (256, 256, 64, 1)),
+    "broadcast": ((3, 1, 64), (64, 0, 1), (64, 64, 1)),
+    "heads first, of one sequence": ((1, 3, 5, 64), (4096, 64, 192, 1), (960, 64, 192, 1)),
+    "one sequence of a longer one": ((1, 5, 3, 64), (4096, 192, 64, 1), (960, 192, 64, 1)),
+    "one of all": ((1, 1, 1), (7, 5, 1), (1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_result_has_no_odd_stride(library, case, rng):
+    """A stride along an axis of length 1 places nothing, but whoever multiplies matrices asks."""
+    shape, strides, expected = ODD[case]
+    flat = library.array(rng.standard_normal(4096).astype(np.float32))
+    x = library.lay(flat, Layout(case, shape, strides))
+    assert library.strides(x) == strides
+    norm = HeadNorm(np.ones(shape[-1], np.float32))
+    for _ in range(2):
+        y = norm(x)
+        assert library.strides(y) == expected
+        assert_alike(library.host(y), norm(np.array(library.host(x))))
+    q, k = QKNorm(norm, norm)(x, x) if len(shape) > 2 else (y, y)
+    assert library.strides(q) == library.strides(k) == expected
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 64), (2, 1, 3, 64), (2, 3, 1, 64), (1, 3, 1, 64)])
+def test_a_dense_array_keeps_its_strides(library, shape, rng):
+    whole = library.array(rng.standard_normal(shape).astype(np.float32))
+    for x in (whole, whole.swapaxes(0, 1)):
+        y = rms_norm(x)
+        assert is_dense(y.shape, library.strides(y))
+        if library.name == "torch":
+            assert library.strides(y) == library.strides(x)
 
 
 def test_a_producer_without_a_namespace_is_refused():

@@ -162,6 +162,19 @@ def test_another_number_of_tokens_is_no_new_plan(device, slow, lengths, parts, b
     assert of_torch(slow) == (4 if exactly else 1)
 
 
+def test_no_result_has_an_odd_stride(device, slow, rng):
+    """The first part of a batch, after the whole of one and before it."""
+    qk = made(rng, turns=False)
+    for batch, n in ((2, 5), (1, 4), (1, 3), (2, 4), (1, 4)):
+        parts = [part[:batch, :n] for part in whole(rng, device, 3, 9)]
+        parts = [part.contiguous() if batch > 1 else part for part in parts]
+        results = qk(*parts)
+        same(results, right(qk, parts, {}))
+        expected = [(n * heads * D, heads * D, D, 1) for heads in H[:2]]
+        assert [y.stride() for y in results] == expected
+    assert of_torch(slow) == 2
+
+
 def test_lengths_that_are_another_plan(device, slow, rng):
     """Nothing is derived where an axis inside of another one has the other length."""
     qk = made(rng)
