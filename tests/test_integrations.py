@@ -5,6 +5,7 @@ import gc
 import importlib
 import io
 import pickle
+import warnings
 import weakref
 
 import numpy as np
@@ -26,6 +27,8 @@ from cupy_headnorm.integrations.transformers import use_head_norms  # noqa: E402
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 HIDDEN, HEADS, KV_HEADS, DIM, VOCABULARY = 64, 4, 2, 16, 97
 PROMPT, TOKENS = 12, 16
+OF_X = "x requires grad and grad mode is on; needs torch.no_grad()"
+OFTEN = f"most often {OF_X}"
 SIZES = {
     "hidden_size": HIDDEN,
     "intermediate_size": 96,
@@ -110,6 +113,16 @@ def norm_of(model):
     return norms(model)[0]
 
 
+def assert_plain(model):
+    for module in model.modules():
+        assert not vars(module).keys() & {*integration._METHODS}
+
+
+def unanswered(reason=""):
+    """Expect a block to end with no call of ours."""
+    return pytest.warns(UserWarning, match=f"use_head_norms answered none of .*{reason}")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -130,7 +143,7 @@ def test_logits_agree_to_rounding(family, dtype, device):
     calls = swapped.calls
     assert torch.equal(logits(model), expected)
     assert swapped.calls == calls
-    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert_plain(model)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -306,7 +319,7 @@ def test_training_runs_the_modules_own_forward(device):
     with use_head_norms(model) as swapped:
         actual = gradients(model)
         assert swapped.calls == 0
-        assert swapped.fallbacks == {"x requires grad and grad mode is on": 4}
+        assert swapped.fallbacks == {OF_X: 4}
         logits(model)
         assert swapped.calls == 4
     assert actual.keys() == expected.keys()
@@ -323,11 +336,70 @@ def test_weights_that_require_grad():
         assert (swapped.calls, swapped.fallbacks.total()) == (1, 0)
         module.weight.requires_grad_(True)
         module(x).sum().backward()
-        assert swapped.fallbacks == {"weight requires grad and grad mode is on": 1}
+        assert swapped.fallbacks == {OF_X.replace("x", "weight", 1): 1}
         assert module.weight.grad is not None
         with torch.inference_mode():
             module(x)
         assert swapped.calls == 2
+
+
+# A block in which nothing came of it
+
+
+def test_a_block_without_a_call_of_ours_says_why():
+    model = model_of("qwen3")
+    swapped = use_head_norms(model)
+    with unanswered() as warned, swapped, swapped:  # one word for both
+        model(input_ids=prompt())
+    with swapped:  # which is over
+        pass
+    (only,) = warned
+    assert str(only.message) == f"use_head_norms answered none of 4 calls of qwen3's norms; {OFTEN}"
+    assert only.filename == __file__
+
+
+def test_the_reason_is_one_that_was_kept():
+    module = norm_of(model := model_of("llama4"))
+    x = torch.randn(1, 3, HEADS, DIM, requires_grad=True)
+    with unanswered(OFTEN), use_head_norms(model) as swapped:
+        module(x)
+        for length in range(DIM + 1, DIM + 40):
+            module(torch.randn(2, length))
+        module(x)
+    assert swapped.fallbacks.most_common(2) == [("other reasons", 8), (OF_X, 2)]
+
+
+def test_what_a_block_says_may_be_an_error():
+    model = model_of("qwen3")
+    with (
+        warnings.catch_warnings(action="error"),
+        pytest.raises(UserWarning, match="answered none of 4 calls"),
+        use_head_norms(model),
+    ):
+        model(input_ids=prompt())
+    assert_plain(model)
+
+
+def test_a_block_that_says_nothing():
+    """A filter of the tests makes an error of each warning."""
+    model = model_of("qwen3")
+    with use_head_norms(model):
+        pass  # nobody called
+    with use_head_norms(model) as swapped:
+        model(input_ids=prompt())
+        logits(model)  # one of two is enough
+    assert (swapped.calls, swapped.fallbacks.total()) == (4, 4)
+
+    def fail():
+        with use_head_norms(model):
+            model(input_ids=prompt())
+            raise KeyError("of the user's")
+
+    with pytest.raises(KeyError):  # which says enough
+        fail()
+    swapped = use_head_norms(model)
+    model(input_ids=prompt())
+    swapped.restore()
 
 
 # Weights that change after the swap
@@ -391,7 +463,7 @@ def test_the_models_own_result_dtype():
     x = torch.randn(1, 3, HEADS, DIM).to(torch.bfloat16)
     with torch.no_grad():
         expected = module(x)
-        with use_head_norms(model) as swapped:
+        with unanswered(), use_head_norms(model) as swapped:
             actual = module(x)
     assert expected.dtype == actual.dtype == torch.float32
     assert torch.equal(actual, expected)
@@ -405,9 +477,9 @@ def test_autocast():
     model = model_of("stablelm")
     with torch.autocast("cpu", torch.bfloat16):
         expected = logits(model)
-        with use_head_norms(model) as swapped:
+        with unanswered("autocast is on"), use_head_norms(model) as swapped:
             assert torch.equal(logits(model), expected)
-    assert swapped.fallbacks == {"autocast is on": 4}
+    assert swapped.fallbacks == {"autocast is on; needs a call outside of it": 4}
 
 
 def traced(module, x):
@@ -453,7 +525,7 @@ def test_other_calls_go_to_the_module(call):
     module = norm_of(model)
     x = torch.randn(1, 3, HEADS, DIM)
     expected = module(2 * x)
-    with use_head_norms(model) as swapped:
+    with unanswered(), use_head_norms(model) as swapped:
         torch.testing.assert_close(call(module, x), expected)
     assert swapped.calls == 0
     assert swapped.fallbacks.total() >= 1
@@ -461,7 +533,7 @@ def test_other_calls_go_to_the_module(call):
 
 def test_reasons_do_not_grow_without_bound():
     module = norm_of(model := model_of("llama4"))
-    with use_head_norms(model) as swapped, torch.no_grad():
+    with unanswered(), use_head_norms(model) as swapped, torch.no_grad():
         for length in range(1, 101):
             if length != DIM:
                 module(torch.randn(2, length))
@@ -542,7 +614,7 @@ def test_restored_after_an_error():
 
     with pytest.raises(KeyError):
         fail()
-    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert_plain(model)
 
 
 def test_the_swap_does_not_hang_on_the_handle():
@@ -565,6 +637,26 @@ def test_a_forward_that_somebody_put_there_before():
             )
         }
     assert module.forward is forward
+
+
+@pytest.mark.parametrize("name", ["__getstate__", "_replicate_for_data_parallel"])
+def test_a_way_of_copying_that_somebody_put_there_before(name):
+    model = model_of("qwen3")
+    setattr(norm_of(model), name, dict)
+    with use_head_norms(model) as swapped:
+        (reason,) = swapped.refused.values()
+    assert reason == f"its {name} is a type put on the instance; needs that of its class"
+    assert vars(norm_of(model))[name] is dict
+
+
+def test_a_forward_that_somebody_wrapped_and_gave_back():
+    model = model_of("qwen3")
+    module = norm_of(model)
+    module.forward = module.forward
+    with use_head_norms(model) as swapped:
+        logits(model)
+    assert swapped.calls == 4
+    assert_plain(model)
 
 
 def test_a_forward_that_somebody_wraps_after():
@@ -609,6 +701,61 @@ def test_a_copy_is_not_swapped(duplicate):
         assert (swapped.calls, others.calls) == (4, 4)
     third = duplicate(duplicate(other))
     assert torch.equal(logits(third), logits(other))
+
+
+def replica(module):
+    """As nn.DataParallel does: the tensors of a replica are attributes."""
+    other = module._replicate_for_data_parallel()
+    other.weight = None
+    return other
+
+
+SHALLOW = {
+    "copy.copy": copy.copy,
+    "twice": lambda module: copy.copy(copy.copy(module)),
+    "copied and pickled": lambda module: pickle.loads(pickle.dumps(copy.copy(module))),
+    "nn.DataParallel": replica,
+    "a copy of a replica": lambda module: copy.copy(replica(module)),
+}
+
+
+@pytest.mark.parametrize("duplicate", SHALLOW)
+def test_a_shallow_copy_is_not_swapped(duplicate):
+    module = norm_of(model := model_of("qwen3"))
+    x = torch.randn(1, 3, HEADS, DIM)
+    with torch.no_grad():
+        expected = 2 * module(x)
+        with use_head_norms(model) as swapped:
+            other = SHALLOW[duplicate](module)
+            other._parameters = dict(other._parameters)
+            other.weight = torch.nn.Parameter(2 * module.weight)
+            assert torch.equal(other(x), expected)
+            assert swapped.calls == 0
+            torch.testing.assert_close(module(x), expected / 2)
+            assert swapped.calls == 1
+        assert torch.equal(other(x), expected)
+    assert_plain(other)
+    assert_plain(model)
+
+
+def test_replicas_are_counted():
+    model = model_of("stablelm")
+    with unanswered("nn.DataParallel runs copies"), use_head_norms(model) as swapped:
+        for module in model.modules():
+            module._replicate_for_data_parallel()
+    reason = "nn.DataParallel runs copies of the module; needs the model itself"
+    assert swapped.fallbacks == {reason: 4}
+
+
+def test_a_copy_by_a_state_of_its_own(monkeypatch):
+    """Of a class whose `__getstate__` hands out the attributes themselves, or no dict."""
+    module = norm_of(model := model_of("qwen3"))
+    for state in (vars, lambda self: None):
+        monkeypatch.setattr(type(module), "__getstate__", state)
+        with use_head_norms(model):
+            found = module.__getstate__()
+            assert found is None or "forward" not in found
+            assert "forward" in vars(module)
 
 
 def test_a_module_is_freed_when_it_is_let_go():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -23,6 +24,9 @@ __all__ = ["SwappedNorms", "use_head_norms"]
 
 _MAX_REASONS = 32
 """Kept by their own text: a reason names shapes, of which a server meets any number."""
+_OTHERS = "other reasons"
+_METHODS = ("forward", "__getstate__", "_replicate_for_data_parallel")
+"""Replaced on a module. By the latter two copies are made, which look them up on the instance."""
 
 
 def use_head_norms(model: torch.nn.Module) -> SwappedNorms:
@@ -64,7 +68,11 @@ def use_head_norms(model: torch.nn.Module) -> SwappedNorms:
 
     torch.compile breaks its graph at each norm, and with ``fullgraph=True`` raises.
 
-    A model that is copied or pickled while it is swapped gives one that is not.
+    A norm or model that is deep-copied or pickled while it is swapped gives one that is not, and so
+    does a shallow copy of a norm; one of a model shares its norms. Replicas of nn.DataParallel are
+    not swapped, and each counts as a fallback.
+
+    A ``with`` block that ends with fallbacks and no call of ours warns with the reason.
 
     Examples
     --------
@@ -103,7 +111,8 @@ def use_head_norms(model: torch.nn.Module) -> SwappedNorms:
             f"swapped{why}"
         )
     for module, forward in ours.values():
-        module.forward = forward
+        for name, attribute in forward.on_instance().items():
+            setattr(module, name, attribute)
     return SwappedNorms(found.model_type, [forward for _, forward in ours.values()], refused)
 
 
@@ -151,10 +160,23 @@ class SwappedNorms:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        swapped = self._swapped
         self.restore()
+        # Last, since a filter may raise it; not over an error that is on its way, nor once more.
+        if swapped and kind is None and self.fallbacks and not self.calls:
+            reasons = (reason for reason, _ in self.fallbacks.most_common() if reason != _OTHERS)
+            warnings.warn(
+                f"use_head_norms answered none of {self.fallbacks.total()} calls of "
+                f"{self._model_type}'s norms; most often {next(reasons)}",
+                stacklevel=2,
+            )
+
+    @property
+    def _swapped(self) -> bool:
+        return any(forward.active for forward in self._forwards)
 
     def __repr__(self) -> str:
-        restored = "" if any(forward.active for forward in self._forwards) else ", restored"
+        restored = "" if self._swapped else ", restored"
         return (
             f"<SwappedNorms: {len(self._forwards)} norms of {self._model_type}, {self.calls} "
             f"calls, {self.fallbacks.total()} fallbacks{restored}>"
@@ -170,7 +192,7 @@ class _Forward:
     """
 
     def __init__(self, module: torch.nn.Module, described: ModelNorm) -> None:
-        _check_forward(module)
+        _check_methods(module)
         # torch.export and torch.fx read these of a forward, as if it were a method.
         self.__signature__ = inspect.signature(module.forward)
         self.__code__ = getattr(type(module).forward, "__code__", None)
@@ -210,9 +232,11 @@ class _Forward:
         if torch.is_grad_enabled():
             for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
                 if tensor is not None and tensor.requires_grad:
-                    raise ValueError(f"{name} requires grad and grad mode is on")
+                    raise ValueError(
+                        f"{name} requires grad and grad mode is on; needs torch.no_grad()"
+                    )
         if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
-            raise ValueError("autocast is on")
+            raise ValueError("autocast is on; needs a call outside of it")
         return _dispatch.apply(self.of_options, x, weight, bias)
 
     def parameters(
@@ -223,7 +247,7 @@ class _Forward:
 
     def _fell_back(self, reason: str) -> None:
         known = reason in self.fallbacks or len(self.fallbacks) < _MAX_REASONS
-        self.fallbacks[reason if known else "other reasons"] += 1
+        self.fallbacks[reason if known else _OTHERS] += 1
 
     def norm(self) -> HeadNorm:
         """Return the norm with a copy of the module's weights."""
@@ -231,15 +255,43 @@ class _Forward:
         with torch.no_grad():
             return HeadNorm._of_model(self.described, *self.parameters(module))
 
+    def on_instance(self) -> dict[str, Any]:
+        """Return the attributes that the module has for as long as it is swapped."""
+        return dict(zip(_METHODS, (self, self._state, self._replica), strict=True))
+
     def restore(self) -> None:
         """Give the module its own forward back."""
         self.active = False  # enough where another library has wrapped this one since
         module = self._module()
-        if module is not None and module.__dict__.get("forward") is self:
-            del module.forward
+        for name in () if module is None else self._found_on(module.__dict__):
+            delattr(module, name)
+
+    def _found_on(self, attributes: dict[str, Any]) -> list[str]:
+        return [n for n, ours in self.on_instance().items() if attributes.get(n) == ours]
+
+    def _state(self) -> Any:
+        """Return what copy and pickle take of the module: without our forward, its class' runs."""
+        module = self._owner()
+        kind: Any = type(module)
+        state = kind.__getstate__(module)
+        if not isinstance(state, dict):
+            return state
+        ours = self._found_on(state)
+        return {name: value for name, value in state.items() if name not in ours}
+
+    def _replica(self) -> torch.nn.Module:
+        """Return what nn.DataParallel runs on another device, without our forward."""
+        module = self._owner()
+        kind: Any = type(module)
+        replica: torch.nn.Module = kind._replicate_for_data_parallel(module)
+        for name in self._found_on(replica.__dict__):
+            delattr(replica, name)
+        self._fell_back("nn.DataParallel runs copies of the module; needs the model itself")
+        return replica
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the module, of which only the class is there yet, gives its own forward.
+        # Where another library has kept this one: a copy of the module, of which only the class is
+        # there yet, gives its own forward.
         return getattr, (self._owner(), "forward")
 
 
@@ -265,14 +317,16 @@ def _path(name: str, modules: dict[str, torch.nn.Module]) -> str:
     return paths[0]
 
 
-def _check_forward(module: torch.nn.Module) -> None:
-    """Refuse a module whose forward somebody has replaced on the instance."""
-    found = module.__dict__.get("forward")
-    # A copy of a swapped module has its class' own there: see `_Forward.__reduce__`.
-    if found is not None and found != MethodType(type(module).forward, module):
-        raise ValueError(
-            f"its forward is a {type(found).__name__} put on the instance; needs that of its class"
-        )
+def _check_methods(module: torch.nn.Module) -> None:
+    """Refuse a module on whose instance somebody has replaced one of them."""
+    for name in _METHODS:
+        found = module.__dict__.get(name)
+        # Who takes a wrapper off again may leave the class' own.
+        if found is not None and found != MethodType(getattr(type(module), name), module):
+            raise ValueError(
+                f"its {name} is a {type(found).__name__} put on the instance; needs that of its "
+                "class"
+            )
 
 
 @torch.no_grad()
