@@ -27,14 +27,16 @@ _HEADS_AXIS = -2
 
 class HeadNorm:
     """
-    Normalize each attention head on its own: RMSNorm or LayerNorm, with the model's weight.
+    Normalize each attention head on its own: RMSNorm or LayerNorm, with a copy of the weight.
+
+    The copy is made here, of a torch Parameter too: a later load_state_dict or optimizer step is
+    not seen and needs a new norm.
 
     Parameters
     ----------
     weight, bias : array, optional
         Shape ``(head_dim,)`` shared by all heads, ``(num_heads, head_dim)`` or flat; float16,
-        bfloat16, float32 or float64, of any library, on any device. A snapshot is taken: later
-        edits of the source are not seen.
+        bfloat16, float32 or float64, of any library, on any device. Copied.
     kind : {"rms", "layer"}, optional
         Default: ``"rms"``.
     eps : float, optional
@@ -341,11 +343,21 @@ class HeadNorm:
                 self._held.load(place.index)
 
     def unload(self) -> None:
-        """Wait for the work in flight and free every device copy; the next use uploads again."""
+        """
+        Wait for the work in flight and free every device copy; the next use uploads again.
+
+        A CUDA graph that was captured before must not be replayed any more; see `warmup`.
+        """
         self._held.unload(self._norms)
 
     def warmup(self, x: AnyArray, /, *, heads_axis: int = -2, out: AnyArray | None = None) -> None:
-        """Load, compile and plan for arrays laid out like `x`, in place and not; `x` stays."""
+        """
+        Load, compile and plan for arrays laid out like `x`, in place and not; `x` stays.
+
+        Then such a call can be captured into a CUDA graph. Keep the norm as long as the graph, and
+        do not `unload` it meanwhile: the graph reads the weights on the device, which are freed
+        with the norm.
+        """
         norm = self._along(heads_axis)
         for target in (None, x) if out is None else (out,):
             try:

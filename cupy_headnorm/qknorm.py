@@ -284,7 +284,11 @@ class QKNorm:
             norm.load(device)
 
     def unload(self) -> None:
-        """Wait for the work in flight and free every device copy; the next use uploads again."""
+        """
+        Wait for the work in flight and free every device copy; the next use uploads again.
+
+        A CUDA graph that was captured before must not be replayed any more; see `warmup`.
+        """
         for norm in self._norms.values():
             norm.unload()
         self._tables.unload()
@@ -302,7 +306,13 @@ class QKNorm:
         heads_axis: int = -2,
         out: Any = None,
     ) -> None:
-        """Load, compile and plan for arrays laid out like these; they stay as they are."""
+        """
+        Load, compile and plan for arrays laid out like these; they stay as they are.
+
+        Then such a call can be captured into a CUDA graph. Keep this object as long as the graph,
+        and do not `unload` it or its norms meanwhile: the graph reads the weights and the tables on
+        the device, which are freed with them.
+        """
         parts = (q, k) if v is None else (q, k, v)
         for target in (None, parts) if out is None else (self._checked_out(out),):
             arrays = Arrays(parts, positions, cos, sin, target)
