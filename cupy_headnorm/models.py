@@ -865,10 +865,18 @@ _OTHERS = (
             "in x's dtype, and multiplies k by a temperature"
         ),
     ),
-    # inkling2:432, :465; there is a norm of v too, without a weight
+    # inkling2:432, :465, and in 5.24.0 :423, :432, where q_l2_clip is q_proj.norm; there is a norm
+    # of v too, without a weight
     Family(
         ("inkling2", "inkling2_text"),
-        (Role("q", ("self_attn.q_l2_clip", "attn.q_l2_clip"), "", tensor="scale"),),
+        (
+            Role(
+                "q",
+                ("self_attn.q_proj.norm", "self_attn.q_l2_clip", "attn.q_l2_clip"),
+                "",
+                tensor="scale",
+            ),
+        ),
         refused="Inkling2L2Clip shortens only the rows that are longer than a threshold",
     ),
     # esmfold2:108, :299
