@@ -27,7 +27,8 @@ ROUNDED_ONCE = {
 """Model types that round once, with the dtype of their tables; all others round every op."""
 
 _THETA = {
-    "apertus": 12e6,
+    **dict.fromkeys(("apertus", "apertus1p5_text"), 12e6),
+    "sarvam_moe": 8e6,
     **dict.fromkeys(("cohere", "flex_olmo", "llama4_text", "muse_glimmer_assistant"), 5e5),
     **dict.fromkeys(("olmo3", "qwen3_vl_text", "qwen3_vl_moe_text"), 5e5),
     **dict.fromkeys(("gemma3_text", "gemma3n_text", "t5gemma2_text"), 1e6),
@@ -59,12 +60,13 @@ _INTERLEAVED_SECTIONS = {
 _ELSEWHERE = {
     "deepseek_v4": "the last dims turn",
     **dict.fromkeys(("deepseek_v32", "axk2", "glm_moe_dsa", "hy_v4"), "an indexer's dims turn"),
+    **dict.fromkeys(("hy_v4_vl", "hy_v4_vl_text"), "an indexer's dims turn"),
     **dict.fromkeys(("dots3_note", "dots3_note_text"), "an indexer's dims turn"),
     **dict.fromkeys(("mistral_large4", "mistral_large4_text"), "an indexer's dims turn"),
 }
 """Whose rotary embedding is not of the first dims of q and k."""
 
-_ONLY_SLIDING = {"afmoe", "flint", "kolibri1", "exaone4", "exaone4_5", "exaone_moe"}
+_ONLY_SLIDING = {"afmoe", "flint", "kolibri1", "exaone4", "exaone4_5", "exaone_moe", "lara_mini"}
 """Whose full layers turn nothing: afmoe:359, flint:281, exaone4:233, exaone_moe:183."""
 _OWN_THETAS = {"muse_spark", "muse_spark_text", "muse_glimmer", "muse_glimmer_text"}
 """Whose layers without a theta of their own turn nothing: muse_spark:663, muse_glimmer:512."""

@@ -2,8 +2,8 @@
 What models do to their heads: data, one row a family; `_model_norms` applies it.
 
 A row says what transformers' own module computes, to the rounding step, and where its tensors lie.
-Sources are lines of ``transformers/models/<name>/modeling_<name>.py`` in transformers 5.23.0, and
-of diffusers 0.42.1 for the diffusion transformers.
+Sources are lines of ``transformers/models/<name>/modeling_<name>.py`` in transformers 5.23.0, of
+types that came later in 5.24.0, and of diffusers 0.42.1 for the diffusion transformers.
 """
 
 from __future__ import annotations
@@ -374,12 +374,34 @@ _HEADS = (
         ),
         defaults=_sizes(32, 32, hidden=4096),
     ),
+    # lara_mini:52, :238, :254
+    Family(
+        ("lara_mini",),
+        (
+            *_pair(*_QK),
+            _GATED._replace(stems=("linear_attn.norm", "linear_attn.out_norm")),
+        ),
+        rope=ModelRope(note="on sliding attention layers only"),
+        defaults=_sizes(16, 4, 128, rms_norm_eps=1e-6),
+    ),
     # glm4_moe:200, :219; its layer of multi-token prediction is the last of the layers
     Family(
         ("glm4_moe",),
         _pair(*_QK, head_dim=_EITHER, **_CAST_FIRST),
         rope=ModelRope(partial=0.5),
         defaults=_sizes(96, 8, hidden=4096, rms_norm_eps=1e-5, use_qk_norm=False),
+        flag="use_qk_norm",
+    ),
+    # its model is glm4_moe's, but for the share that turns; released files keep their first names
+    Family(
+        ("sarvam_moe",),
+        _pair(
+            ("q_norm", "query_layernorm"),
+            ("k_norm", "key_layernorm"),
+            ("self_attn", "attention"),
+            **_CAST_FIRST,
+        ),
+        defaults=_sizes(64, 4, 64, rms_norm_eps=1e-6, use_qk_norm=True),
         flag="use_qk_norm",
     ),
     # hunyuan_v1_dense:178, :197; hunyuan_v1_moe:177; hunyuan_vl:518, :539
@@ -420,11 +442,13 @@ _HEADS = (
         },
         roles=_pair(*_QK, head_dim=_EITHER, **_CAST_FIRST),
     ),
-    # apertus:222, :239; hy_v3:224, :241, which does not read its json's qk_norm;
-    # muse_glimmer_assistant:157, :186
+    # apertus:222, :239; apertus1p5:494, :512; hy_v3:224, :241, which does not read its json's
+    # qk_norm; muse_glimmer_assistant:157, :186
     *_alike(
         {
-            "apertus": _sizes(32, hidden=4096, rms_norm_eps=1e-5),
+            ("apertus", "apertus1p5", "apertus1p5_text"): _sizes(
+                32, hidden=4096, rms_norm_eps=1e-5
+            ),
             "hy_v3": _sizes(64, 8, 128, rms_norm_eps=1e-5),
             "muse_glimmer_assistant": _sizes(32, 8, 128, rms_norm_eps=1e-5),
         },
@@ -746,6 +770,7 @@ _LOW_RANK = (
             "glm4_moe_lite",
             "minicpm3",
             "mistral4",
+            "sarvam_mla",
             "youtu",
         ),
         _LORA,
@@ -777,9 +802,10 @@ _LOW_RANK = (
         ),
         defaults={"index_head_dim": 128},
     ),
-    # hy_v4:183, :228; k takes the norm's dtype, float32, and its own again behind it
+    # hy_v4:183, :228; hy_v4_vl:132, :178; k takes the norm's dtype, float32, and its own again
+    # behind it
     Family(
-        ("hy_v4",),
+        ("hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
         (_INDEX_K._replace(eps="rms_norm_eps"), *_LORA),
         rope=ModelRope(note="turns the last qk_rope_head_dim dims of the indexer's k"),
         defaults={"index_head_dim": 128, "rms_norm_eps": 1e-5},
@@ -865,11 +891,29 @@ _OTHERS = (
             "in x's dtype, and multiplies k by a temperature"
         ),
     ),
-    # inkling2:432, :465; there is a norm of v too, without a weight
+    # inkling2:432, :465, and in 5.24.0 :423, :432, where q_l2_clip is q_proj.norm;
+    # inkling2_loop:466, :475; there is a norm of v too, without a weight
     Family(
-        ("inkling2", "inkling2_text"),
-        (Role("q", ("self_attn.q_l2_clip", "attn.q_l2_clip"), "", tensor="scale"),),
-        refused="Inkling2L2Clip shortens only the rows that are longer than a threshold",
+        ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
+        (
+            Role(
+                "q",
+                ("self_attn.q_proj.norm", "self_attn.q_l2_clip", "attn.q_l2_clip"),
+                "",
+                tensor="scale",
+            ),
+        ),
+        refused="its L2Clip shortens only the rows that are longer than a threshold",
+    ),
+    # dory:44, :250, :251: both without a weight; sqk scales q after its rotary embedding, :258
+    Family(
+        ("dory",),
+        (Role("q", ("self_attn", "mixer"), tensor="sqk"),),
+        refused=(
+            "DoryL2Norm divides by the length of a row, not by the root of its mean square; "
+            "HeadNorm(weight, eps=1e-6 / head_dim), with float32 weights of head_dim ** -0.5, is "
+            "that norm"
+        ),
     ),
     # esmfold2:108, :299
     Family(

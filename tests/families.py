@@ -57,7 +57,10 @@ class Row(NamedTuple):
     model: str
     """Class of ``transformers.models.<package>.modeling_<package>``."""
     config: dict[str, Any] = {}
-    """Beside SIZES; a dict within it is given SIZES too."""
+    """
+    Beside SIZES; a dict within it is given SIZES too. A model_type is of a type that has a config
+    class of its own and the model of another.
+    """
     roles: dict[str, str] = {"q": "layers.*.self_attn.q_norm", "k": "layers.*.self_attn.k_norm"}
     """Role: how the module's name ends, with a star for the layer."""
     package: str = ""
@@ -115,6 +118,11 @@ FAMILIES = {
     "glm_moe_dsa": Row("GlmMoeDsaForCausalLM", MLA, INDEX_K),
     "axk2": Row("AXK2ForCausalLM", MLA, INDEX_K),
     "hy_v4": Row("HYV4ForCausalLM", MLA, INDEX_K),
+    "hy_v4_vl": Row(
+        "HYV4VLForConditionalGeneration",
+        seeing(**MLA, rope_parameters={"rope_type": "default", "mrope_section": [8, 4, 4]}),
+        INDEX_K,
+    ),
     "glm5_next": Row(
         "Glm5NextTextModel",
         {
@@ -144,6 +152,7 @@ FAMILIES = {
         },
     ),
     "glm4_moe": Row("Glm4MoeForCausalLM", {"use_qk_norm": True, "head_dim": 128}),
+    "sarvam_moe": Row("Glm4MoeForCausalLM", {"model_type": "sarvam_moe"}, package="glm4_moe"),
     "hunyuan_v1_dense": Row("HunYuanDenseV1ForCausalLM", {}, QUERY_LAYERNORM),
     "hunyuan_v1_moe": Row("HunYuanMoEV1ForCausalLM", {}, QUERY_LAYERNORM),
     "hunyuan_vl": Row(
@@ -165,6 +174,21 @@ FAMILIES = {
     "exaone_moe": Row("ExaoneMoeForCausalLM"),
     "kolibri1": Row("Kolibri1ForCausalLM"),
     "apertus": Row("ApertusForCausalLM"),
+    "apertus1p5": Row(
+        "Apertus1p5ForConditionalGeneration",
+        {
+            "text_config": {},
+            "vision_config": {
+                "codebook_size": 16, "embed_dim": 8, "latent_channels": 8, "base_channels": 32,
+                "channel_multiplier": [1], "num_res_blocks": 1,
+            },
+            "audio_config": {
+                "model_type": "wavtokenizer_encoder", "codebook_size": 16, "codebook_dim": 8,
+                "hidden_size": 8, "num_filters": 4, "upsampling_ratios": [2],
+            },
+            "image_token_offset": 40, "audio_token_offset": 56,
+        },
+    ),
     "doge": Row("DogeForCausalLM"),
     "mellum": Row("MellumForCausalLM"),
     "laguna": Row("LagunaForCausalLM"),
@@ -229,6 +253,13 @@ FAMILIES = {
     "afmoe": Row("AfmoeForCausalLM", {"global_attn_every_n_layers": 2}),
     "beam": Row("BeamForCausalLM"),
     "flint": Row("FlintForCausalLM"),
+    "lara_mini": Row(
+        "LaraMiniForCausalLM",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "linear_attention"],
+        },
+    ),
     "gemma3n": Row("Gemma3nForCausalLM", {"num_kv_shared_layers": 0}, V),
     "gemma4": Row("Gemma4ForCausalLM", SLIDING, V),
     "gemma4 seeing": Row(
@@ -337,6 +368,7 @@ REFUSED = {
     # over two heads
     "diffllama": Row("DiffLlamaForCausalLM", {}, {"out": "layers.*.self_attn.groupnorm"}),
     # arithmetic of their own
+    "dory": Row("DoryForCausalLM", {"n_input_layers": 1, "n_output_layers": 1}),
     "zaya": Row("ZayaForCausalLM", {"num_experts_per_tok": 1}, run=lambda model: None),
     "idefics": Row(
         "IdeficsForVisionText2Text",
@@ -405,6 +437,9 @@ def model_class(name):
     )
     if here < since:
         return f"transformers {transformers.__version__} rounds otherwise than {row.since}"
+    kind = row.config.get("model_type")
+    if kind and kind not in transformers.CONFIG_MAPPING:
+        return f"transformers {transformers.__version__} has no {kind}"
     try:
         module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
         return getattr(module, row.model)
@@ -432,7 +467,9 @@ def _base(name):
     row = ROWS[name]
     torch.manual_seed(0)
     made = model_class(name)
-    config = _config(made.config_class, row.config)
+    given = dict(row.config)
+    kind = given.pop("model_type", None)
+    config = _config(transformers.CONFIG_MAPPING[kind] if kind else made.config_class, given)
     config._attn_implementation = "eager"
     model = made(config).eval()
     patterns = {

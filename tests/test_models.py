@@ -1,13 +1,16 @@
 """The registry: sound data, and names, shapes, eps and defaults of transformers' own classes."""
 
 import contextlib
+import fnmatch
 import functools
 import importlib
 import inspect
 import itertools
 import pkgutil
+from pathlib import Path
 
 import pytest
+from norms_in_source import norms_in
 
 from cupy_headnorm import _spec
 from cupy_headnorm.models import BY_MODEL_TYPE, FAMILIES, Role
@@ -72,7 +75,7 @@ def test_what_is_refused_says_why():
 # transformers' own classes
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5.23")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 
 LAYERS = {"num_hidden_layers": 4}
 BUILT_WITH = {
@@ -131,11 +134,18 @@ def nested(kind):
     return bool(kind.sub_configs) and not hasattr(kind, "num_attention_heads")
 
 
+def owner(kind):
+    """Return the config class whose models a type has: its own, or another type's."""
+    own = importlib.util.find_spec(kind.__module__.replace("configuration_", "modeling_"))
+    return kind if own else transformers.MODEL_MAPPING[kind].config_class
+
+
 @functools.cache
 def built(model_type):
     """Return a config and a model of that type, on the meta device."""
     kind = config_classes()[model_type]
-    module = importlib.import_module(kind.__module__.replace("configuration_", "modeling_"))
+    own = owner(kind)
+    module = importlib.import_module(own.__module__.replace("configuration_", "modeling_"))
     family = BY_MODEL_TYPE[model_type]
     eps = {role.eps: EPS for role in family.roles if role.eps in vars(kind)}
     flag = {family.flag: True} if family.flag in vars(kind) else {}
@@ -150,7 +160,7 @@ def built(model_type):
         for each in vars(module).values()
         if inspect.isclass(each)
         and issubclass(each, transformers.PreTrainedModel)
-        and each.config_class is kind
+        and each.config_class is own
         and not each.__name__.endswith("PreTrainedModel")
     ]
     reasons = []
@@ -372,3 +382,120 @@ def test_defaults_are_the_config_class_own(model_type):
     own = {name: vars(kind)[name] for name in fields if vars(kind).get(name) is not None}
     said = {name: value for name, value in family.defaults.items() if name in fields}
     assert said == own
+
+
+# What transformers has, and the registry may lack
+
+REVIEWED = {
+    "of hidden states, before there are heads": (
+        "aria.AriaCrossAttention.layer_norm_kv",
+        "inkling2.Inkling2FullDecoderLayer.[qkv]_input_layernorm",
+        "inkling2_loop.Inkling2LoopFull*DecoderLayer.[qkv]_input_layernorm",
+        "mistral_large4.MistralLarge4TextIndexer.q_input_norm",
+    ),
+    "of a picture's patches, before they are merged": (
+        "*.*PatchMerger.ln_q",
+        "dots3_note.Dots3NoteVisionMerger.ln_q",
+    ),
+    "of residual streams and of embeddings a layer": (
+        "qwen4_exp.Qwen4ExpTextGatedResidual.hc_norm",
+        "qwen4_exp.Qwen4ExpTextPLELayer.norm_*",
+    ),
+    "by length instead of a mean square, without a tensor, inside of linear attention": (
+        "*.*_gated_delta_rule.l2norm()",
+        "*.*_kimi_delta_attention.l2norm()",
+    ),
+    "by length instead of a mean square, without a tensor": (
+        "neomme.NeoMMEExclusiveSelfAttention.normalize()",
+        "swiftformer.SwiftFormerEfficientAdditiveAttention.normalize()",
+        "swin2sr.Swin2SRSelfAttention.normalize()",
+        "swinv2.Swinv2SelfAttention.normalize()",
+        "yoso.YosoSelfAttention.normalize()",
+    ),
+    "by length, without a tensor: the row refuses it where the scale of q is": (
+        "dory.DoryAttention.[qk]_norm",
+        "dory.DoryAttention.attn_sub_norm",
+    ),
+}
+"""What looks like a norm of heads in transformers' source and needs no row, and why."""
+NO_MODELS = ("configuration", "convert", "feature", "image", "modular", "processing", "tokeniz")
+
+
+@functools.cache
+def source_norms():
+    """Return what may be a norm of heads, by the package of transformers.models."""
+    found = {}
+    for path in sorted(Path(transformers.models.__path__[0]).glob("*/*.py")):
+        if not path.name.startswith(NO_MODELS):
+            norms = found.setdefault(path.parent.name, {})
+            norms.update(dict.fromkeys(norms_in(path.read_text(encoding="utf-8"))))
+    return found
+
+
+@functools.cache
+def homes():
+    """Return the package that has a type's models; of types without models none."""
+    found = {}
+    for name, kind in config_classes().items():
+        with contextlib.suppress(KeyError):
+            found[name] = owner(kind).__module__.split(".")[-2]
+    return found
+
+
+def reviewed(package, norm):
+    """Return the patterns of what was looked at that fit."""
+    name = f"{package}.{norm.within}.{norm.name}"
+    patterns = [pattern for patterns in REVIEWED.values() for pattern in patterns]
+    return [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)]
+
+
+def lacking(norms_of, home_of, registry):
+    """Yield what may be a norm of heads and is in no row, and types without a row of theirs."""
+    classes = {kind.__name__: name for name, kind in config_classes().items() if name}
+    for package, norms in norms_of.items():
+        types = {name for name, home in home_of.items() if home == package}
+        roles = [role for name in types & registry.keys() for role in registry[name].roles]
+        stems = {stem.rpartition(".")[2] for role in roles for stem in role.stems}
+        unreviewed = [norm for norm in norms if not reviewed(package, norm)]
+        for norm in unreviewed:
+            if norm.name not in stems:
+                yield f"{package}.{norm.within}.{norm.name}"
+        made_of = {classes[each] for norm in unreviewed for each in norm.configs if each in classes}
+        borrowing = {n for n in types if config_classes()[n].__module__.split(".")[-2] != package}
+        if unreviewed:
+            yield from (made_of | borrowing) - registry.keys()
+
+
+def test_no_norm_of_heads_is_in_no_row():
+    """
+    A new release's models are told here: give them a row, or what needs none a place in REVIEWED.
+    """
+    missing = sorted(set(lacking(source_norms(), homes(), BY_MODEL_TYPE)))
+    assert not missing, "\n".join(missing)
+
+
+def test_what_was_reviewed_is_there():
+    found = {
+        pattern
+        for package, norms in source_norms().items()
+        for norm in norms
+        for pattern in reviewed(package, norm)
+    }
+    assert found == {pattern for patterns in REVIEWED.values() for pattern in patterns}
+
+
+TOLD_BY_OTHERS = {
+    # Of several types of one package, whose classes' signatures name no config.
+    "nemotron3_5_transcribe_word_timestamp", "pe_audio_encoder", "qwen3_5_moe_text", "qwen3_5_text",
+    "qwen3_omni_moe_talker_code_predictor", "qwen3_omni_moe_talker_text", "qwen3_omni_moe_text",
+    "t5gemma2_decoder",
+    # Over the width of hidden states, by names that say nothing of heads; dory is reviewed.
+    "bitnet", "blt_local_decoder", "blt_local_encoder", "dory",
+}  # fmt: skip
+
+
+def test_a_type_without_its_row_is_seen():
+    for name in set(ALONE) - TOLD_BY_OTHERS:
+        rest = {other: family for other, family in BY_MODEL_TYPE.items() if other != name}
+        home = homes()[name]
+        assert list(lacking({home: source_norms()[home]}, homes(), rest)), name

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 from oracle import norm as oracle
 from tolerances import (
@@ -138,6 +139,28 @@ def test_a_norm_over_all_heads_is_served_as_one_head(tiny, family, device):
         assert_same_rounding(parity.bits(norm(x)), parity.bits(real(x)))
         _, other = parity.wrong(norm)
         assert mismatch(parity.bits(other(x)), parity.bits(real(x))) > TELLING
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", parity.DTYPES)
+def test_a_norm_by_length_is_one_by_mean_square(tiny, dtype, device):
+    """What the registry says of Dory where it refuses it."""
+    model = tiny("dory", dtype)
+    for real in model.norms.values():
+        weight = np.full(real.head_dim, real.head_dim**-0.5, np.float32)
+        norm = HeadNorm(weight, eps=1e-6 / real.head_dim)
+        x = real.input(FLIPS_NEED, getattr(torch, dtype), device)
+        assert_same_rounding(parity.bits(norm(x)), parity.bits(real(x)))
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("lara_mini", "linear_attn.out_norm"), ("hy_v4_vl", "self_attn.kv_a_layernorm")],
+)
+def test_what_is_beside_a_norm_is_refused_by_its_name_on_disk(tiny, family, name):
+    norms = head_norms(tiny(family).folder)
+    assert norms
+    assert any(one.name.endswith(name) and one.role for one in norms.refused)
 
 
 @BY_FAMILY

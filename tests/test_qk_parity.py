@@ -95,7 +95,7 @@ def pairs_of(qk, name, x):
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES)
-@pytest.mark.parametrize("family", ["exaone4", "afmoe", "flint"])
+@pytest.mark.parametrize("family", ["exaone4", "afmoe", "flint", "lara_mini"])
 def test_a_layer_that_turns_nothing(tiny, family, dtype):
     model = tiny(family, dtype)
     qk = QKNorm.from_pretrained(model.folder, 1)
