@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import threading
 import weakref
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -173,8 +171,7 @@ class _DLPack(Plain):
     takes_out = False
 
     def __init__(self) -> None:
-        self._in_flight: deque[tuple[Any, Any]] = deque()
-        self._lock = threading.Lock()
+        self._in_flight: dict[object, tuple[Any, Any]] = {}
 
     def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
         if role == "out":
@@ -239,11 +236,12 @@ class _DLPack(Plain):
         with cupy.cuda.Device(index):
             event = cupy.cuda.Event(disable_timing=True)
             cupy.cuda.runtime.eventRecord(event.ptr, stream)
-        passed = []  # dropped outside the lock: a deleter may run anything
-        with self._lock:
-            self._in_flight.append((event, owners))
-            while self._in_flight and self._in_flight[0][0].done:
-                passed.append(self._in_flight.popleft())
+        # Without a lock: a deleter may run anything, and so may a signal's handler.
+        self._in_flight[object()] = event, owners
+        for key, (earlier, _) in self._in_flight.copy().items():
+            if not earlier.done:
+                break
+            self._in_flight.pop(key, None)
 
     def wrote(self, arrays: tuple[Any, ...], /) -> None:
         raise NotImplementedError("out is refused when it is viewed")
