@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -317,7 +317,8 @@ RESULTS_OF = {"x", "q", "k", "v"}
 
 _NUMPY = _NumPy()
 _DLPACK = _DLPack()
-_found: dict[type, Library] = {np.ndarray: _NUMPY}
+_found: MutableMapping[type, Library] = weakref.WeakKeyDictionary()
+"""Of the types met, none of which lives longer for it: programs make classes in loops."""
 quick: dict[type, Library] = {}
 """The types of arrays that are looked at by `Library.glance`, once one of each was seen."""
 
@@ -332,23 +333,25 @@ def library_of(x: Any, role: str) -> Library:
 
 
 def _find(x: Any, role: str) -> Library:
-    cupy, torch = sys.modules.get("cupy"), sys.modules.get("torch")
+    # Another thread may be importing one of them: it has no arrays then.
+    cupy: Any = sys.modules.get("cupy")
+    torch: Any = sys.modules.get("torch")
+    jax: Any = sys.modules.get("jax")
     if isinstance(x, np.ndarray):
         return _NUMPY
-    if cupy is not None and isinstance(x, cupy.ndarray):
+    if isinstance(x, getattr(cupy, "ndarray", ())):
         if cupy.cuda.runtime.is_hip:
             raise TypeError(f"{role} is a CuPy array of a ROCm build; needs CuPy for CUDA")
         return _once(_CuPy, cupy, (cupy.ndarray,))
-    if torch is not None and isinstance(x, torch.Tensor):
+    if isinstance(x, getattr(torch, "Tensor", ())):
         return _once(Torch, torch, (torch.Tensor, torch.nn.Parameter))
-    jax = sys.modules.get("jax")
-    if jax is not None and isinstance(x, jax.core.Tracer):
+    if isinstance(x, getattr(getattr(jax, "core", None), "Tracer", ())):
         raise TypeError(
             f"{role} is a {type(x).__name__}, without memory: the call is inside jax.jit or "
             "another transform of JAX; needs an eager call, outside of it"
         )
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
-        if jax is not None and isinstance(x, jax.Array):
+        if isinstance(x, getattr(jax, "Array", ())):
             return _found.setdefault(jax.Array, _JAX(jax))
         return _DLPACK
     raise TypeError(
