@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import threading
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from cupy_headnorm import _interop, _kernels
 from cupy_headnorm._arrays import ArrayView
 from cupy_headnorm._layout import CPU, Device
+from cupy_headnorm._once import made_once
 from cupy_headnorm._parameters import Norm, Parameters, parameters
 
 
@@ -28,7 +28,6 @@ class Held:
             None if array is None else _interop.view(array, name)
             for array, name in ((weight, "weight"), (bias, "bias"))
         )
-        self._lock = threading.Lock()
         self.on_device: dict[int, tuple[ArrayView | None, ...]] = {}
 
     def __call__(self, norm: Norm, x: ArrayView) -> Parameters:
@@ -40,38 +39,38 @@ class Held:
             if device.index not in self.on_device:
                 stream = x.library.stream(device.index)
                 _kernels.refuse_capture(stream, f"the weight is not on {device} yet")
-            with self._lock:
-                found = parameters(norm.options, *self._loaded(device.index))
-                norm.ready[device.index] = found
+            held = self._loaded(device.index)
+            found = norm.ready[device.index] = parameters(norm.options, *held)
+            if self.on_device.get(device.index) is not held:  # unloaded meanwhile
+                norm.ready.pop(device.index, None)
         return found
 
     def _loaded(self, index: int) -> tuple[ArrayView | None, ...]:
-        """Return the arrays on a CUDA device, uploaded if need be, under the lock."""
-        held = self.on_device.get(index)
-        if held is None:
-            weight, bias = self._arrays
-            if weight is not None:
-                # Adding an offset, though it be 0, makes 0 of -0. A kernel that adds none, and
-                # multiplies two elements at once, has to give the same bits.
-                weight = np.where(weight == 0, weight.dtype.type(0), weight)
-            held = tuple(
-                None if array is None else _interop.upload(array, index) for array in (weight, bias)
-            )
-            self.on_device[index] = held
-        return held
+        """Return the arrays on a CUDA device, uploaded if need be."""
+        return made_once(self.on_device, index, lambda: self._uploaded(index))
+
+    def _uploaded(self, index: int) -> tuple[ArrayView | None, ...]:
+        weight, bias = self._arrays
+        if weight is not None:
+            # Adding an offset, though it be 0, makes 0 of -0. A kernel that adds none, and
+            # multiplies two elements at once, has to give the same bits.
+            weight = np.where(weight == 0, weight.dtype.type(0), weight)
+        return tuple(
+            None if array is None else _interop.upload(array, index) for array in (weight, bias)
+        )
 
     def load(self, index: int) -> None:
         """Upload to a CUDA device, once."""
-        with self._lock:
-            self._loaded(index)
+        self._loaded(index)
 
     def unload(self, norms: dict[int, Norm]) -> None:
         """Wait for the work in flight and free every device copy, those of `norms` too."""
-        with self._lock:
-            held, self.on_device = self.on_device, {}
-            for norm in tuple(norms.values()):
-                norm.ready.clear()
-        for index in held:
+        # An upload that another thread is at, or this one when a signal's handler came, is still
+        # put into `held`: the call that asked for it lets go of it last.
+        held, self.on_device = self.on_device, {}
+        for norm in tuple(norms.values()):
+            norm.ready.clear()
+        for index in held.copy():
             _interop.synchronize(index)
 
 

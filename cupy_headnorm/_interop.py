@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import threading
 import weakref
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -173,8 +171,7 @@ class _DLPack(Plain):
     takes_out = False
 
     def __init__(self) -> None:
-        self._in_flight: deque[tuple[Any, Any]] = deque()
-        self._lock = threading.Lock()
+        self._in_flight: dict[object, tuple[Any, Any]] = {}
 
     def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
         if role == "out":
@@ -239,11 +236,12 @@ class _DLPack(Plain):
         with cupy.cuda.Device(index):
             event = cupy.cuda.Event(disable_timing=True)
             cupy.cuda.runtime.eventRecord(event.ptr, stream)
-        passed = []  # dropped outside the lock: a deleter may run anything
-        with self._lock:
-            self._in_flight.append((event, owners))
-            while self._in_flight and self._in_flight[0][0].done:
-                passed.append(self._in_flight.popleft())
+        # Without a lock: a deleter may run anything, and so may a signal's handler.
+        self._in_flight[object()] = event, owners
+        for key, (earlier, _) in self._in_flight.copy().items():
+            if not earlier.done:
+                break
+            self._in_flight.pop(key, None)
 
     def wrote(self, arrays: tuple[Any, ...], /) -> None:
         raise NotImplementedError("out is refused when it is viewed")
@@ -319,7 +317,8 @@ RESULTS_OF = {"x", "q", "k", "v"}
 
 _NUMPY = _NumPy()
 _DLPACK = _DLPack()
-_found: dict[type, Library] = {np.ndarray: _NUMPY}
+_found: MutableMapping[type, Library] = weakref.WeakKeyDictionary()
+"""Of the types met, none of which lives longer for it: programs make classes in loops."""
 quick: dict[type, Library] = {}
 """The types of arrays that are looked at by `Library.glance`, once one of each was seen."""
 
@@ -334,23 +333,25 @@ def library_of(x: Any, role: str) -> Library:
 
 
 def _find(x: Any, role: str) -> Library:
-    cupy, torch = sys.modules.get("cupy"), sys.modules.get("torch")
+    # Another thread may be importing one of them: it has no arrays then.
+    cupy: Any = sys.modules.get("cupy")
+    torch: Any = sys.modules.get("torch")
+    jax: Any = sys.modules.get("jax")
     if isinstance(x, np.ndarray):
         return _NUMPY
-    if cupy is not None and isinstance(x, cupy.ndarray):
+    if isinstance(x, getattr(cupy, "ndarray", ())):
         if cupy.cuda.runtime.is_hip:
             raise TypeError(f"{role} is a CuPy array of a ROCm build; needs CuPy for CUDA")
         return _once(_CuPy, cupy, (cupy.ndarray,))
-    if torch is not None and isinstance(x, torch.Tensor):
+    if isinstance(x, getattr(torch, "Tensor", ())):
         return _once(Torch, torch, (torch.Tensor, torch.nn.Parameter))
-    jax = sys.modules.get("jax")
-    if jax is not None and isinstance(x, jax.core.Tracer):
+    if isinstance(x, getattr(getattr(jax, "core", None), "Tracer", ())):
         raise TypeError(
             f"{role} is a {type(x).__name__}, without memory: the call is inside jax.jit or "
             "another transform of JAX; needs an eager call, outside of it"
         )
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
-        if jax is not None and isinstance(x, jax.Array):
+        if isinstance(x, getattr(jax, "Array", ())):
             return _found.setdefault(jax.Array, _JAX(jax))
         return _DLPACK
     raise TypeError(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from cupy_headnorm import _driver, _interop, _launch, _source
 from cupy_headnorm._launch import DeviceLimits, LaunchConfig, Memory
+from cupy_headnorm._once import made_once
 from cupy_headnorm._spec import NormCall, NormSpec, RowAxis
 
 
@@ -191,7 +192,6 @@ class Launch(NamedTuple):
 
 _functions: dict[tuple[Any, ...], Any] = {}
 _limits: dict[int, DeviceLimits] = {}
-_compiling = threading.Lock()
 _thread = threading.local()
 
 
@@ -251,10 +251,7 @@ def loaded(key: tuple[Any, ...], stream: int, make: Callable[[], Any]) -> Any:
     function = _functions.get(key)
     if function is None:
         refuse_capture(stream, "the kernel for this layout is not loaded yet")
-        with _compiling:
-            function = _functions.get(key)
-            if function is None:
-                function = _functions[key] = make()
+        function = made_once(_functions, key, make)
     return function
 
 

@@ -306,8 +306,7 @@ def remember(
         q = library.glance(arrays.parts[0])
         if q is None:
             return
-        index, _, _, dtype, _ = q[1]
-        tables.seen[index, dtype] = (rope.cos, rope.sin)
+        tables.saw(q[1][3], rope.cos, rope.sin)
     elif rope is not None:
         beside = [rope.cos, rope.sin]
     seen = _glances(norms, tables, library, arrays, heads_axis)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 from cupy_headnorm import _dtypes, _interop, _kernels
 from cupy_headnorm import rope as rotary
 from cupy_headnorm._arrays import ArrayView
+from cupy_headnorm._once import made_once
 from cupy_headnorm._parameters import identity
 from cupy_headnorm._turning import Turning
 from cupy_headnorm.rope import Rope
@@ -60,7 +60,6 @@ class Tables:
 
     def __init__(self, rope: Rope | None) -> None:
         self.rope = rope
-        self._lock = threading.Lock()
         self.identity = identity(rope)
         """Stands for `rope`, or for none, in the keys of remembered calls."""
         self.ready: dict[tuple[int, str], tuple[ArrayView, ArrayView]] = {}
@@ -129,18 +128,25 @@ class Tables:
         found = self.ready.get(key)
         if found is None:
             _kernels.refuse_capture(stream, f"the tables are not on {device} yet")
-            with self._lock:
-                found = self.ready.get(key)
-                if found is None:
-                    cos, sin = rope.tables(dtype.numpy)
-                    index = device.index
-                    found = (_interop.upload(cos, index), _interop.upload(sin, index))
-                    self.ready[key] = found
+
+            def make() -> tuple[ArrayView, ArrayView]:
+                cos, sin = rope.tables(dtype.numpy)
+                index = device.index
+                return _interop.upload(cos, index), _interop.upload(sin, index)
+
+            found = made_once(self.ready, key, make)
         return found
+
+    def saw(self, dtype: Any, cos: ArrayView, sin: ArrayView) -> None:
+        """Let calls on parts of a library's `dtype` find the tables that one was made with."""
+        index = cos.layout.device.index
+        self.seen[index, dtype] = (cos, sin)
+        ready = self.ready.get((index, cos.layout.dtype.name))
+        if ready is None or ready[0] is not cos:  # unloaded meanwhile
+            self.seen.pop((index, dtype), None)
 
     def unload(self) -> None:
         """Wait for the work in flight and free every device copy."""
-        with self._lock:
-            held, self.ready, self.seen = self.ready, {}, {}
-        for index in {index for index, _ in held}:
+        held, self.ready, self.seen = self.ready, {}, {}
+        for index in {index for index, _ in held.copy()}:
             _interop.synchronize(index)

@@ -8,9 +8,13 @@ four threads, so the extra memory is a few MiB whatever the input.
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import math
 import os
-from collections.abc import Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -150,12 +154,16 @@ def apply(
     columns = min(head_dim, _CHUNK_BYTES // accumulate.itemsize)
     blocks = [slice(start, start + columns) for start in range(0, head_dim, columns)]
     chunk = max(1, _CHUNK_BYTES // (columns * accumulate.itemsize))
-    chunks = list(_chunks(call.axes, chunk))
+    chunks = deque(_chunks(call.axes, chunk))
 
-    def work(share: list[tuple[int | slice, ...]]) -> None:
+    def work() -> None:
         buffers = np.empty((2, min(chunk, call.rows), columns), accumulate)
         with np.errstate(all="ignore"):  # infinities and NaN follow IEEE without a warning
-            for index in share:
+            while True:
+                try:
+                    index = chunks.popleft()
+                except IndexError:
+                    return
                 weights, biases = (
                     None if p is None else p[_broadcast_index(p, index)] for p in parameters
                 )
@@ -165,13 +173,52 @@ def apply(
     if threads > 1:
         threads = min(threads, len(os.sched_getaffinity(0)))
     if threads < 2:
-        work(chunks)
+        work()
         return
-    from concurrent.futures import ThreadPoolExecutor
-
     # NumPy lets go of the interpreter in its loops. A row is one thread's, so its bits stay.
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, (chunks[i::threads] for i in range(threads))))
+    _helped(work, threads - 1, chunks.clear)
+
+
+def _helped(work: Callable[[], None], helpers: int, stop: Callable[[], None]) -> None:
+    """
+    Run `work` here and in so many threads beside, until all of them return.
+
+    There are fewer where no more start: at the interpreter's end, or where a process may have no
+    more. One that fails or is interrupted lets the others `stop`.
+    """
+    failures: list[BaseException] = []
+    running: list[threading.Lock] = []
+
+    def help_out(ended: threading.Lock) -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+            stop()
+        finally:
+            ended.release()
+
+    def wait() -> None:
+        for ended in running:
+            with ended:
+                pass
+
+    # An executor would take a lock that all executors share. A signal's handler that comes then,
+    # and calls a norm, waits for its own thread.
+    try:
+        with contextlib.suppress(RuntimeError):
+            for _ in range(helpers):
+                ended = threading.Lock()
+                ended.acquire()
+                _thread.start_new_thread(help_out, (ended,))
+                running.append(ended)
+        work()
+        wait()
+    finally:
+        stop()
+        wait()
+    if failures:
+        raise failures.pop()
 
 
 def _once(size: int, stride: int) -> tuple[int, int]:

@@ -5,12 +5,14 @@ Compilers that fail stand in for NVRTC. tests/test_endurance.py and tests/test_p
 same with a GPU, and what takes one.
 """
 
+import _thread
 import contextlib
 import fnmatch
 import re
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -30,6 +32,8 @@ from cupy_headnorm import (
     _dtypes,
     _interop,
     _kernels,
+    _once,
+    reference,
     rms_norm,
 )
 from cupy_headnorm._launch import DeviceLimits
@@ -224,7 +228,9 @@ def test_a_compile_that_failed_is_tried_again(outcome, raised, message, monkeypa
         with pytest.raises(raised, match=message):
             prepare()
         assert _kernels._functions == {}
-        assert not _kernels._compiling.locked()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(_once._making.acquire, blocking=False).result()
+            pool.submit(_once._making.release).result()
     launch = prepare()
     assert launch.function == 3, "the third compilation's"
     assert prepare().function == launch.function
@@ -288,6 +294,98 @@ def test_out_of_memory_for_the_result_is_the_librarys_error(library, rng):
         with pytest.raises(error, match="(?i)allocate|memory"):
             call(x)
     np.testing.assert_array_equal(np.asarray(norm(ours)), norm(values))
+
+
+AT_THE_END = """
+import atexit, os, sys, threading, time
+import numpy as np
+from cupy_headnorm import HeadNorm, QKNorm, reference
+
+reference.os.sched_getaffinity = lambda _: range(4)
+x = np.sin(np.arange(2**22, dtype=np.float32)).reshape(-1, 2, 64)  # for two threads
+norm = HeadNorm(np.ones(64, np.float32))
+right = x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=-1, keepdims=True) + 1e-6)
+
+def calls():
+    here = x.copy()
+    for y in norm(x), norm(here, out=here), *QKNorm(norm, norm)(x, x):
+        print(np.abs(y - right).max() < 1e-5, flush=True)
+
+def later():
+    threading.main_thread().join()
+    calls()
+
+{}
+"""
+ENDS = {
+    "atexit": "atexit.register(calls)",
+    "atexit, after calls": "calls()\natexit.register(calls)",
+    "after the main thread": "threading.Thread(target=later).start()",
+    "after the main thread, after calls": "calls()\nthreading.Thread(target=later).start()",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_large_calls_at_the_end_of_a_process(end):
+    """When Python starts no more threads, or none through an executor."""
+    assert run(AT_THE_END.format(ENDS[end])) == ["True"] * (8 if "after calls" in end else 4)
+
+
+@pytest.fixture
+def in_threads(monkeypatch):
+    """Let calls of 64 rows and more take four threads."""
+    monkeypatch.setattr(reference, "_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(reference, "_THREAD_CHUNKS", 1)
+    monkeypatch.setattr(reference.os, "sched_getaffinity", lambda _: range(4))
+
+
+@pytest.mark.parametrize("started", range(4))
+def test_where_no_more_threads_start(started, in_threads, monkeypatch, rng):
+    x = rng.standard_normal((640, D)).astype(np.float32)
+    start, tried = _thread.start_new_thread, []
+
+    def limited(*arguments):
+        tried.append(arguments)
+        if len(tried) > started:
+            raise RuntimeError("can't start new thread")
+        return start(*arguments)
+
+    monkeypatch.setattr(_thread, "start_new_thread", limited)
+    y = reference.rms_norm(x, num_heads=1)
+    assert len(tried) == min(started + 1, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "_MAX_THREADS", 1)
+        np.testing.assert_array_equal(y, reference.rms_norm(x, num_heads=1))
+
+
+@pytest.mark.parametrize("fails", ["here", "beside"])
+def test_who_fails_is_heard_when_all_have_ended(fails, in_threads, monkeypatch, rng):
+    """An interrupt of the thread that called, or no memory in another: nobody writes later."""
+    x = rng.standard_normal((640, D)).astype(np.float32)
+    normalize, caller, working = reference._normalize, threading.get_ident(), []
+    error = KeyboardInterrupt if fails == "here" else MemoryError
+    both = threading.Barrier(2)
+
+    def failing(*arguments):
+        here = threading.get_ident()
+        first = here not in working
+        working.append(here)
+        if first and len(set(working)) <= 2:
+            both.wait(20)
+        if (here == caller) == (fails == "here"):
+            raise error
+        time.sleep(0.05)
+        normalize(*arguments)
+
+    monkeypatch.setattr(reference, "_MAX_THREADS", 2)
+    monkeypatch.setattr(reference, "_normalize", failing)
+    with pytest.raises(error):
+        reference.rms_norm(x, num_heads=1, out=x)
+    done, values = len(working), x.copy()
+    assert done <= 4, "the others go on"
+    time.sleep(0.3)
+    assert len(working) == done
+    np.testing.assert_array_equal(x, values)
 
 
 # sanitize.py: what would make its silence mean nothing.

@@ -1,8 +1,11 @@
 """Zero copies, the producer's library, and every kind of array but torch's that is refused."""
 
+import contextlib
 import ctypes
+import gc
 import sys
-from types import SimpleNamespace
+import weakref
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -229,6 +232,48 @@ def test_bfloat16_of_an_unknown_host_library_is_refused():
     x = _dlpack_only(torch, torch.ones(3, 64, dtype=torch.bfloat16))
     with pytest.raises(TypeError, match="x is a bfloat16 Producer on the host, where NumPy"):
         rms_norm(x)
+
+
+@pytest.mark.parametrize("base", ["numpy", "torch", "DLPack", "DLPack, refused", "nothing known"])
+def test_a_class_lives_no_longer_for_a_call(base, rng):
+    """Accepted or refused: programs make classes in loops, or reload their modules."""
+    values = rng.standard_normal((3, 64)).astype(np.float32)
+
+    def call():
+        namespace = {
+            "__dlpack__": lambda self, **options: values.__dlpack__(**options),
+            "__dlpack_device__": lambda self: (1, 0),
+            "__array_namespace__": lambda self: np,
+        }
+        if base == "numpy":
+            x = values.view(type("Array", (np.ndarray,), {}))
+        elif base == "torch":
+            torch = pytest.importorskip("torch")
+            x = torch.from_numpy(values).as_subclass(type("Tensor", (torch.Tensor,), {}))
+        else:
+            if base != "DLPack":
+                del namespace["__array_namespace__"]
+            if base == "nothing known":
+                del namespace["__dlpack__"]
+            x = type("Producer", (), namespace)()
+        with contextlib.suppress(TypeError):
+            np.testing.assert_array_equal(rms_norm(x), rms_norm(values))
+            assert base == "DLPack"
+        return weakref.ref(type(x))
+
+    classes = [call() for _ in range(20)]
+    gc.collect()
+    assert not [one() for one in classes if one() is not None]
+
+
+def test_libraries_that_another_thread_is_importing(monkeypatch, rng):
+    """Calls on another's arrays do not ask them for what they do not have yet."""
+    x = _dlpack_only(np, rng.standard_normal((3, 64)).astype(np.float32))
+    for name in ("cupy", "torch", "jax"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert rms_norm(x).shape == (3, 64)
+    with pytest.raises(TypeError, match="x is a list; needs a NumPy, CuPy or torch array"):
+        rms_norm([1.0])
 
 
 def _dlpack_only(torch, tensor):

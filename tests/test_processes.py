@@ -29,7 +29,7 @@ RESULT = """
 import hashlib, json, os, signal, sys, threading, time
 import cupy
 import numpy as np
-from cupy_headnorm import GPUUnavailableError, HeadNorm, QKNorm, _kernels, rms_norm
+from cupy_headnorm import GPUUnavailableError, HeadNorm, QKNorm, _kernels, _once, rms_norm
 HEAD_DIMS = (64, 96, 128, 160, 192)
 
 def values(head_dim):
@@ -306,6 +306,14 @@ def test_leaving_with_work_in_flight(producer):
     assert run(RESULT + SPIN + norms + LEAVING[producer]) == ["False"]
 
 
+ANOTHER_MAKES = """
+def another_makes():
+    if not _once._making.acquire(blocking=False):
+        return True
+    _once._making.release()
+    return False
+"""
+
 INTERRUPTS = 14
 INTERRUPT = f"""
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -315,7 +323,7 @@ for n in range({INTERRUPTS}):
     before = len(_kernels._functions)
 
     def strike():
-        while not _kernels._compiling.locked():
+        while not another_makes():
             time.sleep(1e-4)
         time.sleep(0.01 * n)
         os.kill(os.getpid(), signal.SIGINT)
@@ -330,7 +338,11 @@ for n in range({INTERRUPTS}):
         pass
     striking.join()
     struck.append(len(_kernels._functions) == before)
-    assert not _kernels._compiling.locked()
+    asked = []
+    asking = threading.Thread(target=lambda: asked.append(another_makes()))
+    asking.start()
+    asking.join()
+    assert asked == [False]
     print(digest([head_dim]))
 print(sum(struck))
 """
@@ -339,7 +351,49 @@ print(sum(struck))
 def test_a_compile_that_is_interrupted_is_done_again(tmp_path, right):
     # One that strikes a finalizer is reported and lost.
     *found, struck = run(
-        RESULT + INTERRUPT, may_complain=True, CUPY_CACHE_DIR=str(tmp_path / "cache")
+        RESULT + ANOTHER_MAKES + INTERRUPT,
+        may_complain=True,
+        CUPY_CACHE_DIR=str(tmp_path / "cache"),
     )
     assert found == [right([200 + 8 * n]) for n in range(INTERRUPTS)]
     assert int(struck) > 1, "the others were too late to interrupt anything"
+
+
+HANDLERS = """
+signal.alarm(100)  # ends it if it waits for itself
+found, struck = [], 0
+for n in range(8):
+    head_dim = 1000 + 8 * n
+    inside = head_dim if n % 2 else head_dim + 200
+
+    def handler(*_):
+        global struck
+        struck += head_dim not in {key[0].head_dim for key in _kernels._functions}
+        found.append([inside, digest([inside])])
+
+    def strike():
+        while not another_makes():
+            time.sleep(1e-4)
+        time.sleep(0.01 * n)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    signal.signal(signal.SIGUSR1, handler)
+    striking = threading.Thread(target=strike)
+    striking.start()
+    found.append([head_dim, digest([head_dim])])
+    striking.join()
+    time.sleep(0.1)
+    found += [[dim, digest([dim])] for dim in (head_dim, inside)]
+print(json.dumps(found))
+print(struck)
+"""
+
+
+def test_a_handler_calls_while_its_thread_compiles(tmp_path, right):
+    """The kernel that is being compiled, and another one; both are used again afterwards."""
+    found, struck = run(RESULT + ANOTHER_MAKES + HANDLERS, CUPY_CACHE_DIR=str(tmp_path / "cache"))
+    found = json.loads(found)
+    assert len(found) == 8 * 4
+    for head_dim, bits in found:
+        assert bits == right([head_dim])
+    assert int(struck) > 1, "the others were too late to find a compile"
