@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from qk_cases import D
 
-from cupy_headnorm import HeadNorm, QKNorm, Rope, _layout, _parts, _parts_launch, _spec
+from cupy_headnorm import (
+    HeadNorm,
+    QKNorm,
+    Rope,
+    _layout,
+    _parts,
+    _parts_kernels,
+    _parts_launch,
+    _spec,
+)
 from cupy_headnorm import rope as rotary
 from cupy_headnorm._dtypes import BFLOAT16, DTYPES, FLOAT16, FLOAT64
 from cupy_headnorm._parts import PartNorm
@@ -322,3 +331,32 @@ def test_a_head_too_long_for_a_gpu_is_refused_there_alone(dtype, head_dim, messa
     cos, sin = rope.at(np.arange(2), dtype.numpy)
     expected = rotary.apply(norm(q), cos[:, None], sin[:, None], rotary_dim=64)
     np.testing.assert_array_equal(y, expected)
+
+
+def test_more_heads_than_32_bits_count_are_refused_on_a_gpu():
+    """The kernel's fields for heads and their groups have 32 bits; ctypes drops the others."""
+    most = _parts_launch.MAX_HEADS
+    norm = PartNorm(_spec.options("rms", head_dim=2), None, None)
+
+    def called(*heads):
+        parts = {
+            name: _layout.Layout((1, n, 2), (0, 0, 2), FLOAT16, GPU, 16)
+            for name, n in zip("qkv", heads, strict=False)
+        }
+        return _parts.describe(dict.fromkeys(parts, norm), parts, parts, None, -2)
+
+    for heads in ((2**30, 2**30), (2**32, 1), (2**31, 1), (most, 1), (1, 2**30, 2**30), (2**33, 0)):
+        told = r" \+ ".join(map(str, heads))
+        with pytest.raises(
+            ValueError, match=f"have {told} heads, {sum(heads)} in all; needs {most} at most on a"
+        ):
+            _parts_launch.plan(called(*heads))
+    for heads in ((most - 1, 1), (1, most - 1), (0, most), (1, 2, most - 3)):
+        call = called(*heads)
+        config = _parts_launch.plan(call)._replace(heads_per_group=1)
+        params = _parts_kernels._params(call, config)
+        padded = [*heads, 0][:3]
+        assert list(params.num_heads) == padded
+        assert list(params.groups_end) == [sum(padded[: i + 1]) for i in range(3)]
+        # What a group past the last heads counts to.
+        assert most + max(_parts_launch.HEADS_PER_GROUP.values()) < 2**31
