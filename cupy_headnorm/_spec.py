@@ -460,12 +460,12 @@ def leads(shape: tuple[int, ...], *strides: tuple[int, ...]) -> list[int]:
     return found
 
 
-def check_out_layout(out: Layout) -> None:
+def check_out_layout(out: Layout, name: str = "out") -> None:
     """Refuse an `out` in which two indices name one byte."""
     if overlaps_itself(out):
         raise ValueError(
-            f"out has shape {out.shape} and strides {out.strides} bytes, which overlap themselves; "
-            "needs one place for each element"
+            f"{name} has shape {out.shape} and strides {out.strides} bytes, which overlap "
+            "themselves; needs one place for each element"
         )
 
 

@@ -140,6 +140,76 @@ def test_positions_off_their_boundaries(offset, step, aligned):
     turner()(f(5, 3, D), f(5, 2, D), positions=alone)
 
 
+def overlapping():
+    """Return rows of which each begins inside of the one before."""
+    return np.lib.stride_tricks.as_strided(np.zeros(12 * D, np.float32), (5, 8 * D), (4 * D, 4))
+
+
+BUFFERS = {
+    "no shape": (lambda: object(), "qkv is a object; needs a NumPy, CuPy or torch array"),
+    "none": (lambda: None, "qkv is a NoneType; needs a NumPy, CuPy or torch array"),
+    "a matrix": (lambda: f(5, 8 * D).view(np.matrix), "qkv is a matrix, whose meaning a norm"),
+    "masked": (lambda: np.ma.masked_array(f(5, 8 * D)), "qkv is a MaskedArray, whose meaning"),
+    "no axis": (lambda: np.array(1, np.float32), r"qkv has shape \(\); needs a last axis of 512"),
+    "integers": (lambda: np.ones((5, 8 * D), int), "qkv has dtype int64; needs float16, bfloat16"),
+    "gaps": (lambda: f(5, 16 * D)[:, ::2], "qkv has a stride of 8 bytes on its last axis; needs 4"),
+    "backwards": (lambda: f(5, 8 * D)[:, ::-1], "qkv has a stride of -4 bytes on its last axis"),
+    "read-only": (lambda: np.broadcast_to(f(8 * D), (5, 8 * D)), "qkv is read-only; needs a write"),
+    "overlapping": (overlapping, r"qkv has shape \(5, 512\) and .* overlap themselves; needs one"),
+}
+"""NumPy's, that no norm can take."""
+TENSORS = {
+    "nested": (
+        lambda torch: torch.nested.nested_tensor([torch.ones(3, 8 * D), torch.ones(2, 8 * D)]),
+        "qkv is nested; needs a strided tensor with memory",
+    ),
+    "jagged": (
+        lambda torch: torch.nested.nested_tensor(
+            [torch.ones(3, 8 * D), torch.ones(2, 8 * D)], layout=torch.jagged
+        ),
+        "qkv is a NestedTensor, a subclass of torch.Tensor; needs a plain tensor",
+    ),
+    "sparse": (lambda torch: torch.ones(5, 8 * D).to_sparse(), "qkv is of layout torch.sparse_coo"),
+    "rows": (lambda torch: torch.ones(5, 8 * D).to_sparse_csr(), "qkv is of layout torch.sparse_c"),
+    "mkldnn": (lambda torch: torch.ones(5, 8 * D).to_mkldnn(), "qkv is of layout torch._mkldnn; n"),
+    "meta": (lambda torch: torch.ones(5, 8 * D, device="meta"), "qkv is on the meta device, with"),
+    "grad": (lambda torch: torch.ones(5, 8 * D, requires_grad=True), "qkv requires grad and grad"),
+    "negated": (lambda torch: torch._neg_view(torch.ones(5, 8 * D)), "qkv is a lazily negated vi"),
+    "integers": (lambda torch: torch.ones(5, 8 * D, dtype=torch.int8), "qkv has dtype int8; needs"),
+    "expanded": (lambda torch: torch.ones(8 * D).expand(5, -1), "qkv has .* overlap themselves; n"),
+    "gaps": (lambda torch: torch.ones(5, 16 * D)[:, ::2], "qkv has a stride of 8 bytes on its l"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_a_packed_buffer_is_refused_by_its_own_name(name):
+    make, message = BUFFERS[name]
+    with pytest.raises((TypeError, ValueError), match=message):
+        turner().packed(make(), num_heads=4, num_kv_heads=2, positions=np.arange(5))
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|sparse|mkldnn|Sparse)")
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_packed_tensor_is_refused_by_its_own_name(name):
+    torch = pytest.importorskip("torch")
+    make, message = TENSORS[name]
+    qkv = make(torch)
+    with pytest.raises((TypeError, ValueError), match=message):
+        turner().packed(qkv, num_heads=4, num_kv_heads=2, positions=torch.arange(5))
+
+
+def test_a_packed_buffer_with_gaps_is_refused_after_its_like(library):
+    """A reshape would copy it, and the copy be normalized."""
+    qk, positions = turner(), library.array(np.arange(5))
+    gaps = library.array(f(5, 16 * D))
+    for _ in range(2):
+        qkv = library.array(f(5, 8 * D))
+        qk.packed(qkv, num_heads=4, num_kv_heads=2, positions=positions)
+        with pytest.raises(ValueError, match="qkv has a stride of 8 bytes on its last axis"):
+            qk.packed(gaps[:, ::2], num_heads=4, num_kv_heads=2, positions=positions)
+    np.testing.assert_array_equal(library.host(gaps), f(5, 16 * D))
+
+
 def test_one_position_a_token_where_three_are_needed():
     qk = turner(sections=(8, 12, 12))
     with pytest.raises(

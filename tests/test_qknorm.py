@@ -228,6 +228,31 @@ def test_packed(library, dtype, rng):
         np.testing.assert_array_equal(library.host(wide)[..., 8 * D :], values[..., :5])
 
 
+@pytest.mark.parametrize("shape", [(0, 8 * D), (3, 0, 8 * D), (0, 3, 8 * D)])
+@pytest.mark.parametrize("by", ["nothing", "positions", "rows of positions", "cos and sin"])
+def test_packed_of_no_tokens(library, shape, by, rng):
+    """NumPy and CuPy give an array of no elements strides of 0."""
+    norm = HeadNorm(random(rng, D, FLOAT32))
+    sections = (16, 8, 8) if by == "rows of positions" else ()
+    rope = Rope.of_theta(1e4, D, max_position=MAX_POSITION, sections=sections)
+    beside = {
+        "nothing": {},
+        "positions": {"positions": np.zeros(shape[:-1], np.int64)},
+        "rows of positions": {"positions": np.zeros((3, *shape[:-1]), np.int64)},
+        "cos and sin": {n: np.zeros((*shape[:-1], D), np.float32) for n in ("cos", "sin")},
+    }[by]
+    beside = {n: library.array(array) for n, array in beside.items()}
+    if "sin" in beside:  # strides of its own
+        longer = np.zeros((*(max(n, 1) for n in shape[:-1]), D), np.float32)
+        beside["sin"] = library.array(longer)[tuple(slice(n) for n in shape[:-1])]
+    for norms in ((norm, norm), (norm, norm, HeadNorm(head_dim=D))):
+        qk = QKNorm(*norms, rope=rope if beside else None)
+        qkv = library.array(np.zeros(shape, np.float32))
+        assert qk.packed(qkv, num_heads=4, num_kv_heads=2, **beside) is qkv
+    plain = QKNorm(HeadNorm(), HeadNorm())  # head_dim is that of the buffer
+    assert plain.packed(qkv, num_heads=4, num_kv_heads=2) is qkv
+
+
 @pytest.mark.parametrize("style", ["half", "interleaved"])
 @pytest.mark.parametrize("head_dim", [64, 100, 128, 256, 1024])
 def test_a_heads_bits_depend_on_the_head_alone(library, style, head_dim, dtype, rng):
