@@ -47,8 +47,9 @@ class QKNorm:
     first rounded to x's dtype, as between a model's modules, and turned then (or the other way
     round, where ``rope.order`` is ``"before norm"``).
 
-    Streams, graphs, threads, results and errors are as `HeadNorm` has them. Positions are read by
-    the kernel, not by the host: those outside of the table are clamped to its ends.
+    Streams, graphs, threads, results and errors are as `HeadNorm` has them. One refusal differs
+    between host and GPU: on the host a position outside of the table is a ValueError. On a GPU,
+    where the kernel alone reads positions, it is clamped to the table's ends without a word.
 
     On the host heads have any length. On a GPU all up to 4,096 elements are served, 3,072 of
     float64; of longer ones those that fit a block of threads, with ValueError for the others.
@@ -180,7 +181,8 @@ class QKNorm:
             `v_norm`, and only then.
         positions : array of int32 or int64, optional
             Shape of q without heads and head_dim, or what broadcasts to it, such as ``(tokens,)``.
-            With sections (M-RoPE) one row for each of them in front: ``(3, ...)``.
+            With sections (M-RoPE) one row for each of them in front: ``(3, ...)``. From 0 up to
+            the rope's max_position, excluded; others raise on the host and are clamped on a GPU.
         cos, sin : array, optional
             In place of `positions`: those of each token, ``(..., rotary_dim)`` as models have them
             or ``(..., rotary_dim / 2)``, float32 or q's dtype, broadcast to q's tokens; both of
@@ -220,7 +222,12 @@ class QKNorm:
         sin: Any = None,
         heads_axis: int = -2,
     ) -> tuple[Any, ...]:
-        """Return what a call returns, computed on the host in NumPy: for debugging; it copies."""
+        """
+        Return what a call returns, computed on the host in NumPy: for debugging; it copies.
+
+        Positions outside of the table are a ValueError here, of arrays on a GPU too, where a call
+        clamps them.
+        """
         arrays = {"q": q, "k": k, "v": v, "positions": positions, "cos": cos, "sin": sin}
         given = {name: array for name, array in arrays.items() if array is not None}
         views = [_interop.view(given[name], name) for name in _NAMES if name in given]

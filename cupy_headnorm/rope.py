@@ -43,7 +43,8 @@ class Rope:
     inverse_frequency : sequence of float
         The :math:`f_i`, ``rotary_dim / 2`` of them, as float32. A pair of zero stays as it is.
     max_position : int
-        Number of positions in a table. Others are clamped to its ends.
+        Number of positions in a table. Others are refused on the host, and clamped to the table's
+        ends on a GPU, which alone reads them there.
     style : {"half", "interleaved", "half flipped"}
         Which dims are a pair: ``i`` and ``i + rotary_dim / 2`` (NeoX), ``2 i`` and ``2 i + 1``
         (GPT-J), or as the first with the sign of :math:`d` changed (nanochat).
@@ -205,24 +206,46 @@ class Rope:
 
     def at(self, positions: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
         """
-        Return the tables' rows at integer `positions`, clamped: ``(..., rotary_dim / 2)`` each.
+        Return the tables' rows at integer `positions`: ``(..., rotary_dim / 2)`` each.
 
         With `sections`, `positions` has one row for each of them in front.
+
+        Raises
+        ------
+        TypeError
+            A dtype is none that `positions`, or cosines and sines, may have.
+        ValueError
+            There is no row for each of the sections; a position lies outside of the tables.
         """
         positions = np.asarray(positions)
         if positions.dtype.kind not in "iu":
             raise TypeError(f"positions have dtype {positions.dtype}; needs an integer dtype")
         wanted = _dtypes.from_numpy(np.dtype(dtype), "dtype").numpy
-        positions = np.clip(positions, 0, self.max_position - 1)
-        if not self.sections:
-            return self._cos_sin(positions[..., np.newaxis], wanted)
-        if positions.ndim == 0 or positions.shape[0] != len(self.sections):
+        if self.sections and (positions.ndim == 0 or positions.shape[0] != len(self.sections)):
             raise ValueError(
                 f"positions have shape {positions.shape}; "
                 f"needs ({len(self.sections)}, ...), a row for each of the sections"
             )
+        self._check_range(positions)
+        if not self.sections:
+            return self._cos_sin(positions[..., np.newaxis], wanted)
         by_frequency = positions[np.asarray(self.row_of_frequency)]
         return self._cos_sin(np.moveaxis(by_frequency, 0, -1), wanted)
+
+    def _check_range(self, positions: np.ndarray) -> None:
+        """Refuse positions outside of the tables."""
+        if not positions.size:
+            return
+        first, last = int(positions.min()), int(positions.max())
+        needed = f"needs 0 to {self.max_position - 1}"
+        if last >= self.max_position:
+            raise ValueError(
+                f"positions hold {last}; {needed}, or a Rope with max_position={last + 1} or more"
+            )
+        if first < 0:
+            raise ValueError(
+                f"positions hold {first}; {needed}, and any of them for a token of padding"
+            )
 
     def _cos_sin(self, positions: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         frequencies = np.asarray(self.inverse_frequency, np.float32)

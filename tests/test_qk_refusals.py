@@ -210,6 +210,30 @@ def test_a_packed_buffer_with_gaps_is_refused_after_its_like(library):
     np.testing.assert_array_equal(library.host(gaps), f(5, 16 * D))
 
 
+@pytest.mark.parametrize("sections", [(), (16, 8, 8)])
+@pytest.mark.parametrize("wrong", [-1, 16, -(2**31), 2**31 - 1])
+def test_positions_outside_of_the_table(library, wrong, sections):
+    """Refused where looking costs nothing, before anything is written."""
+    qk = turner(sections=sections)
+    positions = np.array([3, 0, 15, wrong, 7], np.int32)
+    positions = np.stack([np.zeros_like(positions)] * 2 + [positions]) if sections else positions
+    q, k, qkv, positions = map(library.array, (RIGHT["q"], RIGHT["k"], f(5, 7 * D), positions))
+    calls = (
+        lambda: qk(q, k, positions=positions),
+        lambda: qk(q, k, positions=positions, out=(q, k)),
+        lambda: qk.packed(qkv, num_heads=3, num_kv_heads=2, positions=positions),
+    )
+    for call in () if library.on_gpu else calls:
+        with pytest.raises(ValueError, match=rf"positions hold {wrong}; needs 0 to 15, (or|and)"):
+            call()
+    # It computes on the host whatever it is given.
+    with pytest.raises(ValueError, match=f"positions hold {wrong}; needs 0 to 15"):
+        qk.forward_reference(q, k, positions=positions)
+    for array, values in ((q, RIGHT["q"]), (k, RIGHT["k"]), (qkv, f(5, 7 * D))):
+        np.testing.assert_array_equal(library.host(array), values)
+    qk.warmup(q, k, positions=positions)  # of arrays laid out like these
+
+
 def test_one_position_a_token_where_three_are_needed():
     qk = turner(sections=(8, 12, 12))
     with pytest.raises(

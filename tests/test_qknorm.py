@@ -33,7 +33,7 @@ def forgotten(monkeypatch):
 
 @pytest.mark.parametrize("case", list(dict.fromkeys(AROUND + COVERING)), ids=str)
 def test_matches_float64(library, case, rng, forgotten, monkeypatch):
-    parts, norms, beside = made = case.made(rng)
+    parts, norms, beside = made = case.made(rng, beyond=3 if library.on_gpu else 0)
     qk = qk_norm(case, norms)
     given = [library.array(part) for part in parts]
     turning = {name: library.array(array) for name, array in beside.items()}
@@ -194,6 +194,7 @@ def test_tables_and_positions_of_any_strides(library, rng):
 @pytest.mark.parametrize("integer", [np.int32, np.int64])
 @pytest.mark.parametrize("sections", [(), (16, 8, 8)])
 def test_positions_outside_of_the_table_are_clamped(library, integer, sections, rng):
+    """By the kernel; on the host they are refused."""
     limits = np.iinfo(integer)
     norm = HeadNorm(random(rng, D, FLOAT32))
     rope = Rope.of_theta(1e4, D, max_position=MAX_POSITION, sections=sections)
@@ -203,6 +204,10 @@ def test_positions_outside_of_the_table_are_clamped(library, integer, sections, 
     right = np.array([0, 0, 0, *[MAX_POSITION - 1] * 3], integer)
     if sections:
         wrong, right = (np.stack([p, p[::-1], np.roll(p, 2)]) for p in (wrong, right))
+    if not library.on_gpu:
+        with pytest.raises(ValueError, match=f"positions hold {limits.max}; needs 0 to 39"):
+            run(library, qk, parts, {"positions": wrong})
+        return
     found = run(library, qk, parts, {"positions": wrong})
     for y, expected in zip(found, run(library, qk, parts, {"positions": right}), strict=True):
         np.testing.assert_array_equal(y, expected)
