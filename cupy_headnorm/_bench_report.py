@@ -19,17 +19,48 @@ Results are a dict of plain lists, strings and numbers:
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cupy_headnorm import _driver, _qk_providers
+from cupy_headnorm import _driver, _qk_providers, _spec
 from cupy_headnorm._providers import CEILINGS, PROVIDERS, Case
 from cupy_headnorm._targets import Results, case_of
 
 _PROVIDERS = {**PROVIDERS, **_qk_providers.PROVIDERS}
-_KEYS = ("device", "date", "command", "timer", "versions", "timings", "host", "once", "unavailable")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "text": (str,), "text or null": (str, type(None)), "an integer": (int,),
+    "a number": (int, float), "a number or null": (int, float, type(None)),
+    "true, false or null": (bool, type(None)), "a list": (list,), "names with values": (dict,),
+}  # fmt: skip
+_CONTAINERS: dict[type, str] = {list: "a list", dict: "names with values"}
+_SHAPE = {
+    **dict.fromkeys(("device", "date", "command", "timer"), "text"),
+    "versions": {...: "text"},
+    "timings": [
+        {
+            **dict.fromkeys(("tokens", "num_heads", "num_kv_heads", "head_dim"), "an integer"),
+            **dict.fromkeys(("dtype", "kind", "layout", "provider"), "text"),
+            **dict.fromkeys(("microseconds", "gigabytes_per_second", "share"), "a number"),
+        }
+    ],
+    "host": [{"call": "text", "microseconds": "a number"}],
+    "once": {...: "a number"},
+    "targets": [
+        {
+            **dict.fromkeys(("what", "needed"), "text"),
+            "measured": "a number or null",
+            "where": "text or null",
+            "met": "true, false or null",
+        }
+    ],
+    "unavailable": {...: "text"},
+}
+"""What a file holds, by name, or of any name, or of each of a list. Others may be there too."""
+_LATER: dict[str, type] = {"targets": list, "num_kv_heads": int}
+"""What older files have not: an empty list, or 0."""
 
 # Okabe and Ito's colours, told apart by every kind of eye; ours is the vermilion.
 _COLOURS = {
@@ -91,7 +122,7 @@ def show(results: Results, console: Any) -> None:
         for name, value in results["once"].items():
             table.add_row(name.replace("_", " "), f"{value:,}")
         console.print(table)
-    if results.get("targets"):
+    if results["targets"]:
         console.print("\nNumbers to reach: the worst of each")
         console.print(_targets(results["targets"]))
 
@@ -147,14 +178,32 @@ def read(path: Path) -> Results:
     """
     try:
         results: Results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}); needs a file of --json") from error
-    missing = [key for key in _KEYS if not isinstance(results, dict) or key not in results]
-    if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}; needs a file of --json or --suite")
-    for timing in results["timings"]:
-        timing.setdefault("num_kv_heads", 0)  # files from before q and k were timed have none
+    try:
+        _check(results, _SHAPE, "")
+    except ValueError as error:
+        raise ValueError(f"{path} {error}, as a file of --json or --suite") from None
     return results
+
+
+def _check(value: Any, shape: Any, where: str) -> None:
+    """Raise ValueError where a part of a file is not as `shape` has it; see `_SHAPE`."""
+    needed = shape if isinstance(shape, str) else _CONTAINERS[type(shape)]
+    finite = type(value) not in (int, float) or abs(value) <= sys.float_info.max
+    if not finite or type(value) not in _TYPES[needed]:
+        raise ValueError(f"holds {where or 'only'} {_spec.shown(value)}; needs {needed}")
+    if isinstance(shape, list):
+        for i, entry in enumerate(value):
+            _check(entry, shape[0], f"{where}[{i}]")
+    elif isinstance(shape, dict):
+        for name in _LATER.keys() & shape.keys():
+            value.setdefault(name, _LATER[name]())
+        missing = [name for name in shape if name is not ... and name not in value]
+        if missing:
+            raise ValueError(f"has no {', '.join(missing)}{where and f' in {where}'}; needs it")
+        for name in value if ... in shape else shape:
+            _check(value[name], shape.get(..., shape.get(name)), f"{where}.{name}".lstrip("."))
 
 
 def check_plot(path: Path) -> None:

@@ -92,9 +92,14 @@ _name_of = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(
 )
 
 
-def read_capsule(capsule: Any) -> Tensor:
+def read_capsule(capsule: Any, of: str = "the array") -> Tensor:
     """Describe an unconsumed capsule; the memory lives as long as the caller holds it."""
-    name = _name_of(capsule)
+    try:
+        name = _name_of(capsule)
+    except ValueError:  # Python's own, on what is no capsule
+        raise TypeError(
+            f"__dlpack__ of {of} returned a {type(capsule).__name__}; needs a DLPack capsule"
+        ) from None
     address = _pointer_of(capsule, name)
     if name == b"dltensor_versioned":
         versioned = _Versioned.from_address(address)

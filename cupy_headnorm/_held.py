@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
 
-from cupy_headnorm import _interop, _kernels
+from cupy_headnorm import _interop, _kernels, _spec
 from cupy_headnorm._arrays import ArrayView
 from cupy_headnorm._layout import CPU, Device
 from cupy_headnorm._once import made_once
@@ -89,7 +88,7 @@ def device_of(device: Any) -> Device:
     if device is None:
         return Device("cuda", _interop.import_cupy().cuda.runtime.getDevice())
     if hasattr(device, "__index__"):
-        return Device("cuda", operator.index(device))
+        return Device("cuda", _spec.integer(device, "device"))
     kind, index = getattr(device, "type", None), getattr(device, "index", None)
     if kind is None and hasattr(device, "id"):  # cupy.cuda.Device
         kind, index = "cuda", device.id
@@ -102,4 +101,6 @@ def device_of(device: Any) -> Device:
         return CPU
     if kind == "cuda":
         return device_of(None) if index is None else Device("cuda", index)
-    raise ValueError(f"device is {device!r}; needs an index, 'cpu', 'cuda' or 'cuda:<index>'")
+    raise ValueError(
+        f"device is {_spec.shown(device)}; needs an index, 'cpu', 'cuda' or 'cuda:<index>'"
+    )

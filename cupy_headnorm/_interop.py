@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_headnorm import _dlpack, _driver, _dtypes
+from cupy_headnorm import _dlpack, _driver, _dtypes, _spec
 from cupy_headnorm._arrays import ArrayView, Library, Plain, view_of
 from cupy_headnorm._dtypes import NUMBERS, Rows
 from cupy_headnorm._layout import CPU, Device, Layout, alignment_of, dense_like
@@ -179,7 +179,14 @@ class _DLPack(Plain):
                 f"out is a {type(x).__name__}, which may forbid writing; "
                 "needs a NumPy, CuPy or torch array"
             )
-        kind, index = x.__dlpack_device__()
+        place = x.__dlpack_device__()
+        try:
+            kind, index = place
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"__dlpack_device__ of {role} returned {_spec.shown(place)}; needs a pair, of "
+                "DLPack's device type and an index"
+            ) from None
         on_cuda = kind in (_dlpack.CUDA, _dlpack.CUDA_MANAGED)
         # DLPack's name for the legacy default stream is 1.
         stream = (self.stream(index) or 1) if on_cuda else None
@@ -189,7 +196,7 @@ class _DLPack(Plain):
             capsule = None
         if capsule is None:
             capsule = x.__dlpack__(stream=stream)
-        raw = _dlpack.read_capsule(capsule)
+        raw = _dlpack.read_capsule(capsule, role)
         dtype = _dtypes.from_dlpack(*raw.dtype, role, rows)
         view = view_of(raw, dtype, role, (x, capsule), self)
         if role in RESULTS_OF:
@@ -350,7 +357,8 @@ def _find(x: Any, role: str) -> Library:
             f"{role} is a {type(x).__name__}, without memory: the call is inside jax.jit or "
             "another transform of JAX; needs an eager call, outside of it"
         )
-    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+    is_class = isinstance(x, type)  # whose methods want an instance
+    if not is_class and hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         if isinstance(x, getattr(jax, "Array", ())):
             return _found.setdefault(jax.Array, _JAX(jax))
         return _DLPACK

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from cupy_headnorm._spec import NormCall, NormSpec
+from cupy_headnorm._spec import NormCall, NormSpec, integer
 
 WARP = 32
 GROUP_THREADS = 256
@@ -61,6 +61,10 @@ class LaunchConfig:
     """1 is one block per (token, head) row."""
     access_bytes: int
     """Bytes moved by one load or store: `vector_bytes`, less where memory is misaligned."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, integer(getattr(self, field.name), field.name))
 
     @property
     def threads(self) -> int:

@@ -67,6 +67,6 @@ _IMMUTABLE = {bool, float, int, str, type(None)}
 @untraced
 def of_options(kind: Kind, **options: Any) -> Norm:
     """Return the norm of a function's arguments, checked once where they cannot change."""
-    if _IMMUTABLE.issuperset(map(type, options.values())):
+    if _IMMUTABLE.issuperset(map(type, (kind, *options.values()))):
         return _of_options(kind, **options)
     return Norm(_spec.options(kind, **options))

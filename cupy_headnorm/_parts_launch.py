@@ -27,6 +27,8 @@ HEADS_PER_GROUP = {"none": 1, "given": 2, "positions": 4}
 """That one group walks, cosines and sines in registers, where there are heads enough. In that case,
 by 1, 2, 4, 8 heads: without RoPE 0.97, 0.96, 0.95, 0.93; cosines given 0.95, 0.95, 0.94, 0.92; by
 positions 0.87, 0.93, 0.94, 0.92."""
+MAX_HEADS = 2**31 - 1 - max(HEADS_PER_GROUP.values())
+"""Of a token, in all parts: the kernel counts them in 32 bits, up to a group past the last one."""
 FEW_THREADS = 3 * 132 * 2048
 """Up to so many lanes of all heads together each head has a group of its own: an H100 has room for
 a third of them at once. By positions with 1 / 2 heads a group: 1 token 1.74 / 1.97 us, 1,024 tokens
@@ -75,6 +77,11 @@ def plan(call: PartsCall) -> PartsConfig:
     if 2 <= lanes <= WARP and 2 * vectors * vector <= FOLDED_VALUES:
         fold, lanes, vectors = 2, lanes // 2, vectors * 2
     heads = sum(part.num_heads for part in call.parts)
+    if heads > MAX_HEADS:
+        each = " + ".join(str(part.num_heads) for part in call.parts)
+        raise ValueError(
+            f"q, k and v have {each} heads, {heads} in all; needs {MAX_HEADS} at most on a GPU"
+        )
     heads_per_group = _heads_per_group(spec, call.tokens * heads, lanes)
     groups_per_block = GROUP_THREADS // lanes if lanes <= WARP else 1
     of_parameters = [

@@ -99,8 +99,8 @@ def step_by_step(
     plan = _plans.get(key)
     if plan is None:
         call = _parts.describe(described, layouts, of_outs, turning, heads_axis)
-        for view in outs.values():
-            _spec.check_out_layout(view.layout)
+        for name, view in outs.items():
+            _spec.check_out_layout(view.layout, f"out of {name}")
         runs = on_gpu and call.tokens and any(part.num_heads for part in call.parts)
         launch = _parts_kernels.prepare(call, device.index, stream) if runs else None
         plan = _Plan(call, launch)

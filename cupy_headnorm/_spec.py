@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from cupy_headnorm import _dtypes
 from cupy_headnorm._dtypes import DType
@@ -18,12 +18,17 @@ Rounding = Literal["once", "before_weight", "every_op", "rstd"]
 DEFAULT_EPS: dict[str, float] = {"rms": 1e-6, "layer": 1e-5}
 """By kind. Qwen3 and Gemma use 1e-6, torch's and Cohere's LayerNorm 1e-5."""
 
+KINDS: tuple[Kind, ...] = get_args(Kind)
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 MAX_AXES = 64
 """Of an array, in NumPy, CuPy and torch."""
 
 Shape = tuple[int, ...]
+Choice = TypeVar("Choice", bound=str)
+
+_SHOWN = 80
+"""Characters of a value that a message shows at most."""
 
 
 class NormOptions(NamedTuple):
@@ -86,12 +91,25 @@ class NormCall(NamedTuple):
     """Largest power of two, at most 16, dividing every row's address in x, out, weight, bias."""
 
 
+def shown(value: Any) -> str:
+    """Return a value's repr as a message shows it: in one line, and cut where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def one_of(value: Any, allowed: tuple[Choice, ...], name: str) -> Choice:
+    """Check one of some words. Arrays compare element by element, so only words are compared."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} is {shown(value)}; needs one of {allowed}")
+    return allowed[allowed.index(value)]
+
+
 def integer(value: Any, name: str) -> int:
     """Check an integer, a Python or a NumPy one."""
     try:
         return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; needs an integer") from None
+    except Exception:  # arrays raise what their library chose
+        raise TypeError(f"{name} is {shown(value)}; needs an integer") from None
 
 
 def count(value: Any, name: str) -> int | None:
@@ -104,18 +122,19 @@ def count(value: Any, name: str) -> int | None:
     return number
 
 
-def _real(value: Any, name: str) -> float:
+def real(value: Any, name: str) -> float:
+    """Check a finite number; -0 becomes 0, which equals it, so that equal numbers are the same."""
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} is {value!r}; needs a number") from None
     except OverflowError:  # an integer
         number = math.inf
+    except Exception:
+        raise TypeError(f"{name} is {shown(value)}; needs a number") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} is {number}; needs a finite number")
-    return number
+    return number + 0.0
 
 
 def checked_heads_axis(value: Any) -> int:
@@ -141,13 +160,11 @@ def options(
     rounding: Rounding = "once",
 ) -> NormOptions:
     """Check the arguments that are no arrays."""
-    if kind not in tuple(DEFAULT_EPS):
-        raise ValueError(f"kind is {kind!r}; needs one of {tuple(DEFAULT_EPS)}")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding is {rounding!r}; needs one of {ROUNDINGS}")
+    kind = one_of(kind, KINDS, "kind")
+    rounding = one_of(rounding, ROUNDINGS, "rounding")
     if rounding == "rstd" and kind != "rms":
         raise ValueError(f"rounding is 'rstd' and kind {kind!r}; needs kind 'rms'")
-    eps = DEFAULT_EPS[kind] if eps is None else _real(eps, "eps")
+    eps = DEFAULT_EPS[kind] if eps is None else real(eps, "eps")
     if eps < 0:
         raise ValueError(f"eps is {eps}; needs 0 or more")
     return NormOptions(
@@ -156,7 +173,7 @@ def options(
         count(num_heads, "num_heads"),
         count(head_dim, "head_dim"),
         checked_heads_axis(heads_axis),
-        _real(weight_offset, "weight_offset"),
+        real(weight_offset, "weight_offset"),
         rounding,
     )
 
@@ -443,12 +460,12 @@ def leads(shape: tuple[int, ...], *strides: tuple[int, ...]) -> list[int]:
     return found
 
 
-def check_out_layout(out: Layout) -> None:
+def check_out_layout(out: Layout, name: str = "out") -> None:
     """Refuse an `out` in which two indices name one byte."""
     if overlaps_itself(out):
         raise ValueError(
-            f"out has shape {out.shape} and strides {out.strides} bytes, which overlap themselves; "
-            "needs one place for each element"
+            f"{name} has shape {out.shape} and strides {out.strides} bytes, which overlap "
+            "themselves; needs one place for each element"
         )
 
 

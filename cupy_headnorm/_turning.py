@@ -112,9 +112,9 @@ def steps(turning: Turning, tokens: tuple[int, ...]) -> Steps:
     """Check that every token has its cosines and sines, and return where they are."""
     none = (0,) * len(tokens)
     cos, sin, positions = turning.cos, turning.sin, turning.positions
-    # The stride of one entry says nothing.
+    # The stride of one entry says nothing, nor do those of no entries.
     strides = zip(cos.shape, cos.strides, sin.strides, strict=True)
-    if any(n > 1 and of_cos != of_sin for n, of_cos, of_sin in strides):
+    if cos.size and any(n > 1 and of_cos != of_sin for n, of_cos, of_sin in strides):
         raise ValueError(
             f"cos has strides {cos.strides} bytes and sin {sin.strides}; needs the same of both"
         )

@@ -205,6 +205,11 @@ def launch(
     `x` is in CUDA memory; `options` are those of `rms_norm`. Other geometries add in another order,
     so results may differ from those of the library's own choice in the last bit.
     """
+    if not isinstance(config, LaunchConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; needs a LaunchConfig, as HeadNorm.plan(x) "
+            "returns one"
+        )
     norm = of_options(kind, **options)
     result: Array = _dispatch.step_by_step(norm, x, weight, bias, out, config=config)
     return result

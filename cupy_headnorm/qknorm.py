@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cupy_headnorm import _dtypes, _interop, _parts, _rope_config, _spec
+from cupy_headnorm._arrays import ArrayView
 from cupy_headnorm._qk_dispatch import step_by_step
 from cupy_headnorm._qk_known import Arrays, known
 from cupy_headnorm._rope_tables import Tables
@@ -15,6 +16,7 @@ from cupy_headnorm.headnorm import HeadNorm
 from cupy_headnorm.rope import Rope
 
 _NAMES = ("q", "k", "v")
+_HEADS_AXIS = -2
 
 
 class QKNorm:
@@ -45,8 +47,9 @@ class QKNorm:
     first rounded to x's dtype, as between a model's modules, and turned then (or the other way
     round, where ``rope.order`` is ``"before norm"``).
 
-    Streams, graphs, threads, results and errors are as `HeadNorm` has them. Positions are read by
-    the kernel, not by the host: those outside of the table are clamped to its ends.
+    Streams, graphs, threads, results and errors are as `HeadNorm` has them. One refusal differs
+    between host and GPU: on the host a position outside of the table is a ValueError. On a GPU,
+    where the kernel alone reads positions, it is clamped to the table's ends without a word.
 
     On the host heads have any length. On a GPU all up to 4,096 elements are served, 3,072 of
     float64; of longer ones those that fit a block of threads, with ValueError for the others.
@@ -178,7 +181,8 @@ class QKNorm:
             `v_norm`, and only then.
         positions : array of int32 or int64, optional
             Shape of q without heads and head_dim, or what broadcasts to it, such as ``(tokens,)``.
-            With sections (M-RoPE) one row for each of them in front: ``(3, ...)``.
+            With sections (M-RoPE) one row for each of them in front: ``(3, ...)``. From 0 up to
+            the rope's max_position, excluded; others raise on the host and are clamped on a GPU.
         cos, sin : array, optional
             In place of `positions`: those of each token, ``(..., rotary_dim)`` as models have them
             or ``(..., rotary_dim / 2)``, float32 or q's dtype, broadcast to q's tokens; both of
@@ -218,7 +222,12 @@ class QKNorm:
         sin: Any = None,
         heads_axis: int = -2,
     ) -> tuple[Any, ...]:
-        """Return what a call returns, computed on the host in NumPy: for debugging; it copies."""
+        """
+        Return what a call returns, computed on the host in NumPy: for debugging; it copies.
+
+        Positions outside of the table are a ValueError here, of arrays on a GPU too, where a call
+        clamps them.
+        """
         arrays = {"q": q, "k": k, "v": v, "positions": positions, "cos": cos, "sin": sin}
         given = {name: array for name, array in arrays.items() if array is not None}
         views = [_interop.view(given[name], name) for name in _NAMES if name in given]
@@ -232,6 +241,7 @@ class QKNorm:
             view.library.from_host(y, view) for y, view in zip(results, views, strict=True)
         )
 
+    @untraced
     def packed(
         self,
         qkv: Any,
@@ -249,6 +259,19 @@ class QKNorm:
         Queries come first, then keys, then values, which only a `v_norm` touches. Returns `qkv`.
         """
         library = _interop.library_of(qkv, "qkv")
+        if not library.takes_out:
+            raise TypeError(
+                f"qkv is a {type(qkv).__name__}, which may forbid writing; needs a NumPy, CuPy or "
+                "torch array"
+            )
+        quick = (
+            _interop.quick.get(type(qkv)) is library
+            and library.glance(qkv) is not None
+            # CuPy's reshape copies where the last axis has gaps, torch's unflatten never does.
+            and (hasattr(qkv, "unflatten") or qkv.strides[-1:] == (qkv.itemsize,))
+        )
+        if not quick:
+            _check_buffer(library.view(qkv, "qkv"))
         num_heads = _count(num_heads, "num_heads")
         num_kv_heads = _count(num_kv_heads, "num_kv_heads")
         heads = num_heads + 2 * num_kv_heads
@@ -261,17 +284,16 @@ class QKNorm:
                 f"qkv has shape {shape}; needs a last axis of {wanted}, "
                 f"{num_heads} + 2 * {num_kv_heads} heads of {self._head_dim or 'one length'}"
             )
-        if not library.takes_out:
-            raise TypeError(
-                f"qkv is a {type(qkv).__name__}, which may forbid writing; needs a NumPy, CuPy or "
-                "torch array"
-            )
         by_head = _split_last(qkv, (*shape[:-1], heads, head_dim))
         first_v = num_heads + num_kv_heads
         parts = [by_head[..., :num_heads, :], by_head[..., num_heads:first_v, :]]
         if "v" in self._norms:
             parts.append(by_head[..., first_v:, :])
-        self(*parts, positions=positions, cos=cos, sin=sin, out=tuple(parts))
+        arrays = Arrays(tuple(parts), positions, cos, sin, tuple(parts))
+        if not quick or known(self._norms, self._tables, arrays, _HEADS_AXIS) is None:
+            if quick:
+                _check_buffer(library.view(qkv, "qkv"))
+            step_by_step(self._norms, self._tables, arrays, _HEADS_AXIS)
         return qkv
 
     def load(self, device: Any = None) -> None:
@@ -340,15 +362,19 @@ def _count(value: Any, name: str) -> int:
     return number
 
 
+def _check_buffer(qkv: ArrayView) -> None:
+    """Refuse a packed buffer by its own name, where its parts would be refused by theirs."""
+    if qkv.layout.shape:
+        _spec.check_last_stride(qkv.layout, "qkv")
+    if not qkv.writeable:
+        raise ValueError("qkv is read-only; needs a writeable array")
+    _spec.check_out_layout(qkv.layout, "qkv")
+
+
 def _split_last(qkv: Any, shape: tuple[int, ...]) -> Any:
-    """Return a view of `qkv` with its last axis split."""
+    """Return a view of `qkv`, whose last axis has no gaps, with that axis split."""
     if hasattr(qkv, "unflatten"):
         return qkv.unflatten(-1, shape[-2:])
-    if qkv.shape[-1] > 1 and qkv.strides[-1] != qkv.itemsize:
-        raise ValueError(
-            f"qkv has a stride of {qkv.strides[-1]} bytes on its last axis; needs {qkv.itemsize}, "
-            "neighbouring elements"
-        )
     return qkv.reshape(shape)
 
 

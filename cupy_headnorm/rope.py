@@ -9,7 +9,6 @@ and rounded: of torch's own, on a CPU, one in 20 is a unit in the last place off
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +43,8 @@ class Rope:
     inverse_frequency : sequence of float
         The :math:`f_i`, ``rotary_dim / 2`` of them, as float32. A pair of zero stays as it is.
     max_position : int
-        Number of positions in a table. Others are clamped to its ends.
+        Number of positions in a table. Others are refused on the host, and clamped to the table's
+        ends on a GPU, which alone reads them there.
     style : {"half", "interleaved", "half flipped"}
         Which dims are a pair: ``i`` and ``i + rotary_dim / 2`` (NeoX), ``2 i`` and ``2 i + 1``
         (GPT-J), or as the first with the sign of :math:`d` changed (nanochat).
@@ -77,7 +77,11 @@ class Rope:
     def __post_init__(self) -> None:
         rotary_dim = _rotary_dim(self.rotary_dim)
         half = rotary_dim // 2
-        frequencies = np.asarray(self.inverse_frequency, np.float32)
+        try:
+            frequencies = np.asarray(self.inverse_frequency, np.float32)
+        except (TypeError, ValueError):
+            given = _spec.shown(self.inverse_frequency)
+            raise TypeError(f"inverse_frequency is {given}; needs a sequence of numbers") from None
         if frequencies.shape != (half,):
             raise ValueError(
                 f"inverse_frequency has shape {frequencies.shape}; "
@@ -88,32 +92,41 @@ class Rope:
         for name, allowed in (
             ("style", STYLES), ("order", ORDERS), ("rounding", ROUNDINGS), ("table", TABLES)
         ):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; needs one of {allowed}")
+            object.__setattr__(self, name, _spec.one_of(getattr(self, name), allowed, name))
         if self.rounding == "every_op" and self.table != "x":
             raise ValueError(f"rounding is 'every_op' and table {self.table!r}; needs table 'x'")
         max_position = _spec.integer(self.max_position, "max_position")
         if max_position < 1:
             raise ValueError(f"max_position is {max_position}; needs 1 or more")
-        sections = tuple(_spec.integer(size, "sections") for size in self.sections)
+        try:
+            sizes = tuple(self.sections)
+        except TypeError:
+            raise TypeError(
+                f"sections are {_spec.shown(self.sections)}; needs a sequence of integers"
+            ) from None
+        sections = tuple(_spec.integer(size, "sections") for size in sizes)
         if sections and (sum(sections) != half or min(sections) < 0):
             raise ValueError(
                 f"sections are {sections}, together {sum(sections)}; "
                 f"needs {half}, half of rotary_dim {rotary_dim}"
             )
-        scaling = float(self.attention_scaling)
-        if not math.isfinite(scaling):
-            raise ValueError(f"attention_scaling is {scaling}; needs a finite number")
+        if not isinstance(self.interleaved_sections, (bool, np.bool_)):
+            raise TypeError(
+                f"interleaved_sections is {_spec.shown(self.interleaved_sections)}; "
+                "needs True or False"
+            )
+        scaling = _spec.real(self.attention_scaling, "attention_scaling")
         for name, value in (
             ("rotary_dim", rotary_dim), ("max_position", max_position), ("sections", sections),
             ("inverse_frequency", tuple(frequencies.tolist())), ("attention_scaling", scaling),
+            ("interleaved_sections", bool(self.interleaved_sections)),
         ):  # fmt: skip
             object.__setattr__(self, name, value)
 
     @classmethod
     def of_theta(cls, theta: float, rotary_dim: int, *, max_position: int, **fields: Any) -> Rope:
         """Return the plain embedding, of frequencies ``theta ** (-2 i / rotary_dim)``."""
-        frequencies = 1 / powers(theta, _rotary_dim(rotary_dim))
+        frequencies = 1 / powers(_spec.real(theta, "theta"), _rotary_dim(rotary_dim))
         return cls(rotary_dim, tuple(frequencies.tolist()), max_position, **fields)
 
     @classmethod
@@ -193,24 +206,46 @@ class Rope:
 
     def at(self, positions: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
         """
-        Return the tables' rows at integer `positions`, clamped: ``(..., rotary_dim / 2)`` each.
+        Return the tables' rows at integer `positions`: ``(..., rotary_dim / 2)`` each.
 
         With `sections`, `positions` has one row for each of them in front.
+
+        Raises
+        ------
+        TypeError
+            A dtype is none that `positions`, or cosines and sines, may have.
+        ValueError
+            There is no row for each of the sections; a position lies outside of the tables.
         """
         positions = np.asarray(positions)
         if positions.dtype.kind not in "iu":
             raise TypeError(f"positions have dtype {positions.dtype}; needs an integer dtype")
         wanted = _dtypes.from_numpy(np.dtype(dtype), "dtype").numpy
-        positions = np.clip(positions, 0, self.max_position - 1)
-        if not self.sections:
-            return self._cos_sin(positions[..., np.newaxis], wanted)
-        if positions.ndim == 0 or positions.shape[0] != len(self.sections):
+        if self.sections and (positions.ndim == 0 or positions.shape[0] != len(self.sections)):
             raise ValueError(
                 f"positions have shape {positions.shape}; "
                 f"needs ({len(self.sections)}, ...), a row for each of the sections"
             )
+        self._check_range(positions)
+        if not self.sections:
+            return self._cos_sin(positions[..., np.newaxis], wanted)
         by_frequency = positions[np.asarray(self.row_of_frequency)]
         return self._cos_sin(np.moveaxis(by_frequency, 0, -1), wanted)
+
+    def _check_range(self, positions: np.ndarray) -> None:
+        """Refuse positions outside of the tables."""
+        if not positions.size:
+            return
+        first, last = int(positions.min()), int(positions.max())
+        needed = f"needs 0 to {self.max_position - 1}"
+        if last >= self.max_position:
+            raise ValueError(
+                f"positions hold {last}; {needed}, or a Rope with max_position={last + 1} or more"
+            )
+        if first < 0:
+            raise ValueError(
+                f"positions hold {first}; {needed}, and any of them for a token of padding"
+            )
 
     def _cos_sin(self, positions: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         frequencies = np.asarray(self.inverse_frequency, np.float32)
@@ -253,20 +288,21 @@ def apply(
     Raises
     ------
     TypeError
-        A dtype is none of the four.
+        An array is no plain NumPy array; a dtype is none of the four.
     ValueError
         `rotary_dim` is odd, below 2 or above head_dim; a style or rounding is unknown; `cos` or
         `sin` has another width.
     """
+    for name, array in (("x", x), ("cos", cos), ("sin", sin)):
+        if type(array) not in (np.ndarray, np.memmap):
+            raise TypeError(f"{name} is a {type(array).__name__}; needs a plain numpy.ndarray")
     dtype = _dtypes.from_numpy(x.dtype, "x")
     wide, head_dim = dtype.accumulate.numpy, x.shape[-1]
     width = _rotary_dim(head_dim if rotary_dim is None else rotary_dim)
     if width > head_dim:
         raise ValueError(f"rotary_dim is {width}; needs at most head_dim, which is {head_dim}")
-    if style not in STYLES:
-        raise ValueError(f"style is {style!r}; needs one of {STYLES}")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding is {rounding!r}; needs one of {ROUNDINGS}")
+    style = _spec.one_of(style, STYLES, "style")
+    rounding = _spec.one_of(rounding, ROUNDINGS, "rounding")
 
     def rounded(values: np.ndarray) -> np.ndarray:
         return values.astype(dtype.numpy).astype(wide) if rounding == "every_op" else values

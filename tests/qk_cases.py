@@ -102,8 +102,8 @@ class Case(NamedTuple):
         options["weight_offset"] = self.offset if self.weight else 0.0
         return (weight, bias, options)
 
-    def made(self, rng):
-        """Return parts, norms and what turns, in NumPy."""
+    def made(self, rng, beyond=0):
+        """Return parts, norms and what turns, in NumPy; positions `beyond` both ends of tables."""
         heads = (*self.heads, self.heads[1])[: 2 + self.v]
         parts = [random(rng, (2, self.tokens, n, self.head_dim), self.dtype) for n in heads]
         norms = [self.norm(rng, n) for n in self.heads]
@@ -116,7 +116,7 @@ class Case(NamedTuple):
                 "chunks of sections": (3, 1, self.tokens),
                 "interleaved sections": (3, 2, self.tokens),
             }[self.by]  # fmt: skip
-            positions = rng.integers(-3, MAX_POSITION + 3, shape)
+            positions = rng.integers(-beyond, MAX_POSITION + beyond, shape)
             beside["positions"] = positions.astype(np.int32 if "32" in self.by else np.int64)
         elif self.by:
             width = self.table_width

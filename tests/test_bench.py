@@ -155,7 +155,14 @@ def test_errors(arguments, message, capsys, host):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "is no JSON"), ("{}", "has no device"), ("[]", "has no device")]
+    ("text", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ("{}", "has no device, date"),
+        ("[]", "holds only []; needs names"),
+        ("null", "holds only None; needs names"),
+    ],
 )
 def test_from_another_file(text, message, tmp_path, capsys):
     file = tmp_path / "other.json"
@@ -163,7 +170,74 @@ def test_from_another_file(text, message, tmp_path, capsys):
     code, _, err = run(capsys, "--from", file)
     assert code == 2
     assert message in err
-    assert "needs a file of --json" in err
+    assert "a file of --json" in err
+    assert err.count("\n") == 1
+
+
+def damaged(where, value):
+    """Return results of which one part, by its path, is another value; of ... it is missing."""
+    results = made_up(
+        versions={"numpy": "2.4"},
+        timings=[timing(_costs.HOST_CASE, "ours"), timing(_costs.HOST_CASE, "copy")],
+        host=[{"call": "ours", "microseconds": 1}],
+        once={"import_ms": 3.5},
+        targets=[{"what": "a", "needed": "b", "measured": None, "where": None, "met": None}],
+        unavailable={"liger": "not there"},
+    )
+    *path, last = where
+    part = results
+    for name in path:
+        part = part[name]
+    if value is ...:
+        del part[last]
+    else:
+        part[last] = value
+    return results
+
+
+DAMAGED = {
+    "holds versions None; needs names with values": (("versions",), None),
+    "holds versions.numpy 2; needs text": (("versions", "numpy"), 2),
+    "holds device None; needs text": (("device",), None),
+    "holds date 2026; needs text": (("date",), 2026),
+    "holds timings {}; needs a list": (("timings",), {}),
+    "holds timings[1] None; needs names with values": (("timings", 1), None),
+    "has no share in timings[0]; needs it": (("timings", 0, "share"), ...),
+    "holds timings[0].share '1'; needs a number": (("timings", 0, "share"), "1"),
+    "holds timings[0].share nan; needs a number": (("timings", 0, "share"), float("nan")),
+    "holds timings[0].share 1000": (("timings", 0, "share"), 10**400),
+    "holds timings[0].tokens 1.5; needs an integer": (("timings", 0, "tokens"), 1.5),
+    "holds timings[0].tokens True; needs an integer": (("timings", 0, "tokens"), True),
+    "holds timings[0].kind []; needs text": (("timings", 0, "kind"), []),
+    "holds timings[1].num_kv_heads None; needs an i": (("timings", 1, "num_kv_heads"), None),
+    "holds host None; needs a list": (("host",), None),
+    "holds host[0].microseconds inf; needs a number": (("host", 0, "microseconds"), float("inf")),
+    "has no call in host[0]; needs it": (("host", 0, "call"), ...),
+    "holds once []; needs names with values": (("once",), []),
+    "holds once.import_ms 'long'; needs a number": (("once", "import_ms"), "long"),
+    "holds targets None; needs a list": (("targets",), None),
+    "holds targets[0].met 1; needs true, false or null": (("targets", 0, "met"), 1),
+    "holds unavailable.liger None; needs text": (("unavailable", "liger"), None),
+    "has no unavailable; needs it": (("unavailable",), ...),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGED)
+def test_from_a_damaged_file(message, tmp_path, capsys):
+    file = tmp_path / "damaged.json"
+    file.write_text(json.dumps(damaged(*DAMAGED[message])))
+    code, out, err = run(capsys, "--from", file)
+    assert (code, out) == (2, "")
+    assert f"damaged.json {message}" in err
+    assert err.count("\n") == 1
+
+
+def test_from_a_whole_file_with_more(tmp_path, capsys):
+    file = tmp_path / "whole.json"
+    file.write_text(json.dumps(damaged(("timings", 0, "more"), None)))
+    code, out, err = run(capsys, "--from", file)
+    assert (code, err) == (0, "")
+    assert "liger" in out.lower()
 
 
 @pytest.mark.parametrize(

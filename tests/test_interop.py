@@ -216,6 +216,29 @@ def test_a_consumed_capsule_is_refused():
         _dlpack.read_capsule(capsule)
 
 
+@pytest.mark.parametrize("returned", [None, 3, "dltensor", np.ones(3), object])
+def test_what_is_no_capsule_is_refused_by_the_name_of_its_array(returned):
+    name = f"__dlpack__ of %s returned a {type(returned).__name__}; needs a DLPack capsule"
+    x, weight = _dlpack_only(np, np.ones((2, 3), np.float32)), _dlpack_only(np, np.ones(3))
+    for array, role in ((weight, "weight"), (x, "x")):
+        array.__class__.__dlpack__ = lambda *_, **options: returned
+        with pytest.raises(TypeError, match=name % role):
+            rms_norm(x, weight)
+
+
+@pytest.mark.parametrize("place", [None, 1, (1,), (1, 0, 0), "cpu"])
+def test_what_is_no_device_is_refused(place):
+    x = _dlpack_only(np, np.ones((2, 3), np.float32))
+    x.__class__.__dlpack_device__ = lambda self: place
+    with pytest.raises(TypeError, match=r"^__dlpack_device__ of x returned .*; needs a pair, of"):
+        rms_norm(x)
+
+
+def test_a_class_is_no_array():
+    with pytest.raises(TypeError, match="x is a type; needs a NumPy, CuPy or torch array"):
+        rms_norm(np.ndarray)
+
+
 class _Once:
     def __init__(self, capsule):
         self.capsule = capsule

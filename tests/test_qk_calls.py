@@ -52,6 +52,8 @@ def turning(rng, device, way):
 def right(qk, parts, beside, **options):
     """Return what the host makes of the same values."""
     beside = {name: array.cpu().numpy() for name, array in beside.items()}
+    if "positions" in beside:  # NumPy refuses what the kernel clamps
+        beside["positions"] = np.clip(beside["positions"], 0, qk.rope.max_position - 1)
     return qk(*(part.cpu().numpy() for part in parts), **beside, **options)
 
 

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from qk_cases import D
 
-from cupy_headnorm import HeadNorm, QKNorm, Rope, _layout, _parts, _parts_launch, _spec
+from cupy_headnorm import (
+    HeadNorm,
+    QKNorm,
+    Rope,
+    _layout,
+    _parts,
+    _parts_kernels,
+    _parts_launch,
+    _spec,
+)
 from cupy_headnorm import rope as rotary
 from cupy_headnorm._dtypes import BFLOAT16, DTYPES, FLOAT16, FLOAT64
 from cupy_headnorm._parts import PartNorm
@@ -129,6 +138,100 @@ def test_positions_off_their_boundaries(offset, step, aligned):
         turner()(f(5, 3, D), f(5, 2, D), positions=positions)
     alone = np.ndarray((1,), np.int64, memory, 0, (step,))
     turner()(f(5, 3, D), f(5, 2, D), positions=alone)
+
+
+def overlapping():
+    """Return rows of which each begins inside of the one before."""
+    return np.lib.stride_tricks.as_strided(np.zeros(12 * D, np.float32), (5, 8 * D), (4 * D, 4))
+
+
+BUFFERS = {
+    "no shape": (lambda: object(), "qkv is a object; needs a NumPy, CuPy or torch array"),
+    "none": (lambda: None, "qkv is a NoneType; needs a NumPy, CuPy or torch array"),
+    "a matrix": (lambda: f(5, 8 * D).view(np.matrix), "qkv is a matrix, whose meaning a norm"),
+    "masked": (lambda: np.ma.masked_array(f(5, 8 * D)), "qkv is a MaskedArray, whose meaning"),
+    "no axis": (lambda: np.array(1, np.float32), r"qkv has shape \(\); needs a last axis of 512"),
+    "integers": (lambda: np.ones((5, 8 * D), int), "qkv has dtype int64; needs float16, bfloat16"),
+    "gaps": (lambda: f(5, 16 * D)[:, ::2], "qkv has a stride of 8 bytes on its last axis; needs 4"),
+    "backwards": (lambda: f(5, 8 * D)[:, ::-1], "qkv has a stride of -4 bytes on its last axis"),
+    "read-only": (lambda: np.broadcast_to(f(8 * D), (5, 8 * D)), "qkv is read-only; needs a write"),
+    "overlapping": (overlapping, r"qkv has shape \(5, 512\) and .* overlap themselves; needs one"),
+}
+"""NumPy's, that no norm can take."""
+TENSORS = {
+    "nested": (
+        lambda torch: torch.nested.nested_tensor([torch.ones(3, 8 * D), torch.ones(2, 8 * D)]),
+        "qkv is nested; needs a strided tensor with memory",
+    ),
+    "jagged": (
+        lambda torch: torch.nested.nested_tensor(
+            [torch.ones(3, 8 * D), torch.ones(2, 8 * D)], layout=torch.jagged
+        ),
+        "qkv is a NestedTensor, a subclass of torch.Tensor; needs a plain tensor",
+    ),
+    "sparse": (lambda torch: torch.ones(5, 8 * D).to_sparse(), "qkv is of layout torch.sparse_coo"),
+    "rows": (lambda torch: torch.ones(5, 8 * D).to_sparse_csr(), "qkv is of layout torch.sparse_c"),
+    "mkldnn": (lambda torch: torch.ones(5, 8 * D).to_mkldnn(), "qkv is of layout torch._mkldnn; n"),
+    "meta": (lambda torch: torch.ones(5, 8 * D, device="meta"), "qkv is on the meta device, with"),
+    "grad": (lambda torch: torch.ones(5, 8 * D, requires_grad=True), "qkv requires grad and grad"),
+    "negated": (lambda torch: torch._neg_view(torch.ones(5, 8 * D)), "qkv is a lazily negated vi"),
+    "integers": (lambda torch: torch.ones(5, 8 * D, dtype=torch.int8), "qkv has dtype int8; needs"),
+    "expanded": (lambda torch: torch.ones(8 * D).expand(5, -1), "qkv has .* overlap themselves; n"),
+    "gaps": (lambda torch: torch.ones(5, 16 * D)[:, ::2], "qkv has a stride of 8 bytes on its l"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_a_packed_buffer_is_refused_by_its_own_name(name):
+    make, message = BUFFERS[name]
+    with pytest.raises((TypeError, ValueError), match=message):
+        turner().packed(make(), num_heads=4, num_kv_heads=2, positions=np.arange(5))
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|sparse|mkldnn|Sparse)")
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_packed_tensor_is_refused_by_its_own_name(name):
+    torch = pytest.importorskip("torch")
+    make, message = TENSORS[name]
+    qkv = make(torch)
+    with pytest.raises((TypeError, ValueError), match=message):
+        turner().packed(qkv, num_heads=4, num_kv_heads=2, positions=torch.arange(5))
+
+
+def test_a_packed_buffer_with_gaps_is_refused_after_its_like(library):
+    """A reshape would copy it, and the copy be normalized."""
+    qk, positions = turner(), library.array(np.arange(5))
+    gaps = library.array(f(5, 16 * D))
+    for _ in range(2):
+        qkv = library.array(f(5, 8 * D))
+        qk.packed(qkv, num_heads=4, num_kv_heads=2, positions=positions)
+        with pytest.raises(ValueError, match="qkv has a stride of 8 bytes on its last axis"):
+            qk.packed(gaps[:, ::2], num_heads=4, num_kv_heads=2, positions=positions)
+    np.testing.assert_array_equal(library.host(gaps), f(5, 16 * D))
+
+
+@pytest.mark.parametrize("sections", [(), (16, 8, 8)])
+@pytest.mark.parametrize("wrong", [-1, 16, -(2**31), 2**31 - 1])
+def test_positions_outside_of_the_table(library, wrong, sections):
+    """Refused where looking costs nothing, before anything is written."""
+    qk = turner(sections=sections)
+    positions = np.array([3, 0, 15, wrong, 7], np.int32)
+    positions = np.stack([np.zeros_like(positions)] * 2 + [positions]) if sections else positions
+    q, k, qkv, positions = map(library.array, (RIGHT["q"], RIGHT["k"], f(5, 7 * D), positions))
+    calls = (
+        lambda: qk(q, k, positions=positions),
+        lambda: qk(q, k, positions=positions, out=(q, k)),
+        lambda: qk.packed(qkv, num_heads=3, num_kv_heads=2, positions=positions),
+    )
+    for call in () if library.on_gpu else calls:
+        with pytest.raises(ValueError, match=rf"positions hold {wrong}; needs 0 to 15, (or|and)"):
+            call()
+    # It computes on the host whatever it is given.
+    with pytest.raises(ValueError, match=f"positions hold {wrong}; needs 0 to 15"):
+        qk.forward_reference(q, k, positions=positions)
+    for array, values in ((q, RIGHT["q"]), (k, RIGHT["k"]), (qkv, f(5, 7 * D))):
+        np.testing.assert_array_equal(library.host(array), values)
+    qk.warmup(q, k, positions=positions)  # of arrays laid out like these
 
 
 def test_one_position_a_token_where_three_are_needed():
@@ -322,3 +425,32 @@ def test_a_head_too_long_for_a_gpu_is_refused_there_alone(dtype, head_dim, messa
     cos, sin = rope.at(np.arange(2), dtype.numpy)
     expected = rotary.apply(norm(q), cos[:, None], sin[:, None], rotary_dim=64)
     np.testing.assert_array_equal(y, expected)
+
+
+def test_more_heads_than_32_bits_count_are_refused_on_a_gpu():
+    """The kernel's fields for heads and their groups have 32 bits; ctypes drops the others."""
+    most = _parts_launch.MAX_HEADS
+    norm = PartNorm(_spec.options("rms", head_dim=2), None, None)
+
+    def called(*heads):
+        parts = {
+            name: _layout.Layout((1, n, 2), (0, 0, 2), FLOAT16, GPU, 16)
+            for name, n in zip("qkv", heads, strict=False)
+        }
+        return _parts.describe(dict.fromkeys(parts, norm), parts, parts, None, -2)
+
+    for heads in ((2**30, 2**30), (2**32, 1), (2**31, 1), (most, 1), (1, 2**30, 2**30), (2**33, 0)):
+        told = r" \+ ".join(map(str, heads))
+        with pytest.raises(
+            ValueError, match=f"have {told} heads, {sum(heads)} in all; needs {most} at most on a"
+        ):
+            _parts_launch.plan(called(*heads))
+    for heads in ((most - 1, 1), (1, most - 1), (0, most), (1, 2, most - 3)):
+        call = called(*heads)
+        config = _parts_launch.plan(call)._replace(heads_per_group=1)
+        params = _parts_kernels._params(call, config)
+        padded = [*heads, 0][:3]
+        assert list(params.num_heads) == padded
+        assert list(params.groups_end) == [sum(padded[: i + 1]) for i in range(3)]
+        # What a group past the last heads counts to.
+        assert most + max(_parts_launch.HEADS_PER_GROUP.values()) < 2**31

@@ -33,7 +33,7 @@ def forgotten(monkeypatch):
 
 @pytest.mark.parametrize("case", list(dict.fromkeys(AROUND + COVERING)), ids=str)
 def test_matches_float64(library, case, rng, forgotten, monkeypatch):
-    parts, norms, beside = made = case.made(rng)
+    parts, norms, beside = made = case.made(rng, beyond=3 if library.on_gpu else 0)
     qk = qk_norm(case, norms)
     given = [library.array(part) for part in parts]
     turning = {name: library.array(array) for name, array in beside.items()}
@@ -194,6 +194,7 @@ def test_tables_and_positions_of_any_strides(library, rng):
 @pytest.mark.parametrize("integer", [np.int32, np.int64])
 @pytest.mark.parametrize("sections", [(), (16, 8, 8)])
 def test_positions_outside_of_the_table_are_clamped(library, integer, sections, rng):
+    """By the kernel; on the host they are refused."""
     limits = np.iinfo(integer)
     norm = HeadNorm(random(rng, D, FLOAT32))
     rope = Rope.of_theta(1e4, D, max_position=MAX_POSITION, sections=sections)
@@ -203,6 +204,10 @@ def test_positions_outside_of_the_table_are_clamped(library, integer, sections, 
     right = np.array([0, 0, 0, *[MAX_POSITION - 1] * 3], integer)
     if sections:
         wrong, right = (np.stack([p, p[::-1], np.roll(p, 2)]) for p in (wrong, right))
+    if not library.on_gpu:
+        with pytest.raises(ValueError, match=f"positions hold {limits.max}; needs 0 to 39"):
+            run(library, qk, parts, {"positions": wrong})
+        return
     found = run(library, qk, parts, {"positions": wrong})
     for y, expected in zip(found, run(library, qk, parts, {"positions": right}), strict=True):
         np.testing.assert_array_equal(y, expected)
@@ -226,6 +231,31 @@ def test_packed(library, dtype, rng):
         qk.packed(wide[..., : 8 * D], num_heads=4, num_kv_heads=2, positions=positions)
         np.testing.assert_array_equal(library.host(wide)[..., : 8 * D], whole)
         np.testing.assert_array_equal(library.host(wide)[..., 8 * D :], values[..., :5])
+
+
+@pytest.mark.parametrize("shape", [(0, 8 * D), (3, 0, 8 * D), (0, 3, 8 * D)])
+@pytest.mark.parametrize("by", ["nothing", "positions", "rows of positions", "cos and sin"])
+def test_packed_of_no_tokens(library, shape, by, rng):
+    """NumPy and CuPy give an array of no elements strides of 0."""
+    norm = HeadNorm(random(rng, D, FLOAT32))
+    sections = (16, 8, 8) if by == "rows of positions" else ()
+    rope = Rope.of_theta(1e4, D, max_position=MAX_POSITION, sections=sections)
+    beside = {
+        "nothing": {},
+        "positions": {"positions": np.zeros(shape[:-1], np.int64)},
+        "rows of positions": {"positions": np.zeros((3, *shape[:-1]), np.int64)},
+        "cos and sin": {n: np.zeros((*shape[:-1], D), np.float32) for n in ("cos", "sin")},
+    }[by]
+    beside = {n: library.array(array) for n, array in beside.items()}
+    if "sin" in beside:  # strides of its own
+        longer = np.zeros((*(max(n, 1) for n in shape[:-1]), D), np.float32)
+        beside["sin"] = library.array(longer)[tuple(slice(n) for n in shape[:-1])]
+    for norms in ((norm, norm), (norm, norm, HeadNorm(head_dim=D))):
+        qk = QKNorm(*norms, rope=rope if beside else None)
+        qkv = library.array(np.zeros(shape, np.float32))
+        assert qk.packed(qkv, num_heads=4, num_kv_heads=2, **beside) is qkv
+    plain = QKNorm(HeadNorm(), HeadNorm())  # head_dim is that of the buffer
+    assert plain.packed(qkv, num_heads=4, num_kv_heads=2) is qkv
 
 
 @pytest.mark.parametrize("style", ["half", "interleaved"])

@@ -309,10 +309,12 @@ def test_what_a_config_is_refused_a_rope_by_hand_does(refused, rng):
         assert y.tobytes() == expected.tobytes()
 
 
-def test_positions_are_clamped_and_ropes_are_values():
+def test_positions_index_tables_and_ropes_are_values():
     rope = Rope.of_theta(1e4, 8, max_position=3, attention_scaling=2)
-    for table, found in zip(rope.tables("float64"), rope.at([-5, 2, 3, 9], "float64"), strict=True):
-        assert np.array_equal(found, table[[0, 2, 2, 2]])
+    for table, found in zip(rope.tables("float64"), rope.at([0, 2, 1, 2], "float64"), strict=True):
+        assert np.array_equal(found, table[[0, 2, 1, 2]])
+    for empty in (np.zeros(0, int), np.zeros((3, 0), np.int32)):
+        assert rope.at(empty, "float64")[0].shape == (*empty.shape, 4)
     assert configured(rotary_pct=0.25).rotary_dim == 32
     assert hash(rope) == hash(Rope.of_theta(1e4, 8, max_position=3, attention_scaling=2.0))
     x = np.linspace(-1, 1, 30).reshape(3, 10)
@@ -340,6 +342,21 @@ REFUSED = {
     "max_position is 0; needs 1 or more": lambda: rope(max_position=0),
     r"sections are \(1, 2\), together 3; needs 2, half": lambda: rope(sections=(1, 2)),
     "rotary_dim is 4; needs at most head_dim, which is 2": lambda: rope().check(2),
+    "positions hold 9; needs 0 to 8, or a Rope with max_position=10 or more": lambda: (
+        rope().at([0, 9, -1], "f")
+    ),
+    "positions hold -1; needs 0 to 8, and any of them for a token of pad": lambda: (
+        rope().at(np.int32(-1), "f")
+    ),
+    "positions hold 18446744073709551615; needs 0 to 8": lambda: (
+        rope().at(np.array([2**64 - 1], np.uint64), "f")
+    ),
+    "positions hold 12; needs 0 to 8": lambda: (
+        rope(sections=(2, 0)).at([[1, 2], [3, 12]], "f")  # of a row that no frequency takes
+    ),
+    "inverse_frequency is 'ab'; needs a sequence of numbers": lambda: rope(inverse_frequency="ab"),
+    "x is a list; needs a plain numpy.ndarray": lambda: apply([1.0], X, X),
+    "cos is a matrix; needs a plain numpy.ndarray": lambda: apply(X, X.view(np.matrix), X),
     "dtype float64; needs an integer dtype": lambda: rope().at(np.ones(3), "f"),
     r"shape \(3,\); needs \(2, ...\), a row": lambda: rope(sections=(1, 1)).at([1, 1, 1], "f"),
     "rotary_dim is 10; needs at most head_dim, which is 8": lambda: apply(X, X, X, rotary_dim=10),

@@ -6,8 +6,10 @@ import pytest
 from tolerances import assert_alike
 
 import cupy_headnorm
-from cupy_headnorm import HeadNorm, _spec, layer_norm, reference, rms_norm
+from cupy_headnorm import HeadNorm, Rope, _spec, layer_norm, ops, reference, rms_norm
+from cupy_headnorm import rope as rotary
 from cupy_headnorm._dtypes import FLOAT32
+from cupy_headnorm._launch import LaunchConfig
 from cupy_headnorm._layout import CPU, Device, Layout
 
 X = np.linspace(-1, 1, 5 * 3 * 64, dtype=np.float32).reshape(5, 3, 64)
@@ -357,3 +359,81 @@ def test_parameters_lie_on_the_device_of_x():
 def test_no_elements_have_no_axis_of_tokens():
     x = Layout((0, 3, 64), (768, 256, 4), FLOAT32, CPU, 16)
     assert _spec.tokens_axis(_spec.options("rms"), x, x, None, None) is None
+
+
+NORM = HeadNorm(w(64))
+ROPE = {"rotary_dim": 4, "inverse_frequency": (1, 0.5), "max_position": 9}
+# Who is given an argument that is no array, and its name.
+DOORS = {
+    "function": (
+        lambda **given: rms_norm(X, **given),
+        ("eps", "weight_offset", "num_heads", "head_dim", "heads_axis", "rounding"),
+    ),
+    "reference": (
+        lambda **given: reference.rms_norm(X, **given),
+        ("eps", "weight_offset", "num_heads", "head_dim", "heads_axis", "rounding"),
+    ),
+    "HeadNorm": (HeadNorm, ("kind", "weight_offset", "num_heads", "head_dim", "rounding")),
+    "norm": (lambda **given: NORM(X, **given), ("heads_axis",)),
+    "load": (NORM.load, ("device",)),
+    "launch": (lambda **given: ops.launch(NORM.plan(X), X, **given), ("kind", "eps", "rounding")),
+    "launch of": (lambda config: ops.launch(config, X), ("config",)),
+    "LaunchConfig": (lambda lanes: LaunchConfig(16, lanes, 1, 1, 16), ("lanes",)),
+    "of_theta": (lambda theta: Rope.of_theta(theta, 4, max_position=3), ("theta",)),
+    "Rope": (
+        lambda **given: hash(Rope(**ROPE | given)),
+        (
+            "style", "order", "rounding", "table", "sections", "interleaved_sections",
+            "attention_scaling", "max_position", "rotary_dim",
+        ),
+    ),
+    "apply": (
+        lambda **given: rotary.apply(X, X, X, **given), ("style", "rounding", "rotary_dim")
+    ),
+}  # fmt: skip
+ODD = {
+    "a list": lambda: ["rms"],
+    "a dict": lambda: {"rms": 1},
+    "a set": lambda: {1.5},
+    "an object": object,
+    "an array": lambda: np.array([1.0, 2.0]),
+    "words": lambda: np.array(["rms", "once"]),
+    "a word": lambda: np.array("rms"),
+    "many lines": lambda: np.ones((40, 40)),
+    "a tensor": lambda: pytest.importorskip("torch").ones(40, 40),
+    "no memory": lambda: pytest.importorskip("torch").ones(1, device="meta"),
+}
+
+
+@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize(
+    ("door", "name"), [(door, name) for door, (_, names) in DOORS.items() for name in names]
+)
+def test_an_argument_of_any_type_is_refused_by_name_and_in_one_line(door, name, value):
+    """Some values cannot be hashed, and some are neither equal nor unequal to a word."""
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} (is|are) .*; needs ") as caught:
+        DOORS[door][0](**{name: ODD[value]()})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_words_of_numpy_are_words():
+    norm = HeadNorm(kind=np.str_("layer"), rounding=np.str_("once"))
+    assert (type(norm.kind), type(norm.rounding)) == (str, str)
+    assert_alike(norm(X), HeadNorm(kind="layer")(X))
+
+
+@pytest.mark.parametrize("zeros", [(-0.0, 0.0), (0.0, -0.0)])
+def test_an_offset_of_minus_0_is_0(zeros, rng):
+    """They are equal and hash alike, so caches cannot tell them apart; -0 + -0 is not 0 + -0."""
+    weight = np.array([-0.0, 0.0, 1.0, -1.0], np.float32)
+    x, eps = rng.standard_normal((3, 4)).astype(np.float32), 0.123  # an eps of its own
+    right = rms_norm(x, weight + 0.0, eps=eps)
+    for offset in zeros:
+        for y in (
+            rms_norm(x, weight, eps=eps, weight_offset=offset),
+            reference.rms_norm(x, weight, eps=eps, weight_offset=offset),
+            HeadNorm(weight, eps=eps, weight_offset=offset)(x),
+        ):
+            assert y.tobytes() == right.tobytes()
+    assert repr(HeadNorm(head_dim=4, eps=-0.0)) == repr(HeadNorm(head_dim=4, eps=0.0))
