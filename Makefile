@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # cuda12 or cuda13 where an NVIDIA driver answers, else empty.
 CUDA = $(shell $(PYTHON) cupy_headnorm/_driver.py)
-# torch from 2.11 on PyPI is built for CUDA 13 and its packages exclude those of CUDA 12.
-TORCH = $(if $(filter cuda12,$(CUDA)),torch<2.11,torch==2.13.0)
+# The versions of all that is installed, its builds included; make newest has none.
+PINS = $(VENV)/constraints.txt
+PIP = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) $(BIN)/pip install -q
 # A folder of real weights and activations for the tests: make test REAL=DIR
 REAL ?=
 CUDA_SOURCES = kernels/*.cu kernels/include/headnorm/*.cuh tests/host/*.cpp tests/host/*.h \
@@ -14,7 +15,7 @@ CUDA_SOURCES = kernels/*.cu kernels/include/headnorm/*.cuh tests/host/*.cpp test
 PYTEST = $(BIN)/python -m pytest $(if $(REAL),--real=$(REAL))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage lint format compile gpu sanitize bench parity real notebooks wheel clean
+.PHONY: help demo test newest pins coverage lint format compile gpu sanitize bench parity real notebooks wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +25,13 @@ demo: $(VENV)/demo ## write, load and apply a checkpoint, on a GPU where there i
 
 test: $(VENV)/test ## all tests that need no GPU, and with one those too
 	HEADNORM_REQUIRE_NVRTC=1 HEADNORM_REQUIRE_HOST=1 $(PYTEST) -n auto
+
+newest: ## the same tests against what the index has today, in .venv-newest
+	rm -rf .venv-newest
+	$(MAKE) VENV=.venv-newest PINS= test
+
+pins: $(BIN)/python ## move constraints.txt to what the index has today: make pins PINS_FOR="..."
+	$(BIN)/python tests/pins.py $(PINS_FOR)
 
 coverage: $(VENV)/test ## the Python lines that tests without a GPU run: 95 % at least
 	HEADNORM_REQUIRE_NVRTC=1 HEADNORM_REQUIRE_HOST=1 $(PYTEST) -n auto -m "not gpu" --cov --cov-report=term-missing:skip-covered
@@ -42,8 +50,9 @@ format: $(VENV)/test ## bring the sources into form
 compile: $(VENV)/test ## compile the kernels for every GPU from sm_75 to sm_120, without one
 	HEADNORM_REQUIRE_NVRTC=1 $(PYTEST) -n auto --all-architectures tests/test_compile.py
 
-gpu: $(VENV)/test ## the tests that need a GPU
-	$(PYTEST) -m gpu
+gpu: $(VENV)/test ## the tests that need a GPU, then those that need one to themselves
+	$(PYTEST) -n auto --maxprocesses 14 -m "gpu and not alone"
+	$(PYTEST) -m "gpu and alone"
 
 sanitize: $(VENV)/test ## the kernels under compute-sanitizer, on a GPU
 	$(BIN)/python tests/sanitize.py
@@ -62,25 +71,29 @@ notebooks: $(VENV)/test ## run every notebook
 
 wheel: $(VENV)/test ## build wheel and sdist into dist/, from a clean tree
 	rm -rf build dist *.egg-info
-	$(BIN)/python -m build
+	PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) $(BIN)/python -m build
 
 $(VENV)/real: $(VENV)/test
-	$(BIN)/pip install -q -e '.[test,real,$(or $(CUDA),cuda13)]' '$(TORCH)'
+	$(PIP) -e '.[test,real,$(or $(CUDA),cuda13)]'
 	@touch $@
 
 clean: ## remove all that make and Python left
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
+	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer, not " + sys.version.split()[0] + ": make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo: setup.cfg | $(BIN)/python
-	$(BIN)/pip install -q -e '.$(if $(CUDA),[$(CUDA)])'
+# With cuda12 torch is another, and with it some packages.
+$(VENV)/constraints.txt: constraints.txt | $(BIN)/python
+	@sed '$(if $(filter cuda12,$(CUDA)),s/^[^#].*# cuda12: //)' $< > $@
+
+$(VENV)/demo: setup.cfg $(PINS) | $(BIN)/python
+	$(PIP) -e '.$(if $(CUDA),[$(CUDA)])'
 	@touch $@
 
 # Without a driver CuPy comes too: its NVRTC compiles the kernels where none can run.
-$(VENV)/test: setup.cfg | $(BIN)/python
-	$(BIN)/pip install -q -e '.[test,$(or $(CUDA),cuda13)]' '$(TORCH)'
+$(VENV)/test: setup.cfg $(PINS) | $(BIN)/python
+	$(PIP) -e '.[test,$(or $(CUDA),cuda13)]'
 	@touch $@ $(VENV)/demo

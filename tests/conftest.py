@@ -2,8 +2,10 @@
 
 import functools
 import os
+import warnings
 from pathlib import Path
 
+import alone
 import numpy as np
 import pytest
 import sanitize
@@ -14,6 +16,7 @@ from cupy_headnorm import _dtypes
 
 # The reason is asked for once: it cannot change while tests run.
 GPU_REASON = cupy_headnorm.environment().reason
+CONFIGURING = pytest.StashKey[warnings.catch_warnings]()
 
 
 def pytest_addoption(parser):
@@ -24,11 +27,23 @@ def pytest_addoption(parser):
     parser.addoption("--cases", type=int, help="calls drawn on a GPU, of all tests together")
 
 
-def pytest_configure():
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
     """Let the asserts of helpers tell the values, as those of tests do."""
     pytest.register_assert_rewrite(
         "host_cases", "processes", "properties", "qk_cases", "stand_in", "strangers", "tolerances"
     )
+    config.pluginmanager.register(alone)
+    # Whatever plugins are installed may warn while they are configured, as pytest-benchmark and
+    # pytest-asyncio do: an error there would end the run. All others stay errors.
+    config.stash[CONFIGURING] = warnings.catch_warnings()
+    config.stash[CONFIGURING].__enter__()
+    warnings.simplefilter("default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session):
+    session.config.stash[CONFIGURING].__exit__()
 
 
 def pytest_terminal_summary(terminalreporter):

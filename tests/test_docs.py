@@ -116,7 +116,9 @@ def test_make_help_lists_every_target():
     command = ["make", "--no-print-directory", "help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     listed = [line.split()[0] for line in done.stdout.splitlines()]
-    expected = "help demo test coverage lint format compile gpu sanitize bench parity real"
+    expected = (
+        "help demo test newest pins coverage lint format compile gpu sanitize bench parity real"
+    )
     assert sorted(listed) == sorted([*expected.split(), "notebooks", "wheel", "clean"])
 
 

@@ -96,6 +96,7 @@ def memory():
     return np.array([resident, total - free, TORCH.allocated(), CUPY.allocated()])
 
 
+@pytest.mark.alone  # it looks at the memory of the whole device
 @pytest.mark.skipif(bool(os.environ.get("HEADNORM_NO_POOLS")), reason="needs pools that count")
 def test_a_million_calls_leave_nothing_behind(capsys, record_property):
     gate = threading.Barrier(THREADS + 1, timeout=300)

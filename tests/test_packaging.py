@@ -52,7 +52,13 @@ def test_sdist_holds_tests_notebooks_and_the_makefile(dist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     wanted = [*map(str, KERNELS), "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"]
-    wanted += ["Makefile", "setup.cfg", "pyproject.toml", "notebooks/1-first-norm.ipynb"]
+    wanted += [
+        "Makefile",
+        "constraints.txt",
+        "setup.cfg",
+        "pyproject.toml",
+        "notebooks/1-first-norm.ipynb",
+    ]
     wanted += ["cupy_headnorm/py.typed", "tests/public_api.txt"]
     held = [p for p in (ROOT / "tests").rglob("*") if p.suffix in (".py", ".h", ".cpp", ".txt")]
     wanted += [".ci/run", *(str(p.relative_to(ROOT)) for p in held)]
