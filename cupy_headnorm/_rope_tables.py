@@ -132,9 +132,8 @@ class Tables:
             with self._lock:
                 found = self.ready.get(key)
                 if found is None:
-                    cos, sin = rope.tables(dtype.numpy)
-                    index = device.index
-                    found = (_interop.upload(cos, index), _interop.upload(sin, index))
+                    shape, pieces = rope._shape, rope._pieces(dtype.numpy)
+                    found = _interop.upload_pieces(shape, dtype.numpy, pieces, device.index)
                     self.ready[key] = found
         return found
 

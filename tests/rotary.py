@@ -85,7 +85,8 @@ class Theirs:
         fields = json.loads(json.dumps({k: v for k, v in raw.items() if k != "model_type"}))
         self.whole = CONFIG_MAPPING[raw["model_type"]](**fields)
         config = self.whole.get_text_config()
-        package = type(self.whole).__module__.split(".")[2]
+        self.text = config
+        package = type(config).__module__.split(".")[2]  # Fuyu's is Persimmon's
         self.module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
         self.rotary = next(
             value
@@ -114,6 +115,35 @@ class Theirs:
             return function(q, cos, sin)
         turned = q[..., : cos.shape[-1]]  # StableLM's function is given no more
         return torch.cat((function(turned, turned, cos, sin)[0], q[..., cos.shape[-1] :]), -1)
+
+    def rotate(self, q, cos, sin):
+        """
+        Rotate whole heads, ``(1, heads, tokens, head_dim)``, as the attention does.
+
+        RuntimeError where the model's own function cannot. MLA's leaves neighbours in halves.
+        """
+        if "rotary_ndims" in inspect.getsource(
+            self.module
+        ):  # the attention cuts them: stablelm:281
+            rotated = self.apply(q[..., : cos.shape[-1]], cos, sin)
+            return torch.cat((rotated, q[..., cos.shape[-1] :]), -1)
+        if hasattr(self.module, "apply_rotary_emb"):
+            tokens_first = not hasattr(self.text, "qk_rope_head_dim")  # Llama 4, not DeepSeek V2
+            q = q.transpose(1, 2) if tokens_first else q
+            out = self.module.apply_rotary_emb(q, q, torch.complex(cos, sin))[0]
+            return out.transpose(1, 2) if tokens_first else out
+        if self.leaves_halves:
+            return self.module.apply_rotary_pos_emb_interleave(q, q, cos, sin)[0]
+        function = self.module.apply_rotary_pos_emb
+        if "k" not in inspect.signature(function).parameters:  # Gemma 4
+            return function(q, cos, sin)
+        return function(q, q, cos, sin)[0]
+
+    @property
+    def leaves_halves(self):
+        """Whether dims 2 i and 2 i + 1 are a pair that goes to i and i + rotary_dim / 2."""
+        interleave = hasattr(self.module, "apply_rotary_pos_emb_interleave")
+        return interleave and getattr(self.text, "rope_interleave", True)
 
 
 def numpy_of(tensor):
