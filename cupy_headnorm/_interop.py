@@ -8,10 +8,11 @@ library already. Nothing here copies an element.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -398,24 +399,50 @@ def view_beside(
 
 
 def upload(values: np.ndarray, index: int) -> ArrayView:
-    """
-    Copy `values` to CUDA device `index` and wait, so that any stream may read the copy.
-
-    The memory comes from cudaMalloc and not from CuPy's pool: cudaFree waits for the device, a
-    pool would hand the bytes out again under a kernel still running on another library's stream.
-    """
+    """Copy `values` to CUDA device `index` and wait, so that any stream may read the copy."""
     cupy = import_cupy()
-    size = max(values.nbytes, 1)
     with _driver.beside_captures(), cupy.cuda.Device(index):
-        owner, address = _Owner(), cupy.cuda.runtime.malloc(size)
-        weakref.finalize(owner, _free, address).atexit = False
-        memory = cupy.cuda.UnownedMemory(address, size, owner, index)
-        pointer = cupy.cuda.MemoryPointer(memory, 0)
-        copy = cupy.ndarray(values.shape, values.dtype, pointer)
+        copy = _allocated(cupy, values.shape, values.dtype, index)
         stream = side_stream()
         copy.set(values, stream=stream)
         stream.synchronize()
     return view(copy, "parameter")
+
+
+def upload_pieces(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    pieces: Iterable[tuple[int, np.ndarray, np.ndarray]],
+    index: int,
+) -> tuple[ArrayView, ArrayView]:
+    """
+    Copy two arrays of one shape as `upload` does, some rows of both at a time.
+
+    Of each piece the number of its first row comes first. The host needs to hold no more than one.
+    """
+    cupy = import_cupy()
+    with _driver.beside_captures(), cupy.cuda.Device(index):
+        first, second = (_allocated(cupy, shape, dtype, index) for _ in range(2))
+        stream = side_stream()
+        for start, *piece in pieces:
+            for copy, values in zip((first, second), piece, strict=True):
+                copy[start : start + len(values)].set(values, stream=stream)
+            stream.synchronize()  # the next piece may take this one's memory
+    return view(first, "parameter"), view(second, "parameter")
+
+
+def _allocated(cupy: Any, shape: tuple[int, ...], dtype: np.dtype, index: int) -> Any:
+    """
+    Return a new array on CUDA device `index`, which is the current one.
+
+    The memory comes from cudaMalloc and not from CuPy's pool: cudaFree waits for the device, a
+    pool would hand the bytes out again under a kernel still running on another library's stream.
+    """
+    size = max(math.prod(shape) * dtype.itemsize, 1)
+    owner, address = _Owner(), cupy.cuda.runtime.malloc(size)
+    weakref.finalize(owner, _free, address).atexit = False
+    memory = cupy.cuda.UnownedMemory(address, size, owner, index)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
 class _Owner:

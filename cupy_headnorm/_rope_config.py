@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_headnorm import models
+from cupy_headnorm import _rope_dims, models
 from cupy_headnorm._frequencies import ROPE_TYPES, inverse_frequency
 
 ROUNDED_ONCE = {
@@ -57,14 +57,28 @@ _INTERLEAVED_SECTIONS = {
 }
 """Whose M-RoPE interleaves, whatever the config says, with their own sections."""
 
+_OWN_PARAMETERS = {
+    "apertus", "apertus1p5", "apertus1p5_text", "beam", "laguna", "lfm3", "mellum", "mistral4", "gemma4", "gemma4_text",
+    "gemma4_unified", "gemma4_unified_text", "diffusion_gemma", "diffusion_gemma_text",
+    "embedding_gemma2", "embedding_gemma2_text",
+}  # fmt: skip
+"""Whose config classes make up more than a theta where there are no rope_parameters."""
+
 _ELSEWHERE = {
     "deepseek_v4": "the last dims turn",
+    **dict.fromkeys(("kimi_linear", "mamba2", "nemotron_h"), "it has none"),
     **dict.fromkeys(("deepseek_v32", "axk2", "glm_moe_dsa", "hy_v4"), "an indexer's dims turn"),
     **dict.fromkeys(("hy_v4_vl", "hy_v4_vl_text"), "an indexer's dims turn"),
     **dict.fromkeys(("dots3_note", "dots3_note_text"), "an indexer's dims turn"),
     **dict.fromkeys(("mistral_large4", "mistral_large4_text"), "an indexer's dims turn"),
 }
 """Whose rotary embedding is not of the first dims of q and k."""
+
+_ONLY_WITH = {
+    "granitemoehybrid": ("position_embedding_type", "rope"),  # granitemoehybrid:1057
+    "zamba2": ("use_mem_rope", True),  # zamba2:1142
+}
+"""Who has a rotary embedding only if a field of the config says so."""
 
 _ONLY_SLIDING = {"afmoe", "flint", "kolibri1", "exaone4", "exaone4_5", "exaone_moe", "lara_mini"}
 """Whose full layers turn nothing: afmoe:359, flint:281, exaone4:233, exaone_moe:183."""
@@ -136,7 +150,7 @@ def read(
 ) -> tuple[dict[str, Any], int]:
     """Return the fields of `rope.Rope` for one layer of a model, and the layer's head_dim."""
     text, model_type, family = _text(config)
-    _refuse_unserved(model_type, family)
+    _refuse_unserved(text, model_type, family)
 
     def field(name: str) -> Any:
         return _of_layer(text.get(name, family.defaults.get(name)), layer, name)
@@ -145,6 +159,13 @@ def read(
     pattern = text.get("sliding_window_pattern") or _SLIDING_PATTERN.get(model_type)
     if layer_type is None and pattern:
         layer_type = "sliding_attention" if (layer + 1) % pattern else "full_attention"
+    if model_type in _OWN_PARAMETERS and not (
+        text.get("rope_scaling") or text.get("rope_parameters")
+    ):
+        raise ValueError(
+            f"the config of {model_type} has no rope_parameters; needs them, since its class has "
+            "more of its own than a rope_theta"
+        )
     params = _parameters(text, model_type, layer, layer_type)
     sliding = model_type in _SLIDING_THETA and layer_type == "sliding_attention"
     theta = params.get("rope_theta")
@@ -152,26 +173,26 @@ def read(
         theta = text.get("rope_local_base_freq", _SLIDING_THETA[model_type])
     if theta is None:
         theta = field("rope_theta")
-    if text.get("layer_rope_theta"):
-        theta = field("layer_rope_theta")
+    if text.get("layer_rope_theta"):  # in the model a truth value: muse_spark:645
+        own = field("layer_rope_theta")
+        theta = own and (params.get("rope_theta") or own)
     if theta is None and (text.get("rope_parameters") or model_type in _THETA):
         theta = _THETA.get(model_type, 1e4)
     if not theta:
         raise ValueError(f"layer {layer} of {model_type} has rope_theta {theta}; needs a number")
 
-    if head_dim is None:
-        head_dim = _head_dim(text, family, layer, layer_type)
-    partial = params.get("partial_rotary_factor")
-    for name in ("partial_rotary_factor", "partial_rotary_factors", "rotary_pct"):
-        partial = field(name) if partial is None else partial
-    if partial is None and text.get("rotary_dim") is not None:
-        partial = text["rotary_dim"] / head_dim
-    partial = family.rope.partial if partial is None else partial
-    if not 1 <= head_dim <= _LONGEST_HEAD or not 0 < partial <= 1:
-        raise ValueError(
-            f"{partial} of head_dim {head_dim} shall turn; "
-            f"needs a share of 1 at most, of 1 to {_LONGEST_HEAD} dims"
-        )
+    head_dim = _rope_dims.head_dim(text, model_type, family, layer, layer_type, head_dim)
+    if not 1 <= head_dim <= _LONGEST_HEAD:
+        raise ValueError(f"head_dim is {head_dim}; needs 1 to {_LONGEST_HEAD}")
+    told = {name: field(name) for name in _rope_dims.FIELDS}
+    in_params = params.get("partial_rotary_factor") is not None
+    if in_params:
+        told["partial_rotary_factor"] = params["partial_rotary_factor"]
+    partial = _rope_dims.share(
+        told, text, model_type, family, layer_type, head_dim,
+        proportional=params["rope_type"] == "proportional", by_type=params["by_type"],
+        in_params=in_params,
+    )  # fmt: skip
     if params["rope_type"] == "dynamic" and params.get("alpha") and "hunyuan" in model_type:
         # Called dynamic, it depends on no length: hunyuan_v1_dense:298.
         theta *= params["alpha"] ** (head_dim / (head_dim - 2))
@@ -192,7 +213,7 @@ def read(
         "rotary_dim": 2 * len(frequencies),
         "inverse_frequency": tuple(frequencies.tolist()),
         "max_position": max_position,
-        "style": family.rope.style,
+        "style": _rope_dims.style(text, model_type, family),
         "order": family.rope.order,
         "rounding": "once" if model_type in ROUNDED_ONCE else "every_op",
         "table": ROUNDED_ONCE.get(model_type, "x"),
@@ -230,8 +251,11 @@ def _text(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, models.Fam
     )
 
 
-def _refuse_unserved(model_type: str, family: models.Family) -> None:
+def _refuse_unserved(text: Mapping[str, Any], model_type: str, family: models.Family) -> None:
     why = family.refused or _ELSEWHERE.get(model_type, "")
+    flag, value = _ONLY_WITH.get(model_type, ("", None))
+    if flag and text.get(flag) != value:
+        why = f"it has none unless its config's {flag} is {value!r}"
     if family.rope.order == "none":
         why = "it has none"
     elif family.tower != "text":  # a picture's positions are coordinates, one for each pair
@@ -246,7 +270,7 @@ def _refuse_unserved(model_type: str, family: models.Family) -> None:
 def _parameters(
     text: Mapping[str, Any], model_type: str, layer: int, layer_type: str | None
 ) -> dict[str, Any]:
-    """Return the layer's parameters, with rope_type and truncate."""
+    """Return the layer's parameters, with rope_type, truncate and by_type."""
     params = dict(text.get("rope_scaling") or text.get("rope_parameters") or {})
     # transformers looks for it in the outer mapping, so that it counts only if that is flat
     # (modeling_rope_utils:475).
@@ -274,27 +298,8 @@ def _parameters(
         original = text.get("original_max_position_embeddings") or original
     params["original_max_position_embeddings"] = original or text.get("max_position_embeddings")
     params["truncate"] = truncate
+    params["by_type"] = by_type
     return params
-
-
-def _head_dim(
-    text: Mapping[str, Any], family: models.Family, layer: int, layer_type: str | None
-) -> int:
-    # Keys are numbers, some with zeros in front: transformers writes "05" beside "11".
-    per_layer = {int(key): own for key, own in (text.get("per_layer_config") or {}).items()}
-    head_dim: int | None = per_layer.get(layer, {}).get("head_dim")
-    if head_dim is None and layer_type == "full_attention":
-        head_dim = text.get("global_head_dim")
-    for where in (text, family.defaults):
-        head_dim = where.get("head_dim") if head_dim is None else head_dim
-    if head_dim is None:
-        try:
-            head_dim = text["hidden_size"] // text["num_attention_heads"]
-        except KeyError as missing:
-            raise ValueError(
-                f"config has neither head_dim nor {missing}; needs head_dim="
-            ) from None
-    return head_dim
 
 
 def _sections(

@@ -130,9 +130,9 @@ class Tables:
             _kernels.refuse_capture(stream, f"the tables are not on {device} yet")
 
             def make() -> tuple[ArrayView, ArrayView]:
-                cos, sin = rope.tables(dtype.numpy)
-                index = device.index
-                return _interop.upload(cos, index), _interop.upload(sin, index)
+                shape, pieces = rope._shape, rope._pieces(dtype.numpy)
+                cos, sin = _interop.upload_pieces(shape, dtype.numpy, pieces, device.index)
+                return cos, sin
 
             found = made_once(self.ready, key, make)
         return found

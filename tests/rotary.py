@@ -1,6 +1,7 @@
 """Transformers' rotary embeddings and attention, and configs that give each kind of them."""
 
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 import torch
-from transformers import AttentionInterface
+from transformers import MODEL_MAPPING, AttentionInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 SIZES = {"hidden_size": 1024, "num_attention_heads": 8, "max_position_embeddings": 40960}
@@ -85,8 +86,12 @@ class Theirs:
         fields = json.loads(json.dumps({k: v for k, v in raw.items() if k != "model_type"}))
         self.whole = CONFIG_MAPPING[raw["model_type"]](**fields)
         config = self.whole.get_text_config()
-        package = type(self.whole).__module__.split(".")[2]
-        self.module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+        self.text = config
+        package = type(config).__module__.split(".")[2]  # Fuyu's is Persimmon's
+        name = f"transformers.models.{package}.modeling_{package}"
+        if importlib.util.find_spec(name) is None:  # Sarvam's models are GLM-4's and DeepSeek-V3's
+            name = MODEL_MAPPING[type(config)].__module__
+        self.module = importlib.import_module(name)
         self.rotary = next(
             value
             for name, value in vars(self.module).items()
@@ -114,6 +119,35 @@ class Theirs:
             return function(q, cos, sin)
         turned = q[..., : cos.shape[-1]]  # StableLM's function is given no more
         return torch.cat((function(turned, turned, cos, sin)[0], q[..., cos.shape[-1] :]), -1)
+
+    def rotate(self, q, cos, sin):
+        """
+        Rotate whole heads, ``(1, heads, tokens, head_dim)``, as the attention does.
+
+        RuntimeError where the model's own function cannot. MLA's leaves neighbours in halves.
+        """
+        if "rotary_ndims" in inspect.getsource(
+            self.module
+        ):  # the attention cuts them: stablelm:281
+            rotated = self.apply(q[..., : cos.shape[-1]], cos, sin)
+            return torch.cat((rotated, q[..., cos.shape[-1] :]), -1)
+        if hasattr(self.module, "apply_rotary_emb"):
+            tokens_first = not hasattr(self.text, "qk_rope_head_dim")  # Llama 4, not DeepSeek V2
+            q = q.transpose(1, 2) if tokens_first else q
+            out = self.module.apply_rotary_emb(q, q, torch.complex(cos, sin))[0]
+            return out.transpose(1, 2) if tokens_first else out
+        if self.leaves_halves:
+            return self.module.apply_rotary_pos_emb_interleave(q, q, cos, sin)[0]
+        function = self.module.apply_rotary_pos_emb
+        if "k" not in inspect.signature(function).parameters:  # Gemma 4
+            return function(q, cos, sin)
+        return function(q, q, cos, sin)[0]
+
+    @property
+    def leaves_halves(self):
+        """Whether dims 2 i and 2 i + 1 are a pair that goes to i and i + rotary_dim / 2."""
+        interleave = hasattr(self.module, "apply_rotary_pos_emb_interleave")
+        return interleave and getattr(self.text, "rope_interleave", True)
 
 
 def numpy_of(tensor):

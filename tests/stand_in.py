@@ -25,6 +25,14 @@ def on_cuda(view):
     return view._replace(layout=view.layout._replace(device=CUDA))
 
 
+def assembled(shape, dtype, pieces, _):
+    """Do what `_interop.upload_pieces` does."""
+    whole = np.empty((2, *shape), dtype)
+    for start, *piece in pieces:
+        whole[:, start : start + len(piece[0])] = piece
+    return tuple(on_cuda(_interop.view(array, "parameter")) for array in whole)
+
+
 def take_for_gpu(patch, adapter, *kinds):
     """Let `adapter` serve arrays of some types, and nothing ask CuPy for anything."""
     for kind in kinds:
@@ -34,6 +42,7 @@ def take_for_gpu(patch, adapter, *kinds):
     patch.setattr(
         _interop, "upload", lambda array, _: on_cuda(_interop.view(np.array(array), "parameter"))
     )
+    patch.setattr(_interop, "upload_pieces", assembled)
     patch.setattr(_interop, "synchronize", lambda index: None)
     patch.setattr(_kernels, "refuse_capture", lambda *_: None)
 

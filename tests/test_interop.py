@@ -321,3 +321,66 @@ def test_import_error_of_cupy_says_what_to_install(monkeypatch):
     ):
         _interop.import_cupy()
     assert "pip install" in cupy_headnorm.environment().remedy
+
+
+def test_pieces_are_copied_one_by_one(monkeypatch):
+    """Memory of the device is taken once; that of a piece may be reused when the next is asked."""
+    taken, log = [], []
+
+    class Array:
+        def __init__(self, shape, dtype, pointer):
+            self.memory, self.values = pointer, np.full(shape, 7, dtype)
+            assert self.memory[1] == self.values.nbytes
+
+        def __getitem__(self, rows):
+            part = object.__new__(type(self))
+            part.values = self.values[rows]
+            return part
+
+        def set(self, values, stream):
+            log.append((self.values, values, stream))  # done when the stream is waited for
+
+    class Stream:
+        def synchronize(self):
+            for memory, values, stream in log:
+                assert stream is self
+                memory[...] = values
+            log.clear()
+
+    def malloc(size):
+        taken.append(size)
+        return 4096 * len(taken)
+
+    cuda = SimpleNamespace(
+        Device=lambda index: contextlib.nullcontext(),
+        runtime=SimpleNamespace(malloc=malloc, free=lambda address: None),
+        UnownedMemory=lambda address, size, owner, index: (owner, size),
+        MemoryPointer=lambda memory, offset: memory,
+    )
+    monkeypatch.setattr(_interop, "import_cupy", lambda: SimpleNamespace(ndarray=Array, cuda=cuda))
+    monkeypatch.setattr(_interop, "side_stream", Stream)
+    monkeypatch.setattr(_interop, "view", lambda array, role: array.values)
+    entered = []
+
+    @contextlib.contextmanager
+    def beside_captures():
+        entered.append(True)
+        yield
+        entered.append(False)
+
+    monkeypatch.setattr(_interop._driver, "beside_captures", beside_captures)
+    memory = np.empty((2, 3, 4), np.float32)
+
+    def pieces():
+        for start in (0, 3, 6):
+            assert entered[-1]
+            assert not log
+            memory[...] = start
+            yield start, *memory[:, : 7 - start]
+
+    for found in _interop.upload_pieces((7, 4), np.dtype(np.float32), pieces(), 0):
+        assert found.tolist() == [[float(row // 3 * 3)] * 4 for row in range(7)]
+    assert taken[:2] == [7 * 4 * 4] * 2
+    assert np.array_equal(_interop.upload(np.arange(5.0), 0), np.arange(5.0))
+    assert taken[2:] == [40]
+    assert not entered[-1]

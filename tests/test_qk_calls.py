@@ -388,14 +388,14 @@ def test_a_call_is_not_taken_for_another_of_as_many_arrays(device, slow):
 @pytest.mark.parametrize("device", ["stand-in"], indirect=True)
 def test_an_unload_between_look_and_launch_leaves_the_memory(device, slow, monkeypatch, rng):
     """Another thread's, which here comes where the stream is asked for."""
-    kept, real_upload = [], _interop.upload
+    kept, upload, upload_pieces = [], _interop.upload, _interop.upload_pieces
 
-    def upload(values, index):
-        view = real_upload(values, index)
-        kept.append(weakref.ref(view.owner))
-        return view
+    def keep(*views):
+        kept.extend(weakref.ref(view.owner) for view in views)
+        return views
 
-    monkeypatch.setattr(_interop, "upload", upload)
+    monkeypatch.setattr(_interop, "upload", lambda *given: keep(upload(*given))[0])
+    monkeypatch.setattr(_interop, "upload_pieces", lambda *given: keep(*upload_pieces(*given)))
     qk, parts, beside = made(rng), both(rng, device), turning(rng, device, "positions")
     expected = right(qk, parts, beside)
     qk(*parts, **beside)

@@ -9,6 +9,7 @@ import pytest
 from tolerances import FLIPS, FLIPS_FEW, FLIPS_NEED, TELLING, mismatch
 
 from cupy_headnorm import HeadNorm, QKNorm, _rope_config, models
+from cupy_headnorm import rope as rotary_of_package
 from cupy_headnorm.rope import Rope, apply
 
 torch = pytest.importorskip("torch")
@@ -315,13 +316,37 @@ def test_positions_index_tables_and_ropes_are_values():
         assert np.array_equal(found, table[[0, 2, 1, 2]])
     for empty in (np.zeros(0, int), np.zeros((3, 0), np.int32)):
         assert rope.at(empty, "float64")[0].shape == (*empty.shape, 4)
-    assert configured(rotary_pct=0.25).rotary_dim == 32
     assert hash(rope) == hash(Rope.of_theta(1e4, 8, max_position=3, attention_scaling=2.0))
     x = np.linspace(-1, 1, 30).reshape(3, 10)
     cos, sin = rope.tables("float64")
     a, b = x[:, :4], x[:, 4:8]
     expected = np.concatenate((a * cos - b * sin, b * cos + a * sin, x[:, 8:]), -1)
     assert np.array_equal(apply(x, cos, sin, rotary_dim=8), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_tables_in_pieces(dtype):
+    """As the whole at once, bit for bit, and in no more memory than a piece has."""
+    rope = Rope.of_theta(1e4, 128, max_position=3 * 4096 + 7, attention_scaling=1.1)
+    whole = rope._cos_sin(np.arange(rope.max_position)[:, None], rope.tables(dtype)[0].dtype)
+    at = 0
+    for start, *piece in rope._pieces(whole[0].dtype):
+        assert start == at
+        at += len(piece[0])
+        for rows, table in zip(piece, whole, strict=True):
+            assert rows.size <= rotary_of_package._CHUNK
+            assert rows.tobytes() == table[start:at].tobytes()
+    assert at == rope.max_position
+    for table, expected in zip(rope.tables(dtype), whole, strict=True):
+        assert table.tobytes() == expected.tobytes()
+
+
+def test_what_is_too_long_is_cured_by_max_position():
+    for most in (10**11, 2**62):
+        config = qwen3()[0] | {"max_position_embeddings": most}
+        assert Rope.from_config(config, max_position=4096).max_position == 4096
+    scout = {"model_type": "llama4_text", **BASE, "rope_scaling": rotary.LLAMA3}
+    assert Rope.from_config(scout | {"max_position_embeddings": 10_485_760})
 
 
 def rope(**fields):
@@ -375,6 +400,37 @@ REFUSED = {
     "theta is -1; needs a number above 0": lambda: configured(rope_theta=-1),
     "type 'yarn' has no factor; needs one": lambda: configured(
         rope_scaling=YARN | {"factor": None}, max_position_embeddings=None
+    ),
+    "factor is 0.25, 32 of 128 dims in vLLM, but qwen3 in transformers does not .* it 128;": (
+        lambda: configured(partial_rotary_factor=0.25)
+    ),
+    "0.25, 8 of 32 dims in vLLM, but qwen3 .* it 32; needs a config without it, or a Rope": (
+        lambda: configured(head_dim=32, rope_scaling={"partial_rotary_factor": 0.25})
+    ),
+    "rotary_dim is 32, 32 of 128 dims by its name, but qwen3": lambda: configured(rotary_dim=32),
+    "rotary_pct is 0.25, 32 of 128 dims in vLLM, but glm4_moe in .* does not .* without it 64;": (
+        lambda: configured(model_type="glm4_moe", rotary_pct=0.25)
+    ),
+    "1.5 of head_dim 128 shall turn; needs a share": lambda: configured(
+        model_type="glm4_moe", partial_rotary_factor=1.5
+    ),
+    "head_dim is 0; needs 1 to 65536": lambda: configured(head_dim=0),
+    "head_dim is null, which the config class of qwen3 .* refuses; needs .* or head_dim=": (
+        lambda: configured(head_dim=None)
+    ),
+    "head_dim is 192; needs 64, the qk_rope_head_dim of deepseek_v3": lambda: Rope.from_config(
+        qwen3()[0] | {"model_type": "deepseek_v3"}, head_dim=192
+    ),
+    "the config of apertus has no rope_parameters; needs them": lambda: configured(
+        model_type="apertus"
+    ),
+    "kimi_linear is served: it has none": lambda: configured(model_type="kimi_linear"),
+    "it has none unless its config's use_mem_rope is True": lambda: configured(model_type="zamba2"),
+    "is 100000000000; needs 16777216 at most, for rotary_dim 128: hand in max_position=": (
+        lambda: configured(max_position_embeddings=10**11)
+    ),
+    f"max_position is {2**62}; needs 16777216 at most": lambda: configured(
+        max_position_embeddings=2**62
     ),
     "has no low_freq_factor": lambda: configured(rope_scaling={"type": "llama3", "factor": 2}),
 }  # fmt: skip
