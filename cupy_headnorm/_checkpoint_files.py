@@ -11,7 +11,7 @@ read, who writes an index does not. A file that is changed while it is read is n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,41 @@ _LONGEST_JSON = 100_000_000
 _DEEPEST_CONFIG = 64
 """So that whatever a config holds can be shown and compared without end of the stack."""
 _LONGEST_MESSAGE = 4000
+
+
+def short(value: Any, most: int = 60) -> str:
+    """
+    Write a value of a file for a message: as repr does, its first `most` characters.
+
+    A value is written as far as it is shown: it may be all of a long file, and shown for each norm.
+    """
+    told, length = [], 0
+    for piece in _pieces(value, most):
+        told.append(piece)
+        length += len(piece)
+        if length >= most:
+            break
+    return "".join(told)[:most]
+
+
+def _pieces(value: Any, most: int) -> Iterator[str]:
+    """Yield what repr writes of a value of JSON or a shape, of a string no more than is needed."""
+    if isinstance(value, dict):
+        for number, (name, inner) in enumerate(value.items()):
+            yield ", " if number else "{"
+            yield from _pieces(name, most)
+            yield ": "
+            yield from _pieces(inner, most)
+        yield "}" if value else "{}"
+    elif isinstance(value, (list, tuple)):
+        opening, closing = "[]" if isinstance(value, list) else "()"
+        for number, inner in enumerate(value):
+            yield ", " if number else opening
+            yield from _pieces(inner, most)
+        closing = f",{closing}" if closing == ")" and len(value) == 1 else closing
+        yield closing if value else opening + closing
+    else:
+        yield repr(value[:most] if isinstance(value, str) else value)
 
 
 class CheckpointError(ValueError):
@@ -57,9 +92,10 @@ def config(folder: Any) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     try:
         if not path.is_file():
+            told = f" (it {_no_file(path)})" if path.exists() else ""
             raise CheckpointError(
-                f"{folder} has no {CONFIG}, which says what the model is; needs a model's folder, "
-                "or HeadNorm.from_safetensors with kind, eps, weight_offset and rounding"
+                f"{folder} has no {CONFIG}{told}, which says what the model is; needs a model's "
+                "folder, or HeadNorm.from_safetensors with kind, eps, weight_offset and rounding"
             )
         read = _json(path)
     except OSError as error:
@@ -90,7 +126,9 @@ def files(path: Any, *, variant: str | None = None) -> dict[str, Path]:
                 return dict.fromkeys(keys_of(path / single), path / single)
             if (path / index).is_file():
                 return _indexed(path / index)
-        listed = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        entries = sorted(path.iterdir(), key=lambda entry: entry.name)[:8]
+        told = [f"{e.name}{'' if e.is_file() else ' (no file)'}" for e in entries]
+        listed = ", ".join(told) or "nothing"
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
     raise CheckpointError(f"{path} holds {listed}; needs {singles[0]} or {indices[0]}")
@@ -129,7 +167,7 @@ def _indexed(index: Path) -> dict[str, Path]:
         for name, value in pairs:
             if members[name] is not value and members[name] != value:
                 raise CheckpointError(
-                    f"{index} puts {name} in {value!r} and in {members[name]!r}; "
+                    f"{index} puts {name} in {short(value)} and in {short(members[name])}; "
                     "needs one file for each tensor"
                 )
         return members
@@ -148,10 +186,17 @@ def _indexed(index: Path) -> dict[str, Path]:
         # A path could lead out of the folder, be it through a link to another folder.
         if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & _NOT_IN_A_NAME:
             raise CheckpointError(
-                f"{index} puts {name} in {shard!r:.200}; needs the name of a file beside it"
+                f"{index} puts {name} in {short(shard, 200)}; needs the name of a file beside it"
             )
         shards.setdefault(shard, index.parent / shard)
     return {name: shards[shard] for name, shard in entries}
+
+
+def _no_file(path: Path) -> str:
+    """Say of what is no file, and would be waited for or read without end, what it is."""
+    if path.is_dir():
+        return "is a folder"
+    return "is a pipe, a device or a socket" if path.exists() else "does not exist"
 
 
 def open_file(path: Path) -> Any:
@@ -161,7 +206,7 @@ def open_file(path: Path) -> Any:
 
     try:
         if not path.is_file():
-            raise CheckpointError(f"{path} does not exist; needs a safetensors file")
+            raise CheckpointError(f"{path} {_no_file(path)}; needs a safetensors file")
         return safetensors.safe_open(path, framework="np")
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no readable safetensors file ({error})") from error

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupy_headnorm import _model_norms
+from cupy_headnorm._checkpoint_files import short
 from cupy_headnorm._model_norms import ModelNorm, Refused
 
 _SAME = (
@@ -67,6 +68,8 @@ def collect(folder: str, variant: str | None = None) -> dict[str, Any]:
 def _row(loaded: Mapping[ModelNorm, _Arrays], alike: list[tuple[str, ModelNorm]]) -> dict[str, Any]:
     role, first = alike[0]
     weights, biases = zip(*(loaded[norm] for _, norm in alike), strict=True)
+    weight = _statistics(weights)
+    note = _model_norms.note_of_mean(first, weight["mean"] if weight else None)
     return {
         "name": _model_norms.without_layer(first.name),
         "layers": [norm.layer for _, norm in alike],
@@ -74,8 +77,8 @@ def _row(loaded: Mapping[ModelNorm, _Arrays], alike: list[tuple[str, ModelNorm]]
         "role": role,
         "shape": list(first.shape),
         "rope": first.rope._asdict(),
-        "notes": list(first.notes),
-        "weight": _statistics(weights),
+        "notes": [*first.notes, *filter(None, [note])],
+        "weight": weight,
         "bias": _statistics(biases),
     }
 
@@ -139,7 +142,7 @@ def _layers(norm: dict[str, Any]) -> str:
 
 
 def _shape(shape: list[int]) -> str:
-    return str(tuple(shape)) if shape else "none"
+    return short(tuple(shape)) if shape else "none"
 
 
 def _norms(norms: list[dict[str, Any]]) -> Any:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from cupy_headnorm._checkpoint_files import short
 from cupy_headnorm.checkpoint import CheckpointError
 from cupy_headnorm.models import Family, ModelRope, Role
 
@@ -13,11 +14,6 @@ _MOST = 2**31 - 1
 """Of what a config counts."""
 _MOST_ROPES = 100
 """Fields or types of layers; models have 15."""
-
-
-def short(value: Any) -> str:
-    """Write a value of a config, cut where it is long."""
-    return f"{value!r:.60}"
 
 
 class Fields:
@@ -95,12 +91,14 @@ class Fields:
                 )
             # Some have one set for each type of layer.
             sets = {kind: nested for kind, nested in given.items() if isinstance(nested, Mapping)}
-            kind = str(self.get("layer_types", layer))
-            chosen = [sets[kind]] if kind in sets else list(sets.values()) or [given]
+            kind = self.get("layer_types", layer)
+            own = sets.get(kind) if isinstance(kind, str) else None
+            chosen = [own] if own is not None else list(sets.values()) or [given]
             if any(each.get("rope_type") == "proportional" for each in chosen):
                 return rope
             told = [each.get("partial_rotary_factor") for each in chosen]
-            if all(share == told[0] for share in told):
+            # Numbers only: to compare what else may be there takes as long as it is, each time.
+            if all(type(share) in (int, float) and share == told[0] for share in told):
                 shares.append(told[0])
         for name in ("partial_rotary_factor", "rotary_pct"):
             shares.append(self.get(name, layer))

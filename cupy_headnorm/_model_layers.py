@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from cupy_headnorm._checkpoint_files import short
 from cupy_headnorm.checkpoint import CheckpointError
 from cupy_headnorm.models import BY_MODEL_TYPE, Family
 
@@ -90,8 +91,9 @@ def groups_of(names: Iterable[str]) -> list[Group]:
 
 def model_type_of(config: Mapping[str, Any]) -> str:
     """Return a config's model type; diffusers writes the class's name instead."""
-    name = str(config.get("model_type") or config.get("_class_name") or "a config without a type")
-    return (name if name.isprintable() else ascii(name))[:100]
+    name = config.get("model_type") or config.get("_class_name") or "a config without a type"
+    told = name[:100] if isinstance(name, str) else short(name, 100)
+    return (told if told.isprintable() else ascii(told))[:100]
 
 
 class Tower(NamedTuple):
@@ -102,40 +104,71 @@ class Tower(NamedTuple):
     model_type: str
 
 
-def tower_of(config: Mapping[str, Any], group: Group) -> Tower:
-    """Return the tower that a group of layers is of: by its own model type, else its parent's."""
-    path = [config]
+class _Fields(NamedTuple):
+    """What is looked up in a config, or in one within it, for each module of each group."""
 
-    def descend(*names: str, sense: str = "") -> None:
-        if len(path[-1]) > _MOST_FIELDS:
-            raise CheckpointError(
-                f"config.json has {len(path[-1])} fields in one place; needs {_MOST_FIELDS} at most"
-            )
-        if not sense and not any(name in path[-1] for name in names):
-            return
-        for name, nested in path[-1].items():
-            named = name.endswith("_config")
-            if not (name in names or (sense and named and _sense(name) == sense)):
-                continue
+    places: Mapping[str, int]
+    """Of each field its place among them: the first one that fits is taken."""
+    senses: Mapping[str, str]
+    """For each sense the first field that is named for it and is not null."""
+    has_senses: bool
+    """Whether a field is named for a sense, null or not."""
+    model_type: str
+
+
+def _fields_of(config: Mapping[str, Any]) -> _Fields:
+    if len(config) > _MOST_FIELDS:
+        raise CheckpointError(
+            f"config.json has {len(config)} fields in one place; needs {_MOST_FIELDS} at most"
+        )
+    named = {name: sense for name in config if name.endswith("_config") and (sense := _sense(name))}
+    given = [(sense, name) for name, sense in named.items() if config[name] is not None]
+    places = {name: place for place, name in enumerate(config)}
+    return _Fields(places, dict(reversed(given)), bool(named), model_type_of(config))
+
+
+class Towers:
+    """The towers of a model, by its config."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._known: dict[int, _Fields] = {}
+        """By identity of a config: a look at all of its fields for each group has no end."""
+
+    def of(self, group: Group) -> Tower:
+        """Return the tower of a group of layers: by its own model type, else its parent's."""
+        path = [self._config]
+        if "talker" not in group.words:
+            self._descend(path, "thinker_config")
+        for word in filter(None, group.words):
+            self._descend(path, f"{word}_config", word, sense=_sense(word))
+        if not group.sense:
+            self._descend(path, "text_config", "llm_config")
+        # A model of one tower, saved alone, calls its layers what it likes.
+        alone = len(path) == 1 and not self._fields(self._config).has_senses
+        for around in reversed(path):
+            model_type = self._fields(around).model_type
+            family = BY_MODEL_TYPE.get(model_type)
+            if family and (
+                alone or group.sense == ("" if family.tower in MAIN_TOWERS else family.tower)
+            ):
+                return Tower(family, path[-1], model_type)
+        return Tower(None, path[-1], self._fields(path[-1]).model_type)
+
+    def _fields(self, config: Mapping[str, Any]) -> _Fields:
+        known = self._known.get(id(config))
+        if known is None:
+            known = self._known[id(config)] = _fields_of(config)
+        return known
+
+    def _descend(self, path: list[Mapping[str, Any]], *names: str, sense: str = "") -> None:
+        """Go to the first config within the last one that has one of the names, or the sense."""
+        fields = self._fields(path[-1])
+        fits = {*names, fields.senses.get(sense, "")} & fields.places.keys()
+        for name in sorted(fits, key=fields.places.__getitem__):
+            nested = path[-1][name]
             if isinstance(nested, Mapping):
                 path.append(nested)
                 return
-            if named and nested is not None:
-                raise CheckpointError(f"config.json's {name} is {nested!r:.60}; needs an object")
-
-    if "talker" not in group.words:
-        descend("thinker_config")
-    for word in filter(None, group.words):
-        descend(f"{word}_config", word, sense=_sense(word))
-    if not group.sense:
-        descend("text_config", "llm_config")
-    # A model of one tower, saved alone, calls its layers what it likes.
-    alone = len(path) == 1 and not any(_sense(name) for name in config if name.endswith("_config"))
-    for around in reversed(path):
-        model_type = model_type_of(around)
-        family = BY_MODEL_TYPE.get(model_type)
-        if family and (
-            alone or group.sense == ("" if family.tower in MAIN_TOWERS else family.tower)
-        ):
-            return Tower(family, path[-1], model_type)
-    return Tower(None, path[-1], model_type_of(path[-1]))
+            if name.endswith("_config") and nested is not None:
+                raise CheckpointError(f"config.json's {name} is {short(nested)}; needs an object")

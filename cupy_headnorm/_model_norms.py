@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_headnorm import checkpoint
+from cupy_headnorm._checkpoint_files import short
 from cupy_headnorm._model_layers import (
     MAIN_TOWERS,
     PLACE,
     Group,
     Tower,
+    Towers,
     groups_of,
     model_type_of,
-    tower_of,
 )
 from cupy_headnorm._model_reader import (
     ARGUMENTS,
@@ -29,6 +30,7 @@ from cupy_headnorm._model_reader import (
     Refused,
     Tensors,
     one_each,
+    refuse,
 )
 from cupy_headnorm.checkpoint import CheckpointError
 
@@ -55,6 +57,19 @@ _LOOKS = re.compile(
 )
 """Tensors of a layer that look like a head norm's."""
 _MOST_LISTED = 8
+_MLX_KEEPS = {"gemma3", "gemma3_text", "minimax_m3_vl", "minimax_m3_vl_text"}
+"""
+Model types whose norms add 1 in MLX too: their conversions hold the weight as transformers does.
+Those of qwen3_next, qwen3_5*, step3p5 and step3p7 hold 1 + weight, of qwen4_exp some do; of others
+nothing is known.
+"""
+_NEAR_ONE = 0.5
+"""
+From 1: MLX's reader of step3p5 takes a weight of a mean of half or more for 1 + weight. Means of
+published Qwen 3.5 and 4 conversions are 0.94 to 1.22, of weights without the 1 -0.06 and 0.22.
+"""
+_TRAINED_NEAR_ONE = {"gemma3", "gemma3_text"}
+"""Whose weights' means are near 1 without the 1: Gemma 3 270M's are 0.81 for q and 1.27 for k."""
 
 
 class UnknownModelError(CheckpointError):
@@ -118,13 +133,18 @@ def find(config: Mapping[str, Any], tensors: Tensors, *, full_width: bool = Fals
     notes: list[str] = []
     known = False
     flags: dict[str, Any] = {}  # those that are on; None once one of its norms is found
+    towers = Towers(config)
+    counted: set[str] = set()  # towers whose layers config.json has counted
     for group in groups_of(tensors):
-        tower = tower_of(config, group)
+        tower = towers.of(group)
         taken: set[str] = set()
         family = tower.family
         if family is not None:
             known = True
-            reader = Reader(group, family, tower.config, tower.model_type, tensors)
+            # Of several groups for one tower the first alone: each would have all those layers.
+            first = not group.label and family.tower not in counted
+            counted |= {family.tower} if first else set()
+            reader = Reader(group, family, tower.config, tower.model_type, tensors, first)
             own = list(reader.norms(full_width))
             norms += [norm for norm in own if isinstance(norm, ModelNorm)]
             refused += [norm for norm in own if isinstance(norm, Refused)]
@@ -142,7 +162,7 @@ def find(config: Mapping[str, Any], tensors: Tensors, *, full_width: bool = Fals
             f"{_listed(strangers)}; needs kind, eps, weight_offset and rounding: {ARGUMENTS}"
         )
     notes += [
-        f"config.json's {flag} is {value}; no tensor of a norm is there"
+        f"config.json's {flag} is {short(value)}; no tensor of a norm is there"
         for flag, value in flags.items()
         if value
     ]
@@ -183,7 +203,31 @@ def survey(folder: Any, *, variant: str | None = None, full_width: bool = False)
     """Read a folder's config and headers and `find` its norms; errors are those of all three."""
     config = checkpoint.config(folder)
     tensors, where = checkpoint.survey(folder, variant=variant)
-    return Survey(config, tensors, where, find(config, tensors, full_width=full_width))
+    found = find(config, tensors, full_width=full_width)
+    return Survey(config, tensors, where, _without_sums(found, where))
+
+
+def _without_sums(found: ModelNorms, where: Mapping[str, Path]) -> ModelNorms:
+    """Refuse norms of which MLX may have written 1 + weight, where the model adds 1 itself."""
+    doubtful = [n for n in found.norms if n.weight_offset and n.model_type not in _MLX_KEEPS]
+    mlx = checkpoint.written_by_mlx(where[name] for n in doubtful for name in n.weights)
+    sums = {n for n in doubtful if where[n.weights[0]] in mlx}
+    if not sums:
+        return found
+    refused = tuple(
+        refuse(
+            norm,
+            f"MLX wrote its file, and may have stored 1 + weight, to which {norm.model_type} adds "
+            f"1 again; needs HeadNorm.from_safetensors(path, key, kind={norm.kind!r}, "
+            f"eps={norm.eps:g}, rounding={norm.rounding!r}, weight_offset=) with 0 for stored "
+            "sums, whose mean is near 1, else 1",
+            unknown=True,
+        )
+        for norm in found.norms
+        if norm in sums
+    )
+    kept = tuple(norm for norm in found.norms if norm not in sums)
+    return found._replace(norms=kept, refused=found.refused + refused)
 
 
 def read(
@@ -273,6 +317,17 @@ def _under_another_prefix(every: Mapping[str, Found], key: str) -> Found | None:
     return fits[0] if len(fits) == 1 else None
 
 
+def note_of_mean(norm: ModelNorm, mean: float | None) -> str:
+    """Return what the mean of a norm's stored weights makes worth knowing, or nothing."""
+    likely = norm.weight_offset and norm.model_type not in _TRAINED_NEAR_ONE
+    if not likely or mean is None or abs(mean - 1) > _NEAR_ONE:
+        return ""
+    return (
+        f"{norm.model_type} adds {norm.weight_offset:g} to weights whose mean is {mean:.3g}: near "
+        "1, as if the file held the sums already; if it does, weight_offset=0 is right"
+    )
+
+
 def without_layer(name: str) -> str:
     """Return a module's name with a star for its layer."""
     place = PLACE.fullmatch(name)
@@ -291,7 +346,7 @@ def ranges(layers: list[int]) -> str:
 def _listed(strangers: list[Refused]) -> str:
     alike: dict[str, list[int]] = {}
     for norm in dict.fromkeys(strangers):
-        told = f"{without_layer(norm.name)} {norm.dtype} {norm.shape}"
+        told = f"{without_layer(norm.name)} {norm.dtype} {short(norm.shape)}"
         alike.setdefault(told, []).append(norm.layer)
     listed = [f"{told} in layers {ranges(layers)}" for told, layers in alike.items()]
     more = [f"{len(listed) - _MOST_LISTED} more"] if len(listed) > _MOST_LISTED else []

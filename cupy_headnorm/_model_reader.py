@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from cupy_headnorm import _dtypes, checkpoint
-from cupy_headnorm._model_config import Fields, short
+from cupy_headnorm._checkpoint_files import short
+from cupy_headnorm._model_config import Fields
 from cupy_headnorm._model_layers import Group
 from cupy_headnorm.checkpoint import CheckpointError
 from cupy_headnorm.models import Family, ModelRope, Role
@@ -18,7 +19,8 @@ ARGUMENTS = "HeadNorm.from_safetensors(path, key, kind=, eps=, weight_offset=, r
 """What reads a norm of which nothing is known."""
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "depth", "n_layer", "n_layers")
-_MOST_LAYERS = 10_000
+_MOST_LAYERS = 1000
+"""That config.json alone tells of, in a few bytes; models have 126."""
 _WHOLE = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Dtypes that no quantization packs: a projection's rows are rows."""
 _SHAPES = {
@@ -61,6 +63,8 @@ class ModelNorm(NamedTuple):
     """As safetensors spells it; ``""`` without a weight."""
     rope: ModelRope
     notes: tuple[str, ...]
+    model_type: str
+    """Of its tower, as config.json calls it."""
 
 
 class Refused(NamedTuple):
@@ -93,8 +97,11 @@ class Reader:
         config: Mapping[str, Any],
         model_type: str,
         tensors: Tensors,
+        counted: bool,
     ) -> None:
         self.group = group
+        self.counted = counted
+        """Whether the layers are all that config.json counts, or those that tensors name."""
         self.family = family
         self.model_type = model_type
         self.tensors = tensors
@@ -134,7 +141,7 @@ class Reader:
                 role, norm = next((f for f in fits[name] if f[0].weight in sure), fits[name][0])
                 if role.weight == "full" and isinstance(norm, ModelNorm) and not full_width:
                     heads = self.fields.count(role.heads, layer) or "all"
-                    norm = _refuse(
+                    norm = refuse(
                         norm,
                         f"{self.model_type} normalizes {heads} heads together, not each on "
                         "its own; num_heads=1 serves that, as one head",
@@ -144,7 +151,7 @@ class Reader:
     def _layers(self) -> list[int]:
         found = set(self.group.layers)
         unweighted = any(role.weight == "none" for role in self.family.roles)
-        if unweighted and not self.group.label and self.num_layers is not None:
+        if unweighted and self.counted and self.num_layers is not None:
             if self.num_layers > _MOST_LAYERS:
                 raise CheckpointError(
                     f"config.json says {self.num_layers} layers; needs {_MOST_LAYERS} at most"
@@ -177,14 +184,14 @@ class Reader:
             name, self.tower, layer, role.name, weights, biases, role.kind, eps=0.0,
             weight_offset=role.weight_offset, rounding=role.rounding, result=role.result,
             num_heads=None, head_dim=0, heads_axis=role.heads_axis, shape=shape, dtype=dtype,
-            rope=family.rope, notes=(),
+            rope=family.rope, notes=(), model_type=model_type,
         )  # fmt: skip
         if reason := family.refused or role.refused:
-            return _refuse(norm, f"{model_type}: {reason}")
+            return refuse(norm, f"{model_type}: {reason}")
         bias_dtype, bias_shape = self._stored(name, biases)
         for stored in filter(None, (dtype, bias_dtype)):
             if stored not in _dtypes.BY_SAFETENSORS:
-                return _refuse(norm, f"its dtype is {stored}; needs {_dtypes.NEEDED}")
+                return refuse(norm, f"its dtype is {stored}; needs {_dtypes.NEEDED}")
         if role.weight != "none" and (not weights or bool(biases) != role.bias):
             has = " and ".join(tensor for tensor in (role.tensor, "bias") if tensor in named)
             wanted = f"{role.tensor} and bias" if role.bias else f"{role.tensor} alone"
@@ -193,12 +200,13 @@ class Reader:
             )
         if biases and bias_shape != shape:
             raise CheckpointError(
-                f"{weights[0]} has shape {shape} and {biases[0]} {bias_shape}; needs one shape"
+                f"{weights[0]} has shape {short(shape)} and {biases[0]} {short(bias_shape)}; "
+                "needs one shape"
             )
         notes: list[str] = []
         if self.flag is not None and not self.flag:
             notes.append(
-                f"config.json's {family.flag} is {self.flag}; the tensors are there and win"
+                f"config.json's {family.flag} is {short(self.flag)}; the tensors are there and win"
             )
         if self.num_layers is not None and layer >= self.num_layers and not self.group.label:
             notes.append(
@@ -233,7 +241,7 @@ class Reader:
             return "", ()
         stored = sorted({self.tensors[tensor] for tensor in tensors})
         if len(stored) > 1:
-            told = " and ".join(f"{dtype} {tuple(shape)}" for dtype, shape in stored)
+            told = " and ".join(f"{dtype} {short(tuple(shape))}" for dtype, shape in stored)
             raise CheckpointError(
                 f"{tensors[0]} and its like are {told}; needs one dtype and shape"
             )
@@ -304,7 +312,7 @@ class Reader:
         ):
             said = [f"{rule} = {dim}" for rule, dim in dims.items()] or ["no head_dim"]
             raise CheckpointError(
-                f"{norm.weights[0]} has shape {norm.shape}, and config.json says "
+                f"{norm.weights[0]} has shape {short(norm.shape)}, and config.json says "
                 f"{role.heads} = {heads} and {' or '.join(said)}; {self.model_type} needs "
                 f"{_SHAPES[role.weight]}"
             )
@@ -338,5 +346,7 @@ def one_each(name: str, tensors: tuple[str, ...]) -> bool:
     return bool(tensors) and tensors[0].startswith(f"{name}.norms.")
 
 
-def _refuse(norm: ModelNorm, reason: str) -> Refused:
-    return Refused(norm.name, norm.tower, norm.layer, norm.role, norm.shape, norm.dtype, reason)
+def refuse(norm: ModelNorm, reason: str, *, unknown: bool = False) -> Refused:
+    """Return a norm as one that is not supported, with the reason."""
+    at = norm.name, norm.tower, norm.layer, norm.role
+    return Refused(*at, norm.shape, norm.dtype, reason, unknown)

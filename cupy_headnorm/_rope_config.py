@@ -58,9 +58,9 @@ _INTERLEAVED_SECTIONS = {
 """Whose M-RoPE interleaves, whatever the config says, with their own sections."""
 
 _OWN_PARAMETERS = {
-    "apertus", "apertus1p5", "apertus1p5_text", "beam", "laguna", "lfm3", "mellum", "mistral4", "gemma4", "gemma4_text",
-    "gemma4_unified", "gemma4_unified_text", "diffusion_gemma", "diffusion_gemma_text",
-    "embedding_gemma2", "embedding_gemma2_text",
+    "apertus", "apertus1p5", "apertus1p5_text", "beam", "laguna", "lfm3", "mellum", "mistral4",
+    "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "diffusion_gemma",
+    "diffusion_gemma_text", "embedding_gemma2", "embedding_gemma2_text",
 }  # fmt: skip
 """Whose config classes make up more than a theta where there are no rope_parameters."""
 

@@ -20,6 +20,7 @@ from cupy_headnorm._checkpoint_files import (
     files,
     keys_of,
     open_file,
+    short,
 )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "survey",
     "tensor_names",
     "write_norm",
+    "written_by_mlx",
 ]
 
 _LONGEST_NAME = 1000
@@ -86,6 +88,16 @@ def survey(
         if holder.get(name) != file_path:
             raise CheckpointError(f"{file_path} lacks {name}, which the index puts there")
     return found, holder
+
+
+def written_by_mlx(paths: Iterable[Path]) -> set[Path]:
+    """Return the files whose metadata says that MLX wrote them."""
+    found = set()
+    for path in set(paths):
+        with open_file(path) as file:
+            if (file.metadata() or {}).get("format") == "mlx":
+                found.add(path)
+    return found
 
 
 def read_norm(
@@ -189,7 +201,7 @@ def stacked(heads: Mapping[str, np.ndarray]) -> np.ndarray:
     """
     kinds = {(array.dtype.name, array.shape) for array in heads.values()}
     if len(kinds) > 1:
-        told = " and ".join(f"{dtype} {shape}" for dtype, shape in sorted(kinds))
+        told = " and ".join(f"{dtype} {short(shape)}" for dtype, shape in sorted(kinds))
         raise CheckpointError(
             f"{next(iter(heads))} and its like are {told}; needs one dtype and shape"
         )
@@ -223,14 +235,14 @@ def write_norm(path: Any, key: str, weight: np.ndarray | None, bias: np.ndarray 
     tensors = {name: array for name, array in given.items() if array is not None}
     if not tensors:
         raise ValueError("the norm has neither weight nor bias; needs one to be written")
-    if Path(path).exists():
-        others = sorted(set(keys_of(Path(path))) - given.keys())
+    try:
+        there = Path(path).exists()
+        others = sorted(set(keys_of(Path(path))) - given.keys()) if there else []
         if others:
             raise CheckpointError(
                 f"{path} exists and holds {others[0]} among {len(others)} other tensors, which "
                 "would be lost; needs a file of its own"
             )
-    try:
         save_file(tensors, path, metadata={"format": "pt"})
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be written ({error})") from error

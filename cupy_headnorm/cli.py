@@ -28,8 +28,10 @@ from cupy_headnorm import (
 )
 from cupy_headnorm._version import __version__
 from cupy_headnorm.headnorm import HeadNorm
+from cupy_headnorm.pretrained import HeadNorms
 
 _DEMO_KEY = "model.layers.1.self_attn.q_norm"
+_MOST_NAMED = 4
 _DEMO_HEADS, _DEMO_HEAD_DIM = 32, 128  # Qwen3-8B's queries
 
 
@@ -71,13 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "checkpoint",
         nargs="?",
-        help="safetensors file or folder; without it a sharded one like Qwen3's is written first",
+        help="safetensors file or folder, whose config.json says what options do not; without it "
+        "a sharded one like Qwen3's is written first",
     )
     demo.add_argument("--key", help="the norm's name in the checkpoint, without .weight")
-    demo.add_argument("--kind", choices=tuple(_spec.DEFAULT_EPS), default="rms")
+    demo.add_argument("--kind", choices=tuple(_spec.DEFAULT_EPS))
     demo.add_argument("--eps", type=float, help="default: 1e-6 for rms, 1e-5 for layer")
     demo.add_argument("--rounding", choices=_spec.ROUNDINGS)
-    demo.add_argument("--weight-offset", type=float, default=0.0, help="1 for Gemma 3")
+    demo.add_argument("--weight-offset", type=float, help="1 for Gemma 3")
     demo.add_argument("--num-heads", type=bench.count, help="heads of x")
     demo.add_argument("--head-dim", type=bench.count, help="default: the weight's last axis")
     demo.add_argument("--heads-axis", type=int, default=-2)
@@ -160,7 +163,9 @@ def _demo(chosen: argparse.Namespace) -> None:
             chosen.rounding = chosen.rounding or "before_weight"
             norm = _load(chosen)
     elif chosen.key is None:
-        raise ValueError("no --key given; needs the norm's name in the checkpoint")
+        raise ValueError(
+            f"no --key given; needs the norm's name in the checkpoint{_such_as(chosen.checkpoint)}"
+        )
     else:
         norm = _load(chosen)
         rows.append(("checkpoint", chosen.checkpoint))
@@ -204,7 +209,37 @@ def _place(wanted: str) -> tuple[Any, str]:
     return _timing.Host(), f"NumPy reference on the CPU: {why}"
 
 
+def _such_as(path: str) -> str:
+    """Return the first names of norms in a checkpoint, as the end of a sentence."""
+    try:
+        if _is_model(path):
+            norms = HeadNorms(path)
+            names = [norm.name for norm in norms.described.values()]
+        else:
+            stems = (name.rpartition(".")[0] for name in checkpoint.tensor_names(path))
+            names = [stem for stem in dict.fromkeys(stems) if "norm" in stem]
+    except ValueError:
+        return ""  # what is wrong there is said once a key is given
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return f", such as {', '.join(names[:_MOST_NAMED])}{more}" if names else ""
+
+
+def _is_model(path: str) -> bool:
+    return Path(path, checkpoint.CONFIG).is_file()
+
+
 def _load(chosen: argparse.Namespace) -> HeadNorm:
+    if _is_model(chosen.checkpoint):
+        return HeadNorm.from_pretrained(
+            chosen.checkpoint,
+            chosen.key,
+            num_heads=chosen.num_heads,
+            head_dim=chosen.head_dim,
+            kind=chosen.kind,
+            eps=chosen.eps,
+            weight_offset=chosen.weight_offset,
+            rounding=chosen.rounding,
+        )
     head_dim = chosen.head_dim
     if head_dim is None and chosen.num_heads is not None:
         # --num-heads speaks of x; a flat weight takes --head-dim beside it.
@@ -215,9 +250,9 @@ def _load(chosen: argparse.Namespace) -> HeadNorm:
         chosen.key,
         num_heads=chosen.num_heads,
         head_dim=head_dim,
-        kind=chosen.kind,
+        kind=chosen.kind or "rms",
         eps=chosen.eps,
-        weight_offset=chosen.weight_offset,
+        weight_offset=chosen.weight_offset or 0.0,
         rounding=chosen.rounding or "once",
     )
 

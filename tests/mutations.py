@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 from checkpoints import SEEDS
 from hypothesis import strategies as st
@@ -28,6 +29,13 @@ VALUES = st.one_of(
     st.lists(LEAVES, max_size=4),
     st.dictionaries(WORDS, LEAVES, max_size=3),
 )
+LONG = st.sampled_from([
+    [0] * 200_000, {str(number): 0 for number in range(100_000)}, "z" * 500_000, 10**4000,
+    [[0] * 100] * 1000, {"z" * 500: [0] * 100_000}, [{"a": 0}] * 30_000, ["z" * 1000] * 300,
+    {"full_attention": {"partial_rotary_factor": [0] * 99_999, "rope_type": "z" * 99_999},
+     "sliding_attention": {"partial_rotary_factor": [0] * 99_999, "rope_type": "z" * 99_999}},
+])  # fmt: skip
+"""What a message shows the start of, and what nobody may look at as a whole for each group."""
 FIELDS = st.sampled_from(
     """
     model_type text_config vision_config thinker_config llm_config decoder _class_name
@@ -82,6 +90,56 @@ def mutated(draw, tree, names=FIELDS, values=VALUES, most=3):
         elif isinstance(outer, dict):
             outer[draw(names)] = outer.pop(key)
     return tree
+
+
+LOOKED_AT = st.sampled_from(["model_type", "_class_name", "layer_types", "rope_parameters"])
+"""Fields that are read for each group of layers, or for each norm."""
+PLAIN = ["model", "base_model", "module", "backbone", "transformer", "language_model", "llm"]
+STACKS = ["layers", "h", "blocks", "transformer_blocks", "single_layers", "refiner"]
+RESTS = st.sampled_from([
+    "x", "self_attn.x", "self_attn.q_norm.weight", "self_attn.v_norm.weight",
+    "self_attn.q_proj.weight", "self_attn.q_layernorm.norms.0.weight", "attn.norm_q.weight",
+])  # fmt: skip
+
+
+CROWDS = ("plain prefixes", "prefixes", "layers", "tensors of a layer")
+BURDENS = ("long value", "many fields", "many layers")
+
+
+@st.composite
+def crowd(draw, how, count=300):
+    """Draw names of many tensors: of many groups of layers, many layers, or many of one layer."""
+    rest, stack = draw(RESTS), draw(st.sampled_from(STACKS))
+    words = draw(st.lists(st.sampled_from(["visual", "audio_x", "thinker", *PLAIN]), max_size=24))
+    if how == "plain prefixes":  # of the model's main part, each of them
+        prefixes = itertools.chain.from_iterable(
+            itertools.product(PLAIN, repeat=depth) for depth in range(5)
+        )
+        return [
+            ".".join((*prefix, stack, "0", rest)) for prefix in itertools.islice(prefixes, count)
+        ]
+    at = {
+        "prefixes": lambda number: (*words, f"x{number}", stack, "0", rest),
+        "layers": lambda number: (*words, stack, str(number), rest),
+        "tensors of a layer": lambda number: (*words, stack, "0", f"x{number}", rest),
+    }[how]
+    return [".".join(at(number)) for number in range(count)]
+
+
+@st.composite
+def crowded(draw, config, what):
+    """Draw a config that takes long to look at as a whole, or has as many layers as it may."""
+    config = copy.deepcopy(config)
+    if what == "long value":
+        config[draw(st.one_of(LOOKED_AT, FIELDS))] = draw(LONG)
+    elif what == "many fields":
+        named = draw(st.sampled_from(("x{}", "x{}_config", "vision_{}_config")))
+        config |= {named.format(number): None for number in range(950)}
+    else:
+        config["num_hidden_layers"] = 1000
+        unweighted = "nanochat", "llama4_text", "diffllama", "muse_spark_text"
+        config["model_type"] = draw(st.sampled_from(unweighted))
+    return config
 
 
 @st.composite

@@ -19,7 +19,15 @@ import cupy_headnorm
 from cupy_headnorm import CheckpointError, HeadNorm, QKNorm, _inspect_report, checkpoint, cli
 from cupy_headnorm.pretrained import head_norms
 
-SECONDS = 10  # an example takes some 20 ms
+SECONDS = 60  # an example takes some 20 ms
+CPU_SECONDS = 0.5
+CPU_SECONDS_A_BYTE = {".json": 5e-7, ".safetensors": 5e-6}
+"""
+What a door may take. Measured: 0.07 s for 1000 layers that a config counts; 2e-8 s a byte of JSON;
+1e-6 to 2e-6 of tensors' headers, ten times as many where a table is printed.
+"""
+LONG = ("z" * 250, "0, " * 80)
+"""Parts of the long values of mutations.py: none is printed."""
 PACKAGE = str(Path(cupy_headnorm.__file__).parent)
 SECRET = 777.0
 
@@ -43,26 +51,40 @@ def refusing(allowed=(ValueError, TypeError)):
         if not isinstance(error, allowed) or not deliberate(error):
             raise
         told = str(error)
+        assert not any(part in told for part in LONG)
         if isinstance(error, CheckpointError) and (len(told) > 5000 or not told.isprintable()):
             raise AssertionError(f"{told!r} is no message of one line") from error
 
 
-@contextlib.contextmanager
-def in_time(seconds=SECONDS):
-    def late(*_):
-        raise AssertionError(f"took longer than {seconds} s")
+def size_of(folder):
+    return sum(entry.stat().st_size for entry in folder.rglob("*") if entry.is_file())
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+
+@contextlib.contextmanager
+def in_time(folder, times=1):
+    """Allow a door a time in proportion to the files: of this process, and an end by the clock."""
+    files = [entry for entry in folder.rglob("*") if entry.is_file()]
+    each = (CPU_SECONDS_A_BYTE.get(file.suffix, 0) * file.stat().st_size for file in files)
+    most = times * (CPU_SECONDS + sum(each)) * (4 if tracemalloc.is_tracing() else 1)
+    told = f"took longer than {most:.2f} s of {size_of(folder)} bytes, or {SECONDS} s of a clock"
+    fired = []
+
+    def late(*_):
+        fired.append(True)
+        raise AssertionError(told)
+
+    timers = ((signal.SIGALRM, signal.ITIMER_REAL, SECONDS),
+              (signal.SIGPROF, signal.ITIMER_PROF, most))  # fmt: skip
+    before = [signal.signal(number, late) for number, _, _ in timers]
+    for _, timer, seconds in timers:
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def size_of(folder):
-    return sum(entry.stat().st_size for entry in folder.rglob("*") if entry.is_file())
+        for (number, timer, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
+    assert not fired, told  # the command line catches any error
 
 
 @contextlib.contextmanager
@@ -126,45 +148,57 @@ def place(tmp_path, monkeypatch):
 
 def read_all(folder):
     """Read a folder by every door."""
-    with refusing():
+
+    @contextlib.contextmanager
+    def door(allowed=(ValueError, TypeError), times=1):
+        with refusing(allowed), in_time(folder, times):
+            yield
+
+    with door():
         checkpoint.config(folder)
     names = []
-    with refusing():
+    with door():
         found, holder = checkpoint.survey(folder)
         assert found.keys() == holder.keys()
         names = checkpoint.tensor_names(folder)
     for name in names[:2]:
-        with refusing():
+        with door():
             array = checkpoint.read_tensor(folder, name)
             assert not (array.astype(np.float64) == SECRET).any()
     stems = [name.removesuffix(".weight") for name in names if "norm" in name]
     for key in [*stems[:1], *KEYS[:2]]:
-        with refusing():
+        with door():
             norm = HeadNorm.from_safetensors(folder, key)
             assert norm.weight is None or not (norm.weight.astype(np.float64) == SECRET).any()
-        with refusing():
+        with door():
             HeadNorm.from_pretrained(folder, key)
-    with refusing():
+    with door():
         HeadNorm.from_pretrained(
             folder, KEYS[0], kind="rms", eps=1e-6, rounding="once", num_heads=1
         )
-    with refusing(CheckpointError):
+    norms = {}
+    with door(CheckpointError):
         norms = head_norms(folder)
         assert len(repr(norms)) < 10_000
-        assert norms.notes is not None
-        for key in list(norms)[:4]:
-            with refusing():
-                norms[key]
+        told = "".join(norms.notes) + "".join(norm.reason for norm in norms.refused)
+        assert not any(part in told for part in LONG)
+    for key in list(norms)[:4]:
+        with door():
+            norms[key]
     for layer in (0, 1):
-        with refusing():
+        with door():
             QKNorm.from_pretrained(folder, layer)
-    with refusing():
+    found = None
+    with door():
         found = _inspect_report.collect(str(folder))
         json.dumps(found)
-        shown(found)
+    with door(times=10):
+        told = shown(found) if found else ""
+        assert not any(part in told for part in LONG)
     with (
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()) as err,
+        in_time(folder),
     ):
         code = cli.main(["inspect", "--json", str(folder)])
     told = err.getvalue()
@@ -174,7 +208,9 @@ def read_all(folder):
 def shown(found):
     from rich.console import Console
 
-    _inspect_report.show(found, Console(file=io.StringIO(), width=100))
+    file = io.StringIO()
+    _inspect_report.show(found, Console(file=file, width=100))
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -185,7 +221,7 @@ def tried(place):
     def trying(traced=True):
         with place() as folder:
             yield folder
-            with in_time(), in_memory(folder) if traced else contextlib.nullcontext():
+            with in_memory(folder) if traced else contextlib.nullcontext():
                 read_all(folder)
 
     return trying

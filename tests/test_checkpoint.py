@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save, save_file
 
 from cupy_headnorm import CheckpointError, HeadNorm, checkpoint
+from cupy_headnorm._checkpoint_files import short
 from cupy_headnorm._dtypes import DTYPES
 
 KEY = "model.layers.0.self_attn.q_norm"
@@ -191,6 +192,74 @@ def test_what_is_no_file_is_not_waited_for(shards):
         checkpoint.files(folder)
 
 
+@pytest.fixture
+def no_files(tmp_path):
+    """What is there and no file, by what it is called: a pipe would be waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "folder").mkdir()
+    other = "is a pipe, a device or a socket"
+    return tmp_path, {"pipe": other, "link": other, "/dev/zero": other, "folder": "is a folder"}
+
+
+def test_what_is_no_file_is_named(no_files):
+    folder, said = no_files
+    norm = HeadNorm(np.ones(4, np.float32))
+    for name, what in said.items():
+        refused = pytest.raises(CheckpointError, match=f"{name} {what}; needs a safetensors file")
+        with refused:
+            norm.to_safetensors(folder / name, KEY)
+        if name != "folder":  # of a folder its files are read
+            with refused:
+                HeadNorm.from_safetensors(folder / name, KEY)
+            with refused:
+                checkpoint.read_tensor(folder / name, KEY)
+    assert list((folder / "folder").iterdir()) == []
+
+
+def test_a_folder_named_as_a_file_is_named(no_files):
+    folder, _ = no_files
+    (folder / checkpoint.SINGLE).mkdir()
+    (folder / checkpoint.CONFIG).mkdir()
+    with pytest.raises(CheckpointError, match=r"model.safetensors \(no file\), pipe \(no file\); "):
+        checkpoint.files(folder)
+    with pytest.raises(CheckpointError, match=r"has no config.json \(it is a folder\), which"):
+        checkpoint.config(folder)
+    (folder / checkpoint.CONFIG).rmdir()
+    os.mkfifo(folder / checkpoint.CONFIG)
+    with pytest.raises(
+        CheckpointError, match=r"config.json \(it is a pipe, a device or a socket\)"
+    ):
+        checkpoint.config(folder)
+
+
+def test_a_name_that_no_file_can_have_is_not_written(tmp_path):
+    with pytest.raises(CheckpointError, match=r"a cannot be written \(.*too long"):
+        HeadNorm(np.ones(4, np.float32)).to_safetensors(tmp_path / ("a" * 300), KEY)
+
+
+class Unwritable:
+    def __repr__(self):
+        raise AssertionError("looked at")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 1.5, float("nan"), "a'b", "x" * 99, "\x1b" * 99, [], {}, (), (1,), [1, [2]],
+     10**99, {"a": {"b": ()}, "c": [{}, ""]}, {"x" * 99: 1}, [[[]]] * 50, ((0, 1),) * 50],
+)  # fmt: skip
+def test_a_value_is_written_as_repr_does_and_cut(value):
+    for most in (60, 200):
+        assert short(value, most) == repr(value)[:most]
+
+
+def test_what_is_not_shown_is_not_looked_at():
+    rest = Unwritable()
+    assert short([0] * 30 + [rest]) == repr([0] * 99)[:60]
+    assert short({"a" * 70: rest}) == "{'" + "a" * 58
+    assert len(short([["z" * 10**8]])) == 60
+
+
 def test_index_and_shard_disagree(shards):
     folder, weight, _ = shards
     save_file({"other.weight": weight}, folder / "model-00001-of-00002.safetensors")
@@ -335,6 +404,11 @@ def test_an_index_that_puts_one_tensor_in_two_files(shards):
         match=rf"puts {KEY}.weight in 'model-00001.*' and in 'model-00002.*'; needs one file",
     ):
         HeadNorm.from_safetensors(folder, KEY)
+    long = json.dumps(["z" * 9999] * 9)
+    path.write_text(f'{{"weight_map": {{{entry}, "{KEY}.weight": {long}}}}}')
+    with pytest.raises(CheckpointError, match="puts .*; needs one file") as error:
+        checkpoint.files(folder)
+    assert "z" * 100 not in str(error.value)
     path.write_text(f'{{"weight_map": {{{entry}, {entry}}}}}')  # twice the same is no claim
     HeadNorm.from_safetensors(folder, KEY)
 

@@ -333,6 +333,88 @@ def test_inspect_of_values_that_overflow(model, capsys, recwarn):
     assert (q["weight"]["max"], q["weight"]["mean"]) == (1e308, None)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "mean", "noted"),
+    [("qwen3_next", 1.02, True), ("qwen4_exp", 1.22, True), ("step3p7", 0.6, True),
+     ("minimax_m3_vl_text", 0.9, True), ("qwen3_next", 0.22, False), ("qwen3_5", -0.06, False),
+     ("gemma3_text", 1.02, False), ("qwen3", 1.02, False)],
+)  # fmt: skip
+def test_inspect_notes_a_mean_near_one(model, capsys, model_type, mean, noted):
+    # Whatever the metadata says: of a trained Gemma 3 alone it is near 1 as it should be.
+    (model / "config.json").write_text(json.dumps({**QWEN3, "model_type": model_type}))
+    weight = np.linspace(mean - 0.1, mean + 0.1, 16, dtype=np.float32)
+    save_file({"model.layers.0.self_attn.q_norm.weight": weight}, model / "model.safetensors")
+    code, out, _ = in_process(capsys, "inspect", model)
+    assert code == 0
+    note = (
+        f"Note: q: {model_type} adds 1 to weights whose mean is {mean}: near 1, as if the file "
+        "held the sums already; if it does, weight_offset=0 is right\n"
+    )
+    assert (note in out) == noted
+    assert ("held the sums" in out) == noted
+
+
+def test_inspect_says_that_mlx_may_have_stored_sums(model, capsys):
+    (model / "config.json").write_text(json.dumps({**QWEN3, "model_type": "qwen3_5"}))
+    tensors = {"model.layers.0.self_attn.q_norm.weight": np.ones(16, np.float32)}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "mlx"})
+    code, out, err = in_process(capsys, "inspect", model, "--json")
+    assert (code, err) == (0, "")
+    (refused,) = json.loads(out)["refused"]
+    assert refused["name"] == "model.layers.*.self_attn.q_norm"
+    assert "may have stored 1 + weight, to which qwen3_5 adds 1 again" in refused["reason"]
+
+
+Q = "model.layers.0.self_attn.q_norm"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "said"),
+    [("qwen3", (), {"eps": 3e-6, "rounding": "before_weight", "weight_offset": 0}),
+     ("gemma3_text", (), {"eps": 3e-6, "rounding": "once", "weight_offset": 1}),
+     ("gemma3_text", ("--weight-offset", 0, "--eps", 1e-4),
+      {"eps": 1e-4, "rounding": "once", "weight_offset": 0}),
+     ("qwen3", ("--rounding", "once", "--kind", "layer"),
+      {"kind": "layer", "eps": 3e-6, "rounding": "once"})],
+)  # fmt: skip
+def test_demo_on_a_models_folder_computes_as_the_model(
+    model, capsys, monkeypatch, model_type, options, said
+):
+    # Gemma's weights of 0 stand for 1: without the 1 all results are 0, and an error of 0 said so.
+    config = {**QWEN3, "model_type": model_type, "rms_norm_eps": 3e-6}
+    (model / "config.json").write_text(json.dumps(config))
+    save_file({f"{Q}.weight": np.zeros(16, np.float32)}, model / "model.safetensors")
+    loaded, load = [], cli._load
+    monkeypatch.setattr(cli, "_load", lambda chosen: loaded.append(load(chosen)) or loaded[-1])
+    code, out, err = in_process(
+        capsys, "demo", model, "--key", Q, "--tokens", 3, "--on", "cpu", *options
+    )
+    assert (code, err) == (0, "")
+    assert "HeadNorm.from_pretrained(" in rows(out)["norm"]
+    assert {name: getattr(loaded[0], name) for name in said} == said
+    assert bool(loaded[0](np.ones((1, 16), np.float32)).any()) == (loaded[0].weight_offset == 1)
+
+
+def test_demo_without_a_key_names_the_norms(model, capsys):
+    names = [f"model.layers.{layer}.self_attn.{role}_norm" for layer in (0, 2) for role in "qk"]
+    code, _, err = in_process(capsys, "demo", model)
+    assert code == 2
+    assert err == (
+        "cupy_headnorm: no --key given; needs the norm's name in the checkpoint, such as "
+        f"{', '.join(names)}\n"
+    )
+    (model / "config.json").unlink()
+    save_file({"norm.weight": np.ones(2), "x.weight": np.ones(2)}, model / "one.safetensors")
+    _, _, err = in_process(capsys, "demo", model / "one.safetensors")
+    assert err.endswith("in the checkpoint, such as norm\n")
+    save_file(
+        {f"layers.{layer}.q_norm.weight": np.ones(2) for layer in range(6)},
+        model / "model.safetensors",
+    )
+    _, _, err = in_process(capsys, "demo", model)
+    assert err.endswith("layers.2.q_norm, layers.3.q_norm and 2 more\n")
+
+
 def test_inspect_says_that_nothing_is_served(model, capsys):
     (model / "config.json").write_text('{"model_type": "llama"}')
     save_file({"model.norm.weight": np.ones(8)}, model / "model.safetensors")

@@ -9,7 +9,7 @@ import pytest
 import safetensors
 from safetensors.numpy import save_file
 
-from cupy_headnorm import CheckpointError, HeadNorm, _model_norms, checkpoint
+from cupy_headnorm import CheckpointError, HeadNorm, QKNorm, _model_norms, checkpoint
 from cupy_headnorm._model_norms import UnknownModelError
 from cupy_headnorm.models import BY_MODEL_TYPE
 from cupy_headnorm.pretrained import head_norms
@@ -654,7 +654,7 @@ def test_a_layer_beyond_the_models_own_is_noted():
 
 
 def test_a_hostile_number_of_layers():
-    with pytest.raises(CheckpointError, match=r"says 1000000000 layers; needs 10000 at most"):
+    with pytest.raises(CheckpointError, match=r"says 1000000000 layers; needs 1000 at most"):
         described({**LLAMA4, "num_hidden_layers": 10**9}, attentions())
     # No number of a layer or a head is longer than that either.
     key = "model.layers.0.self_attn.q_layernorm"
@@ -662,6 +662,69 @@ def test_a_hostile_number_of_layers():
         described(QWEN3, {f"layers.{'9' * 5000}.self_attn.q_norm.weight": filled(16)}).norms == ()
     )
     assert described(STABLELM, {f"{key}.norms.{'9' * 5000}.weight": filled(8)}).norms == ()
+
+
+# MLX
+
+
+def written_by_mlx(folder, config, tensors):
+    (folder / checkpoint.CONFIG).write_text(json.dumps(config))
+    save_file(tensors, folder / checkpoint.SINGLE, metadata={"format": "mlx"})
+    return folder
+
+
+SUMS = ["qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp",
+        "qwen4_exp_text", "step3p5", "step3p7", "t5gemma2_text"]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", SUMS)
+def test_a_weight_that_may_hold_the_sum_is_refused_by_name(tmp_path, rng, model_type):
+    # MLX's conversions hold 1 + weight, to which 1 was added again: 2.95 off.
+    stored = 1 + filled(16, start=-0.2) / 8
+    key = "model.layers.0.self_attn.q_norm"
+    config = {**QWEN3, "model_type": model_type}
+    folder = written_by_mlx(tmp_path, config, {f"{key}.weight": stored})
+    said = (
+        f"MLX wrote its file, and may have stored 1 + weight, to which {model_type} adds 1 again; "
+        "needs HeadNorm.from_safetensors(path, key, kind='rms', eps=3e-06, rounding='once', "
+        "weight_offset=) with 0 for stored sums"
+    )
+    norms = head_norms(folder)
+    assert list(norms) == []
+    assert norms.refused[0].reason.startswith(said)
+    for read in (lambda: norms[0, "q"], lambda: HeadNorm.from_pretrained(folder, key)):
+        with pytest.raises(UnknownModelError, match=re.escape(f"{key} is refused: {said}")):
+            read()
+    with pytest.raises(CheckpointError, match="MLX wrote its file"):
+        QKNorm.from_pretrained(folder, 0)
+    known = {"kind": "rms", "eps": 3e-6, "rounding": "once", "weight_offset": 0.0}
+    x = rng.standard_normal((5, 4, 16)).astype(np.float32)
+    exact = x / np.sqrt((x.astype(float) ** 2).mean(-1, keepdims=True) + 3e-6) * stored
+    for read in (HeadNorm.from_safetensors, HeadNorm.from_pretrained):
+        np.testing.assert_allclose(read(folder, key, **known)(x), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gemma3_text", "minimax_m3_vl_text", "qwen3", "gemma3n_text"]
+)
+def test_a_weight_that_mlx_keeps_as_it_is_is_read(tmp_path, model_type):
+    config = {**QWEN3, "model_type": model_type}
+    norms = head_norms(written_by_mlx(tmp_path, config, layers()))
+    assert norms[0, "q"].weight_offset == (model_type in ("gemma3_text", "minimax_m3_vl_text"))
+    assert (norms[0, "q"].weight == filled(16, start=0)).all()
+
+
+def test_only_files_of_mlx_are_refused(tmp_path):
+    tensors = layers(rows=(None, None))
+    shards = {name: f"{'.k_norm' in name}.safetensors" for name in tensors}
+    for kind, metadata in ((True, {"format": "mlx"}), (False, None)):
+        own = {name: tensors[name] for name, shard in shards.items() if str(kind) in shard}
+        save_file(own, tmp_path / f"{kind}.safetensors", metadata=metadata)
+    (tmp_path / checkpoint.INDEX).write_text(json.dumps({"weight_map": shards}))
+    (tmp_path / checkpoint.CONFIG).write_text(json.dumps({**QWEN3, "model_type": "qwen3_next"}))
+    norms = head_norms(tmp_path)
+    assert list(norms) == [(0, "q"), (1, "q")]
+    assert [(norm.layer, norm.role) for norm in norms.refused] == [(0, "k"), (1, "k")]
 
 
 # Rotary embeddings

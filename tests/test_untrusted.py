@@ -11,10 +11,10 @@ import os
 import numpy as np
 import pytest
 import strangers
-from checkpoints import KEYS, SEEDS, SHARDS, encoded, file_of, seeded, write
+from checkpoints import KEYS, SEEDS, SHARDS, encoded, file_of, header_of, seeded, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import NUMBERS, VALUES, mutated, spoiled
+from mutations import BURDENS, CROWDS, NUMBERS, VALUES, crowd, crowded, mutated, spoiled
 
 from cupy_headnorm import HeadNorm, QKNorm, checkpoint
 from cupy_headnorm.pretrained import head_norms
@@ -32,6 +32,10 @@ checked = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+# An example is of some 100 KB, and takes a second.
+crowds = settings(checked, max_examples=CASES or 3)
 
 
 TRACED = st.sampled_from((False, False, False, True))  # to trace memory takes thrice the time
@@ -57,6 +61,19 @@ def test_config(tried, data):
     config, index, shards = data.draw(SEEDED)
     with tried(data.draw(TRACED)) as folder:
         write(folder, data.draw(mutated(config)), index, shards)
+
+
+@pytest.mark.parametrize("what", BURDENS)
+@pytest.mark.parametrize("how", CROWDS)
+@crowds
+@given(data=st.data())
+def test_many_groups_and_long_values(tried, how, what, data):
+    # Each alone is in proportion; what looks at one for each of the other is not.
+    config = data.draw(crowded(data.draw(SEEDED)[0], what))
+    shape = data.draw(st.sampled_from([(0,), (16,), (4, 16), (1,)]))
+    header, size = header_of(dict.fromkeys(data.draw(crowd(how)), ("F16", shape)))
+    with tried(data.draw(TRACED)) as folder:
+        write(folder, config, None, {checkpoint.SINGLE: (header, size)})
 
 
 @checked
