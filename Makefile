@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # cuda12 or cuda13 where an NVIDIA driver answers, else empty.
-CUDA = $(shell $(PYTHON) cupy_headnorm/_driver.py)
+CUDA = $(shell $(PYTHON) cupy_headnorm/_cuda/driver.py)
 # The versions of all that is installed, its builds included; make newest has none.
 PINS = $(VENV)/constraints.txt
 PIP = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) $(BIN)/pip install -q

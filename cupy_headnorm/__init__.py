@@ -9,9 +9,10 @@ one launch. `head_norms` finds the norms of a Hugging Face model.
 from typing import TYPE_CHECKING, Any
 
 from cupy_headnorm import reference
-from cupy_headnorm._driver import GPUUnavailableError
-from cupy_headnorm._kernels import CaptureError, environment
-from cupy_headnorm._launch import LaunchConfig
+from cupy_headnorm._cuda.driver import GPUUnavailableError
+from cupy_headnorm._cuda.environment import environment
+from cupy_headnorm._cuda.memory import CaptureError
+from cupy_headnorm._plans.geometry import LaunchConfig
 from cupy_headnorm._version import __version__
 from cupy_headnorm.checkpoint import CheckpointError
 from cupy_headnorm.headnorm import HeadNorm

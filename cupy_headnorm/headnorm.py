@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cupy_headnorm import _dispatch, _interop, _kernels, _spec, checkpoint, reference
-from cupy_headnorm._arrays import AnyArray, Array, ArrayView
-from cupy_headnorm._held import Held, device_of, snapshot
-from cupy_headnorm._launch import LaunchConfig
-from cupy_headnorm._parameters import Norm
-from cupy_headnorm._spec import Kind, NormOptions, Rounding
-from cupy_headnorm._torch import untraced
+from cupy_headnorm import reference
+from cupy_headnorm._arrays import find
+from cupy_headnorm._arrays.torch import untraced
+from cupy_headnorm._arrays.views import AnyArray, Array, ArrayView
+from cupy_headnorm._calls import dispatch
+from cupy_headnorm._calls.parameters import Held, Norm, device_of, snapshot
+from cupy_headnorm._cuda import environment
+from cupy_headnorm._plans.geometry import LaunchConfig
+from cupy_headnorm._rules import heads as head_rules
+from cupy_headnorm._rules import options
+from cupy_headnorm._rules.options import Kind, NormOptions, Rounding
+from cupy_headnorm.checkpoint import tensors
 
 if TYPE_CHECKING:
-    from cupy_headnorm._model_norms import ModelNorm
-    from cupy_headnorm._parts import PartNorm
+    from cupy_headnorm._rules.parts import PartNorm
+    from cupy_headnorm.checkpoint.reader import ModelNorm
+
 
 _HEADS_AXIS = -2
 """The default: a call that leaves it checks nothing. Told by `is`, or -2.0 would pass for it."""
@@ -84,7 +90,7 @@ class HeadNorm:
         weight_offset: float = 0.0,
         rounding: Rounding = "once",
     ) -> None:
-        self._options = _spec.options(
+        self._options = options.options(
             kind,
             eps=eps,
             num_heads=num_heads,
@@ -94,13 +100,13 @@ class HeadNorm:
         )
         self._weight = snapshot(weight, "weight")
         self._bias = snapshot(bias, "bias")
-        self._geometry = _spec.geometry(
+        self._geometry = head_rules.geometry(
             self._options.num_heads,
             self._options.head_dim,
             None if self._weight is None else self._weight.shape,
             None if self._bias is None else self._bias.shape,
         )
-        _spec.check_parameters(self._options, weight, bias)
+        options.check_parameters(self._options, weight, bias)
         self._source: Source | None = None
         self._held = Held(self._weight, self._bias)
         self._norm = Norm(self._options, self._held)
@@ -124,7 +130,7 @@ class HeadNorm:
 
         See `cupy_headnorm.checkpoint.read_norm` for what `path` may be and for the errors.
         """
-        weight, bias = checkpoint.read_norm(path, key)
+        weight, bias = tensors.read_norm(path, key)
         norm = cls(
             weight,
             bias,
@@ -180,7 +186,7 @@ class HeadNorm:
         Where the model's own result has another dtype than `x` (a float32 weight times a bfloat16
         value under ``"before_weight"``), a call raises TypeError, unless `rounding` was given.
         """
-        from cupy_headnorm import _model_norms  # the registry: only checkpoints need it
+        from cupy_headnorm.checkpoint import survey  # the registry: only checkpoints need it
 
         given: dict[str, Any] = {
             "num_heads": num_heads,
@@ -193,13 +199,13 @@ class HeadNorm:
         overrides = {name: value for name, value in given.items() if value is not None}
         source = Source("from_pretrained", os.fspath(model_dir), key, overrides, variant)
         try:
-            described, weight, bias = _model_norms.read(
+            described, weight, bias = survey.read(
                 model_dir, key, variant=variant, full_width=num_heads == 1
             )
-        except _model_norms.UnknownModelError:
+        except survey.UnknownModelError:
             if not {"kind", "eps", "rounding"} <= overrides.keys():
                 raise
-            weight, bias = checkpoint.read_norm(model_dir, key, variant=variant)
+            weight, bias = tensors.read_norm(model_dir, key, variant=variant)
             norm = cls(weight, bias, **overrides)
             norm._source = source
             return norm
@@ -237,7 +243,7 @@ class HeadNorm:
 
     def to_safetensors(self, path: str | os.PathLike[str], key: str) -> None:
         """Write ``<key>.weight`` and ``<key>.bias``, as they are held, to a new file."""
-        checkpoint.write_norm(path, key, self._weight, self._bias)
+        tensors.write_norm(path, key, self._weight, self._bias)
 
     @untraced
     def __call__(
@@ -252,7 +258,7 @@ class HeadNorm:
             Shape, dtype, device and library of `x`; `out` if it was given.
         """
         norm = self._norm if heads_axis is _HEADS_AXIS else self._along(heads_axis)
-        result: Array = _dispatch.apply(norm, x, None, None, out)
+        result: Array = dispatch.apply(norm, x, None, None, out)
         return result
 
     @untraced
@@ -291,7 +297,7 @@ class HeadNorm:
     ) -> Any:
         """Normalize as `forward` does, but on the host in NumPy: for debugging; it copies."""
         _refuse_new_names(kwargs)
-        x = _interop.view(hidden_states, "x")
+        x = find.view(hidden_states, "x")
         o = self._options
         function = reference.rms_norm if o.kind == "rms" else reference.layer_norm
         values = function(
@@ -316,7 +322,7 @@ class HeadNorm:
         ValueError
             The range is empty or leaves the norm's heads.
         """
-        start, stop = _spec.integer(start, "start"), _spec.integer(stop, "stop")
+        start, stop = options.integer(start, "start"), options.integer(stop, "stop")
         most = self.num_heads
         if not 0 <= start < stop or (most is not None and stop > most):
             raise ValueError(
@@ -337,7 +343,7 @@ class HeadNorm:
 
     def load(self, device: Any = None) -> None:
         """Upload to a CUDA device (an index, ``"cuda:1"``, a torch or CuPy device) and wait."""
-        with _kernels.explained():
+        with environment.explained():
             place = device_of(device)
             if place.kind == "cuda":
                 self._held.load(place.index)
@@ -361,7 +367,7 @@ class HeadNorm:
         norm = self._along(heads_axis)
         for target in (None, x) if out is None else (out,):
             try:
-                _dispatch.step_by_step(norm, x, out=target, dry=True)
+                dispatch.step_by_step(norm, x, out=target, dry=True)
             except (TypeError, ValueError):
                 if target is not x or out is x:
                     raise
@@ -369,8 +375,8 @@ class HeadNorm:
 
     def plan(self, x: AnyArray, /, *, heads_axis: int = -2) -> LaunchConfig:
         """Return the geometry used for `x`, or for its like on an H100 if it is in host memory."""
-        norm, x_view = self._along(heads_axis), _interop.view(x, "x")
-        return _dispatch.plan(norm.options, x_view, *self._held(norm, x_view).views)
+        norm, x_view = self._along(heads_axis), find.view(x, "x")
+        return dispatch.plan(norm.options, x_view, *self._held(norm, x_view).views)
 
     @property
     def weight(self) -> np.ndarray | None:
@@ -423,7 +429,7 @@ class HeadNorm:
         return sum(array.nbytes for array in (self._weight, self._bias) if array is not None)
 
     def __repr__(self) -> str:
-        defaults = _spec.options(self.kind)
+        defaults = options.options(self.kind)
         shown: dict[str, Any] = {} if self.kind == "rms" else {"kind": self.kind}
         shown["eps"] = self.eps
         for name in ("num_heads", "head_dim", "weight_offset", "rounding"):
@@ -445,7 +451,7 @@ class HeadNorm:
 
     def _part(self) -> PartNorm:
         """Describe the norm to those that run several in one launch."""
-        from cupy_headnorm._parts import PartNorm  # imported with QKNorm
+        from cupy_headnorm._rules.parts import PartNorm  # imported with QKNorm
 
         held = (view and view.layout for view in self._held.on_host)
         return PartNorm(self._options, *held)
@@ -466,7 +472,7 @@ class HeadNorm:
         }
 
     def _along(self, heads_axis: int) -> Norm:
-        axis = _spec.checked_heads_axis(heads_axis)
+        axis = options.checked_heads_axis(heads_axis)
         norm = self._norms.get(axis)
         if norm is None:
             made = Norm(self._options._replace(heads_axis=axis), self._held)

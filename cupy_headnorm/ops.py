@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupy_headnorm import _dispatch
-from cupy_headnorm._arrays import AnyArray, Array
-from cupy_headnorm._launch import LaunchConfig
-from cupy_headnorm._parameters import of_options
-from cupy_headnorm._spec import Kind, Rounding
-from cupy_headnorm._torch import untraced
+from cupy_headnorm._arrays.torch import untraced
+from cupy_headnorm._arrays.views import AnyArray, Array
+from cupy_headnorm._calls import dispatch
+from cupy_headnorm._calls.parameters import of_options
+from cupy_headnorm._plans.geometry import LaunchConfig
+from cupy_headnorm._rules.options import Kind, Rounding
 
 __all__ = ["launch", "layer_norm", "rms_norm"]
 
@@ -120,7 +120,7 @@ def rms_norm(
         weight_offset=weight_offset,
         rounding=rounding,
     )
-    result: Array = _dispatch.apply(norm, x, weight, bias, out)
+    result: Array = dispatch.apply(norm, x, weight, bias, out)
     return result
 
 
@@ -184,7 +184,7 @@ def layer_norm(
         weight_offset=weight_offset,
         rounding=rounding,
     )
-    result: Array = _dispatch.apply(norm, x, weight, bias, out)
+    result: Array = dispatch.apply(norm, x, weight, bias, out)
     return result
 
 
@@ -211,5 +211,5 @@ def launch(
             "returns one"
         )
     norm = of_options(kind, **options)
-    result: Array = _dispatch.step_by_step(norm, x, weight, bias, out, config=config)
+    result: Array = dispatch.step_by_step(norm, x, weight, bias, out, config=config)
     return result

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from cupy_headnorm import _model_norms
-from cupy_headnorm._model_norms import ModelNorm, Refused
+from cupy_headnorm.checkpoint import survey as checkpoint_survey
+from cupy_headnorm.checkpoint.reader import ModelNorm, Refused
 from cupy_headnorm.headnorm import HeadNorm, Source
 
 
@@ -21,7 +21,7 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
     """
 
     def __init__(self, folder: str, variant: str | None = None) -> None:
-        survey = _model_norms.survey(folder, variant=variant)
+        survey = checkpoint_survey.survey(folder, variant=variant)
         self.config = survey.config
         """What config.json holds."""
         self._where, self._found = survey.where, survey.found
@@ -57,8 +57,8 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
         if norm is None:
             if key not in self._keyed:
                 raise KeyError(key)
-            described = _model_norms.serve(self._keyed[key])
-            weight, bias = _model_norms.load(self._where, described)
+            described = checkpoint_survey.serve(self._keyed[key])
+            weight, bias = checkpoint_survey.load(self._where, described)
             source = Source("from_pretrained", self._folder, described.name, {}, self._variant)
             made = HeadNorm._of_model(described, weight, bias, source)
             # Another thread may have been faster: all shall hold one norm.

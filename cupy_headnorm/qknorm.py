@@ -6,14 +6,17 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from cupy_headnorm import _dtypes, _interop, _parts, _rope_config, _spec
-from cupy_headnorm._arrays import ArrayView
-from cupy_headnorm._qk_dispatch import step_by_step
-from cupy_headnorm._qk_known import Arrays, known
-from cupy_headnorm._rope_tables import Tables
-from cupy_headnorm._torch import untraced
+from cupy_headnorm._arrays import dtypes, find, layout
+from cupy_headnorm._arrays.torch import untraced
+from cupy_headnorm._arrays.views import ArrayView
+from cupy_headnorm._calls.qk_dispatch import step_by_step
+from cupy_headnorm._calls.qk_known import Arrays, known
+from cupy_headnorm._calls.tables import Tables
+from cupy_headnorm._rules import heads as head_rules
+from cupy_headnorm._rules import options
+from cupy_headnorm._rules import parts as part_rules
 from cupy_headnorm.headnorm import HeadNorm
-from cupy_headnorm.rope import Rope
+from cupy_headnorm.rope import Rope, config
 
 _NAMES = ("q", "k", "v")
 _HEADS_AXIS = -2
@@ -84,7 +87,7 @@ class QKNorm:
         if rope is not None and not isinstance(rope, Rope):
             raise TypeError(f"rope is a {type(rope).__name__}; needs a cupy_headnorm.Rope")
         self._norms = dict(zip(_NAMES, given.values(), strict=False))
-        _parts.check_norms({name: norm._part() for name, norm in self._norms.items()})
+        part_rules.check_norms({name: norm._part() for name, norm in self._norms.items()})
         dims = (norm.head_dim for norm in given.values() if norm.head_dim is not None)
         self._head_dim = next(dims, None)
         if rope is not None and self._head_dim is not None:
@@ -117,7 +120,7 @@ class QKNorm:
         from cupy_headnorm.checkpoint import CheckpointError
 
         norms = pretrained.head_norms(model_dir, variant=variant)
-        layer = _spec.integer(layer, "layer")
+        layer = options.integer(layer, "layer")
         for name in "qk":
             try:
                 norms[layer, name]
@@ -129,7 +132,7 @@ class QKNorm:
         found = [norms[layer, name] for name in _NAMES if (layer, name) in norms]
         described = norms.described[layer, "q"]
         embedding = None
-        if described.rope.order != "none" and _rope_config.turns(norms.config, layer):
+        if described.rope.order != "none" and config.turns(norms.config, layer):
             embedding = Rope.from_config(
                 norms.config, layer, head_dim=described.head_dim, max_position=max_position
             )
@@ -201,7 +204,7 @@ class QKNorm:
         if out is not None:
             out = self._checked_out(out)
         if type(heads_axis) is not int:  # -2.0 would find the calls remembered for -2
-            heads_axis = _spec.integer(heads_axis, "heads_axis")
+            heads_axis = options.integer(heads_axis, "heads_axis")
         arrays = Arrays(parts, positions, cos, sin, out)
         if len(parts) == len(self._norms):
             results = known(self._norms, self._tables, arrays, heads_axis)
@@ -230,11 +233,11 @@ class QKNorm:
         """
         arrays = {"q": q, "k": k, "v": v, "positions": positions, "cos": cos, "sin": sin}
         given = {name: array for name, array in arrays.items() if array is not None}
-        views = [_interop.view(given[name], name) for name in _NAMES if name in given]
+        views = [find.view(given[name], name) for name in _NAMES if name in given]
         on_host = {}
         for name, array in given.items():
-            rows = _dtypes.POSITIONS if name == "positions" else _dtypes.NUMBERS
-            on_host[name] = _interop.library_of(array, name).to_host(array, name, rows)
+            rows = dtypes.POSITIONS if name == "positions" else dtypes.NUMBERS
+            on_host[name] = find.library_of(array, name).to_host(array, name, rows)
         parts = [on_host.pop(name) for name in _NAMES if name in given]
         results = self(*parts, **on_host, heads_axis=heads_axis)
         return tuple(
@@ -258,14 +261,14 @@ class QKNorm:
 
         Queries come first, then keys, then values, which only a `v_norm` touches. Returns `qkv`.
         """
-        library = _interop.library_of(qkv, "qkv")
+        library = find.library_of(qkv, "qkv")
         if not library.takes_out:
             raise TypeError(
                 f"qkv is a {type(qkv).__name__}, which may forbid writing; needs a NumPy, CuPy or "
                 "torch array"
             )
         quick = (
-            _interop.quick.get(type(qkv)) is library
+            find.quick.get(type(qkv)) is library
             and library.glance(qkv) is not None
             # CuPy's reshape copies where the last axis has gaps, torch's unflatten never does.
             and (hasattr(qkv, "unflatten") or qkv.strides[-1:] == (qkv.itemsize,))
@@ -357,18 +360,18 @@ class QKNorm:
 
 def _count(value: Any, name: str) -> int:
     """Check a number of heads that must be given."""
-    number = _spec.integer(value, name)
-    _spec.count(number, name)
+    number = options.integer(value, name)
+    options.count(number, name)
     return number
 
 
 def _check_buffer(qkv: ArrayView) -> None:
     """Refuse a packed buffer by its own name, where its parts would be refused by theirs."""
     if qkv.layout.shape:
-        _spec.check_last_stride(qkv.layout, "qkv")
+        head_rules.check_last_stride(qkv.layout, "qkv")
     if not qkv.writeable:
         raise ValueError("qkv is read-only; needs a writeable array")
-    _spec.check_out_layout(qkv.layout, "qkv")
+    layout.check_out_layout(qkv.layout, "qkv")
 
 
 def _split_last(qkv: Any, shape: tuple[int, ...]) -> Any:

@@ -6,17 +6,18 @@ import numpy as np
 from allpairspy import AllPairs
 
 import cupy_headnorm
-from cupy_headnorm import _dtypes
-from cupy_headnorm._dtypes import DType
-from cupy_headnorm._spec import ROUNDINGS, NormSpec
+from cupy_headnorm._arrays import dtypes
+from cupy_headnorm._arrays.dtypes import DType
+from cupy_headnorm._rules.norm import NormSpec
+from cupy_headnorm._rules.options import ROUNDINGS
 
 
 class Case(NamedTuple):
     """A norm on random rows. The default is Qwen3's, small."""
 
     kind: str = "rms"
-    x: DType = _dtypes.BFLOAT16
-    weight: DType | None = _dtypes.BFLOAT16
+    x: DType = dtypes.BFLOAT16
+    weight: DType | None = dtypes.BFLOAT16
     bias: DType | None = None
     rounding: str = "once"
     per_head: bool = False
@@ -60,13 +61,13 @@ HEAD_DIMS += (129, 160, 192, 255, 256, 257, 320, 511, 512, 513, 576, 640, 768, 1
 HEAD_DIMS += (1025, 2048, 4096, 4099, 5125, 8192, 16384, 20000, 65536, 100003)
 
 AROUND = [DEFAULT]
-AROUND += [DEFAULT._replace(x=x) for x in _dtypes.DTYPES]
-AROUND += [DEFAULT._replace(weight=w) for w in (None, *_dtypes.DTYPES)]
-AROUND += [DEFAULT._replace(bias=b) for b in _dtypes.DTYPES]
-AROUND += [DEFAULT._replace(per_head=True, bias=_dtypes.FLOAT32)]
-AROUND += [DEFAULT._replace(weight=None, bias=_dtypes.FLOAT32)]
+AROUND += [DEFAULT._replace(x=x) for x in dtypes.DTYPES]
+AROUND += [DEFAULT._replace(weight=w) for w in (None, *dtypes.DTYPES)]
+AROUND += [DEFAULT._replace(bias=b) for b in dtypes.DTYPES]
+AROUND += [DEFAULT._replace(per_head=True, bias=dtypes.FLOAT32)]
+AROUND += [DEFAULT._replace(weight=None, bias=dtypes.FLOAT32)]
 AROUND += [DEFAULT._replace(weight_offset=1.0)]
-AROUND += [DEFAULT._replace(x=x, bias=x, rounding=r) for x in _dtypes.DTYPES for r in ROUNDINGS[:3]]
+AROUND += [DEFAULT._replace(x=x, bias=x, rounding=r) for x in dtypes.DTYPES for r in ROUNDINGS[:3]]
 # No row, one, around a block of 8 rows, many.
 AROUND += [DEFAULT._replace(tokens=n) for n in (0, 1, 2, 7, 8, 9, 1000)]
 AROUND += [DEFAULT._replace(num_heads=n) for n in (1, 2, 31, 32, 33)]
@@ -74,32 +75,32 @@ AROUND += [DEFAULT._replace(eps=e) for e in (0.0, 1e-12, 1e-5, 1.0)]
 # The promised range of values: 1e-15 to 1e18.
 AROUND += [
     DEFAULT._replace(x=x, scale=s, eps=0.0)
-    for x in (_dtypes.BFLOAT16, _dtypes.FLOAT32)
+    for x in (dtypes.BFLOAT16, dtypes.FLOAT32)
     for s in (1e-13, 1e17)
 ]
-AROUND += [Case(x=_dtypes.FLOAT32, head_dim=4096, scale=1e17)]
+AROUND += [Case(x=dtypes.FLOAT32, head_dim=4096, scale=1e17)]
 # Padding lanes must not enter the variance (quack's N = 769 with x near 1000).
-AROUND += [Case(x=_dtypes.FLOAT32, head_dim=769, mean=1000.0)]
+AROUND += [Case(x=dtypes.FLOAT32, head_dim=769, mean=1000.0)]
 AROUND += [
     c._replace(kind="layer", eps=1e-5 if c.eps == 1e-6 else c.eps)
     for c in AROUND
     if c.rounding != "rstd"
 ]
-AROUND += [DEFAULT._replace(x=x, weight=None, rounding="rstd") for x in _dtypes.DTYPES]
+AROUND += [DEFAULT._replace(x=x, weight=None, rounding="rstd") for x in dtypes.DTYPES]
 AROUND = list(dict.fromkeys(AROUND))
 
 
 def covering_specs():
     """Return specialisations in which every pair of choices occurs: at most 80."""
     dims = (1, 37, 64, 80, 96, 100, 128, 160, 256, 512, 1001, 4096, 16384, 100003)
-    names = [None, *(dtype.name for dtype in _dtypes.DTYPES)]
+    names = [None, *(dtype.name for dtype in dtypes.DTYPES)]
     roundings = [name for name in ROUNDINGS if name != "rstd"]
     choices = [("rms", "layer"), names[1:], names, names, dims, roundings]
-    by_name = {dtype.name: dtype for dtype in _dtypes.DTYPES} | {None: None}
+    by_name = {dtype.name: dtype for dtype in dtypes.DTYPES} | {None: None}
     return [
         NormSpec(kind, by_name[x], by_name[weight], by_name[bias], head_dim, rounding)
         for kind, x, weight, bias, head_dim, rounding in AllPairs(choices)
-    ] + [NormSpec("rms", dtype, None, None, 128, "rstd") for dtype in _dtypes.DTYPES[:2]]
+    ] + [NormSpec("rms", dtype, None, None, 128, "rstd") for dtype in dtypes.DTYPES[:2]]
 
 
 class Layout(NamedTuple):

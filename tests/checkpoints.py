@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 
-from cupy_headnorm import checkpoint
+from cupy_headnorm.checkpoint import files as checkpoint_files
 
 KEYS = [f"model.layers.0.self_attn.{name}" for name in ("q_norm", "k_norm", "q_layernorm")]
 
@@ -107,7 +107,7 @@ def seeded(name, sharded):
     config, tensors = copy.deepcopy(SEEDS[name])
     names = list(tensors)
     parts = [names[::2], names[1::2]] if sharded else [names]
-    files = SHARDS if sharded else (checkpoint.SINGLE,)
+    files = SHARDS if sharded else (checkpoint_files.SINGLE,)
     index = {
         "metadata": {"total_size": 4096},
         "weight_map": {n: f for f, part in zip(files, parts, strict=True) for n in part},
@@ -117,9 +117,9 @@ def seeded(name, sharded):
 
 
 def write(folder, config, index, shards):
-    (folder / checkpoint.CONFIG).write_bytes(encoded(config))
+    (folder / checkpoint_files.CONFIG).write_bytes(encoded(config))
     if index is not None:
-        (folder / checkpoint.INDEX).write_bytes(encoded(index))
+        (folder / checkpoint_files.INDEX).write_bytes(encoded(index))
     for name, (header, size) in shards.items():
         (folder / name).write_bytes(file_of(header, b"\x3c" * size))
 

@@ -12,7 +12,7 @@ import sanitize
 from libraries import CuPyLibrary, NumPyLibrary, StrictLibrary, TorchLibrary
 
 import cupy_headnorm
-from cupy_headnorm import _dtypes
+from cupy_headnorm._arrays import dtypes
 
 # The reason is asked for once: it cannot change while tests run.
 GPU_REASON = cupy_headnorm.environment().reason
@@ -122,7 +122,7 @@ def _without_pools():
         cupy.cuda.set_allocator(None)
 
 
-@pytest.fixture(params=_dtypes.DTYPES, ids=lambda dtype: dtype.name)
+@pytest.fixture(params=dtypes.DTYPES, ids=lambda dtype: dtype.name)
 def dtype(request):
     return request.param
 

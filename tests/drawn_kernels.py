@@ -9,11 +9,14 @@ import numpy as np
 from norm_strategies import NORM_KEYS, NormKey
 from qk_strategies import QK_KEYS, qk_norm
 
-from cupy_headnorm import _dtypes, _kernels, _launch, _parts, _parts_kernels, _parts_launch
-from cupy_headnorm._launch import AXES
-from cupy_headnorm._layout import CPU, Layout
-from cupy_headnorm._parts import Turning
-from cupy_headnorm._spec import NormCall, NormSpec, RowAxis
+from cupy_headnorm._arrays import dtypes
+from cupy_headnorm._arrays.layout import CPU, Layout
+from cupy_headnorm._cuda import compiler
+from cupy_headnorm._plans import head_norm, qk_norm_rope
+from cupy_headnorm._plans.head_norm import AXES
+from cupy_headnorm._rules import parts
+from cupy_headnorm._rules.norm import NormCall, NormSpec, RowAxis
+from cupy_headnorm._rules.rotary import Turning
 
 KEYS = {"head_norm.cu": NORM_KEYS, "qk_norm_rope.cu": QK_KEYS}
 """By the file of their kernels."""
@@ -48,7 +51,7 @@ def _parts_calls(key):
     if qk.rope is not None:
         rope = qk.rope
         if case.by_positions:
-            of = _dtypes.INT32 if case.by == "int32" else _dtypes.INT64
+            of = dtypes.INT32 if case.by == "int32" else dtypes.INT64
             positions = dense((*(3,) * bool(rope.sections), 2), of, of.itemsize)
             tables = dense((rope.max_position, rope.rotary_dim // 2), case.of_table, 16)
         else:
@@ -59,9 +62,9 @@ def _parts_calls(key):
             rope.sections, rope.interleaved_sections, tuple(name != "v" for name in norms),
             tables, tables, positions,
         )  # fmt: skip
-    call = _parts.describe(norms, layouts, layouts, turning, -2)
+    call = parts.describe(norms, layouts, layouts, turning, -2)
     call = call._replace(parameters=tuple((dtype, 16) for dtype, _ in call.parameters))
-    for axes in _parts_launch.AXES:  # of which one is that of the groups of heads
+    for axes in qk_norm_rope.AXES:  # of which one is that of the groups of heads
         yield call._replace(axes=call.axes * (axes - 1))
 
 
@@ -75,20 +78,22 @@ def rows_of(call):
 def macros_of(call):
     """Return the file and the macros of the kernel that serves a call."""
     if isinstance(call, NormCall):
-        config = _launch.plan(call)
-        return "head_norm.cu", _kernels.macros(call.spec, config, _launch.memory(call, config))
+        config = head_norm.plan(call)
+        return "head_norm.cu", head_norm.macros(
+            call.spec, config, head_norm.memory_of(call, config)
+        )
     rope = call.spec.rope
     if rope and rope.position and not call.table_row:
         # The host makes no tables. A GPU's have row after row.
         row = rope.rotary_dim // 2 * rope.table.itemsize
         call = call._replace(table_alignment=math.gcd(16, row))
-    return "qk_norm_rope.cu", _parts_kernels.macros(call.spec, _parts_launch.plan(call))
+    return "qk_norm_rope.cu", qk_norm_rope.macros(call.spec, qk_norm_rope.plan(call))
 
 
 def kernel_of(call):
     """Return the file and the compiler's options of the kernel that serves a call."""
     file, macros = macros_of(call)
-    return file, _kernels.options_of(macros)
+    return file, compiler.options_of(macros)
 
 
 @functools.cache

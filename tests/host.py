@@ -22,14 +22,10 @@ from host_build import build, missing, specialisations
 from host_run import ORDERS, Finding, Use, run  # noqa: F401  tests know them from here
 from stand_in import forget_calls, on_cuda, take_for_gpu
 
-from cupy_headnorm import (
-    _interop,
-    _kernels,
-    _launch,
-    _parts_kernels,
-    _parts_launch,
-)
-from cupy_headnorm._dtypes import DTYPES, INT32, INT64
+from cupy_headnorm._arrays import find
+from cupy_headnorm._arrays.dtypes import DTYPES, INT32, INT64
+from cupy_headnorm._cuda import compiler, launcher
+from cupy_headnorm._plans import geometry, head_norm, qk_norm_rope
 
 ITEMSIZE = {dtype.cuda: dtype.itemsize for dtype in (*DTYPES, INT32, INT64)}
 
@@ -145,7 +141,7 @@ def served_by(kernels, source, macros, architecture, few_rows=True):
             continue
         moves = all(a <= b for a, b in zip(accesses(of), accesses(macros), strict=True))
         axes = int(of["HN_AXES"])
-        counts = few_rows or axes in (int(macros["HN_AXES"]), _launch.AXES[-1])
+        counts = few_rows or axes in (int(macros["HN_AXES"]), head_norm.AXES[-1])
         if moves and counts and axes >= int(macros["HN_AXES"]):
             found.append((accesses(of), -axes, kernel))
     if not found:
@@ -153,7 +149,7 @@ def served_by(kernels, source, macros, architecture, few_rows=True):
     return max(found, key=lambda item: item[:2])[-1]
 
 
-class _HostAsCuda(type(_interop.library_of(np.empty(0), "x"))):
+class _HostAsCuda(type(find.library_of(np.empty(0), "x"))):
     """NumPy's adapter, for which host memory is that of a GPU, and calls are remembered."""
 
     allocates_in_graphs = True
@@ -183,32 +179,32 @@ class _Device:
 
     def prepare(self, call, index, stream, config=None):
         if config is None:
-            config = _launch.plan(call)
+            config = head_norm.plan(call)
         else:
-            _launch.check_config(config, call.spec, _launch.DeviceLimits())
-            _launch.check_call(call, config)
-        macros = _kernels.macros(call.spec, config, _launch.memory(call, config))
-        few_rows = call.rows <= _launch.MAX_FEW_ROWS
+            head_norm.check_config(config, call.spec, compiler.DeviceLimits())
+            head_norm.check_call(call, config)
+        macros = head_norm.macros(call.spec, config, head_norm.memory_of(call, config))
+        few_rows = call.rows <= geometry.MAX_FEW_ROWS
         found = self.find("head_norm.cu", macros, few_rows=few_rows)
-        params = _kernels._params(call, config, int(dict(found.macros)["HN_AXES"]))
-        return _kernels.Launch(
+        params = head_norm._params(call, config, int(dict(found.macros)["HN_AXES"]))
+        return head_norm.Launch(
             found, config.blocks(call.rows), config.threads, index, params, config
         )
 
     def prepare_parts(self, call, index, stream, config=None):
-        config = _parts_launch.plan(call) if config is None else config
-        found = self.find("qk_norm_rope.cu", _parts_kernels.macros(call.spec, config))
+        config = qk_norm_rope.plan(call) if config is None else config
+        found = self.find("qk_norm_rope.cu", qk_norm_rope.macros(call.spec, config))
         config = config._replace(axes=int(dict(found.macros)["HN_AXES"]))
-        params = _parts_kernels._params(call, config)
+        params = qk_norm_rope._params(call, config)
         blocks = -(-params.groups // config.groups_per_block)
-        return _parts_kernels.PartsLaunch(
+        return qk_norm_rope.PartsLaunch(
             found, blocks, config.threads, index, params, config, call.spec
         )
 
     def packed(self, launch):
         params = type(launch.params).from_buffer_copy(launch.params)
         blocks = range(launch.blocks) if self.blocks is None else self.blocks
-        uses = _norm_uses if isinstance(launch, _kernels.Launch) else _parts_uses
+        uses = _norm_uses if isinstance(launch, head_norm.Launch) else _parts_uses
 
         def start(*_):
             found = uses(dict(launch.function.macros), params, blocks)
@@ -228,11 +224,11 @@ def device(built=None, *, orders=ORDERS, architecture=900, blocks=None):
     gpu = _Device(built or library(), orders, architecture, blocks)
     with pytest.MonkeyPatch.context() as patch:
         take_for_gpu(patch, _HostAsCuda(), np.ndarray)
-        patch.setattr(_kernels, "limits", lambda index: _launch.DeviceLimits())
-        patch.setattr(_kernels, "prepare", gpu.prepare)
-        patch.setattr(_kernels, "packed", gpu.packed)
-        patch.setattr(_kernels, "on_its_device", lambda launch_here, index: launch_here)
-        patch.setattr(_parts_kernels, "prepare", gpu.prepare_parts)
+        patch.setattr(compiler, "limits", lambda index: compiler.DeviceLimits())
+        patch.setattr(head_norm, "prepare", gpu.prepare)
+        patch.setattr(launcher, "packed", gpu.packed)
+        patch.setattr(launcher, "on_its_device", lambda launch_here, index: launch_here)
+        patch.setattr(qk_norm_rope, "prepare", gpu.prepare_parts)
         forget_calls(patch)
         yield
 
@@ -244,7 +240,7 @@ def interrupted(handler):
 
     It goes inside of `device`, whose own functions must be back when that ends.
     """
-    packed, left = _kernels.packed, [handler]
+    packed, left = launcher.packed, [handler]
 
     def packing(launch):
         params, arguments, start = packed(launch)
@@ -257,7 +253,7 @@ def interrupted(handler):
         return params, arguments, start_later
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_kernels, "packed", packing)
+        patch.setattr(launcher, "packed", packing)
         yield
 
 

@@ -24,19 +24,15 @@ import numpy as np
 import pytest
 import qk_cases
 
-from cupy_headnorm import (
-    _interop,
-    _kernels,
-    _launch,
-    _parts_kernels,
-    _parts_launch,
-    _qk_dispatch,
-    _rope_tables,
-    _source,
-)
-from cupy_headnorm._dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-from cupy_headnorm._launch import LaunchConfig
-from cupy_headnorm._spec import NormSpec
+from cupy_headnorm._arrays import find
+from cupy_headnorm._arrays.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from cupy_headnorm._calls import qk_dispatch
+from cupy_headnorm._calls import tables as rope_tables
+from cupy_headnorm._cuda import source as kernel_source
+from cupy_headnorm._plans import geometry as row_geometries
+from cupy_headnorm._plans import head_norm, qk_norm_rope
+from cupy_headnorm._plans.geometry import LaunchConfig
+from cupy_headnorm._rules.norm import NormSpec
 
 FOLDER = Path(__file__).parent / "host"
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "host"
@@ -70,7 +66,7 @@ class Specialisation(NamedTuple):
             f"#define HN_NAME {dict(self.macros)['HN_NAME']}_{symbol}",
             # Without a linkage of its own AddressSanitizer would not guard what is static.
             "namespace {",
-            changed(_source.pasted(self.source)),
+            changed(kernel_source.pasted(self.source)),
             "}",
             f'extern "C" void {symbol}(const void* params) {{ call(HN_NAME, params); }}',
         ]
@@ -105,8 +101,8 @@ class Norm(NamedTuple):
         itemsize = self.spec.x.itemsize
         config = self.config
         if config is None:
-            geometry = _launch.row_geometry(self.spec.head_dim, itemsize)
-            rows = max(1, 4 * _launch.WARP // geometry[1])
+            geometry = row_geometries.row_geometry(self.spec.head_dim, itemsize)
+            rows = max(1, 4 * row_geometries.WARP // geometry[1])
             config = LaunchConfig(*geometry, rows, itemsize)
         access = {WHOLE: config.vector_bytes, ANY: itemsize}.get(self.how, self.how)
         return replace(config, access_bytes=access)
@@ -114,8 +110,8 @@ class Norm(NamedTuple):
     def specialisation(self):
         config = self.launched()
         vector = config.vector_bytes // self.spec.x.itemsize
-        memory = _launch.Memory(self.axes, 1 if self.how == ANY else vector)
-        macros = _kernels.macros(self.spec, config, memory)
+        memory = head_norm.Memory(self.axes, 1 if self.how == ANY else vector)
+        macros = head_norm.macros(self.spec, config, memory)
         return Specialisation("head_norm.cu", tuple(macros.items()))
 
 
@@ -163,11 +159,11 @@ def _call_of(case):
     qk, plans = qk_cases.qk_norm(case, norms), {}
 
     def tables(*_):
-        return [_interop.view(t, "table") for t in qk.rope.tables(case.of_table.numpy)]
+        return [find.view(t, "table") for t in qk.rope.tables(case.of_table.numpy)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_qk_dispatch, "_plans", plans)
-        patch.setattr(_rope_tables.Tables, "_beside", tables)
+        patch.setattr(qk_dispatch, "_plans", plans)
+        patch.setattr(rope_tables.Tables, "_beside", tables)
         qk(*parts, **beside)
     (plan,) = plans.values()
     return plan.call
@@ -188,10 +184,10 @@ class Parts(NamedTuple):
 
     def specialisation(self):
         call = _call_of(self.case)
-        config = _parts_launch.plan(call)._replace(axes=self.axes)
+        config = qk_norm_rope.plan(call)._replace(axes=self.axes)
         if self.how == ANY:
             config = config._replace(access=1, parameter_access=1, table_access=1)
-        macros = _parts_kernels.macros(call.spec, config)
+        macros = qk_norm_rope.macros(call.spec, config)
         return Specialisation("qk_norm_rope.cu", tuple(macros.items()), self.architecture)
 
 

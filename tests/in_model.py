@@ -16,7 +16,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from cupy_headnorm import HeadNorm, QKNorm, Rope, _timing
+from cupy_headnorm import HeadNorm, QKNorm, Rope
+from cupy_headnorm.bench import clocks
 
 CASES = {"prefill 1 x 4,096": (1, 4096), "decode 1 x 1": (1, 1), "decode 32 x 1": (32, 1)}
 
@@ -73,7 +74,7 @@ def caught(model, batch, tokens):
 
 def device_time(call):
     """Return microseconds a call in a replayed graph."""
-    with _timing.TorchGpu() as on:
+    with clocks.TorchGpu() as on:
         return on.microseconds(lambda _: call(), buffers=1)
 
 

@@ -20,8 +20,8 @@ from strategies import (
     strides,
 )
 
-from cupy_headnorm import _dtypes
-from cupy_headnorm._dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
+from cupy_headnorm._arrays import dtypes
+from cupy_headnorm._arrays.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 
 
 class NormKey(NamedTuple):
@@ -152,7 +152,7 @@ def _faults(backend, case):
         yield "shape of out", placed(out=longer), (ValueError, "out has shape")
         if out.dtype.itemsize == 2:
             name = {"float16": "bfloat16", "bfloat16": "float16"}[out.dtype.name]
-            other = out._replace(dtype=_dtypes.from_name(name, "out").numpy)
+            other = out._replace(dtype=dtypes.from_name(name, "out").numpy)
             yield "dtype of out", placed(out=other), (TypeError, "out has dtype")
     if out is not None and backend.read_only:
         yield "read-only out", {}, (ValueError, "out is read-only; needs a writeable array")

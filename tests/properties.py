@@ -19,7 +19,7 @@ from qk_strategies import qk_norm
 from tolerances import CANCELLING, assert_close
 
 from cupy_headnorm import HeadNorm
-from cupy_headnorm._launch import AXES
+from cupy_headnorm._plans.head_norm import AXES
 
 
 def attempt(call, refusals, unchanged):

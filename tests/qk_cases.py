@@ -11,8 +11,8 @@ from oracle import norm as norm_oracle
 from tolerances import ABSOLUTE, CANCELLING, EPS, FLIPS_FEW
 
 from cupy_headnorm import HeadNorm, QKNorm, Rope
-from cupy_headnorm import rope as rotary
-from cupy_headnorm._dtypes import DTYPES, FLOAT32
+from cupy_headnorm._arrays.dtypes import DTYPES, FLOAT32
+from cupy_headnorm.rope import numpy as rope_numpy
 
 MAX_POSITION = 40
 H, D = (3, 2, 2), 64  # heads of q, k and v, and head_dim, where they lie in one buffer
@@ -248,7 +248,7 @@ CHOICES = {
         "int64", "int32", "chunks of sections", "interleaved sections", "whole x", "whole float32",
         "half x", "half float32", None,
     ),
-    "style": rotary.STYLES,
+    "style": rope_numpy.STYLES,
     "every_op": (True, False),
     "first": (False, True),
     "table": ("x", "float32"),

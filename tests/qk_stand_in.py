@@ -8,17 +8,12 @@ from cases import random
 from qk_cases import MAX_POSITION, D
 from stand_in import STREAM, forget_calls, take_for_gpu, torch_adapter
 
-from cupy_headnorm import (
-    HeadNorm,
-    QKNorm,
-    Rope,
-    _layout,
-    _parts_kernels,
-    qknorm,
-    reference,
-)
-from cupy_headnorm import rope as rotary
-from cupy_headnorm._dtypes import FLOAT32, INT64
+from cupy_headnorm import HeadNorm, QKNorm, Rope, qknorm, reference
+from cupy_headnorm._arrays import layout as layouts
+from cupy_headnorm._arrays.dtypes import FLOAT32, INT64
+from cupy_headnorm._calls import qk_dispatch
+from cupy_headnorm._plans import qk_norm_rope
+from cupy_headnorm.rope import numpy as rope_numpy
 
 
 class Runner:
@@ -30,7 +25,7 @@ class Runner:
     def laid(self, address, shape, strides, dtype):
         strides = (*strides, dtype.itemsize)
         layout = SimpleNamespace(size=1, shape=tuple(shape), strides=strides, dtype=dtype)
-        return _layout.as_numpy(address, layout, None, writeable=True)
+        return layouts.as_numpy(address, layout, None, writeable=True)
 
     def tables(self, positions, addresses):
         call, rope, sizes = self.call, self.call.spec.rope, [axis.size for axis in self.call.axes]
@@ -59,7 +54,9 @@ class Runner:
             )
             weight = self.laid(weight, shape[-2:], (part.weight,), spec.weight)
             y = reference.rms_norm(x, weight, eps=part.eps, rounding=spec.rounding)
-            out[...] = rotary.apply(y, *(t[..., np.newaxis, :] for t in tables)) if tables else y
+            out[...] = (
+                rope_numpy.apply(y, *(t[..., np.newaxis, :] for t in tables)) if tables else y
+            )
 
 
 def over_tokens(call, before, after):
@@ -71,9 +68,9 @@ def over_tokens(call, before, after):
 
 def take_for_kernel(patch):
     """Let NumPy do what the kernel for q, k and v does."""
-    patch.setattr(_parts_kernels, "prepare", lambda call, *_: call)
-    patch.setattr(_parts_kernels, "over_tokens", over_tokens)
-    patch.setattr(_parts_kernels, "runner", Runner)
+    patch.setattr(qk_norm_rope, "prepare", lambda call, *_: call)
+    patch.setattr(qk_norm_rope, "over_tokens", over_tokens)
+    patch.setattr(qk_norm_rope, "runner", Runner)
 
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -93,7 +90,7 @@ def slow(monkeypatch):
     """Forget all calls, and list those that go step by step."""
     forget_calls(monkeypatch)
     seen = []
-    step_by_step = qknorm.step_by_step
+    step_by_step = qk_dispatch.step_by_step
 
     def listing(norms, tables, arrays, *rest, **options):
         seen.append(arrays)

@@ -192,10 +192,10 @@ class _Watch:
         self.names = {}
 
     def pytest_sessionstart(self):
-        from cupy_headnorm import _kernels, _source
+        from cupy_headnorm._cuda import compiler, launcher, source
 
-        self.report["kernels"] = str(_source.kernels_folder())
-        compiled, packed = _kernels.compiled, _kernels.packed
+        self.report["kernels"] = str(source.kernels_folder())
+        compiled, packed = compiler.compiled, launcher.packed
         launches = self.report["launches"]
 
         def naming(file, options, *rest):
@@ -214,7 +214,7 @@ class _Watch:
 
             return params, arguments, start_counted
 
-        _kernels.compiled, _kernels.packed = naming, counting
+        compiler.compiled, launcher.packed = naming, counting
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":

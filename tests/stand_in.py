@@ -11,9 +11,21 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from cupy_headnorm import _dispatch, _interop, _kernels, _qk_dispatch, _qk_known, reference
-from cupy_headnorm._layout import Device, as_numpy
-from cupy_headnorm._spec import NormCall
+from cupy_headnorm import reference
+from cupy_headnorm._arrays import find
+from cupy_headnorm._arrays.layout import Device, as_numpy
+from cupy_headnorm._calls import (
+    dispatch,
+    host,
+    qk_dispatch,
+    qk_known,
+)
+from cupy_headnorm._calls import (
+    parameters as norm_parameters,
+)
+from cupy_headnorm._cuda import environment, memory
+from cupy_headnorm._plans import head_norm
+from cupy_headnorm._rules.norm import NormCall
 
 CUDA = Device("cuda", 0)
 STREAM = 7
@@ -30,28 +42,28 @@ def assembled(shape, dtype, pieces, _):
     whole = np.empty((2, *shape), dtype)
     for start, *piece in pieces:
         whole[:, start : start + len(piece[0])] = piece
-    return tuple(on_cuda(_interop.view(array, "parameter")) for array in whole)
+    return tuple(on_cuda(find.view(array, "parameter")) for array in whole)
 
 
 def take_for_gpu(patch, adapter, *kinds):
     """Let `adapter` serve arrays of some types, and nothing ask CuPy for anything."""
     for kind in kinds:
-        patch.setitem(_interop.quick, kind, adapter)
-        patch.setitem(_interop._found, kind, adapter)
-    patch.setattr(_interop, "import_cupy", lambda: None)
+        patch.setitem(find.quick, kind, adapter)
+        patch.setitem(find._found, kind, adapter)
+    patch.setattr(environment, "import_cupy", lambda: None)
     patch.setattr(
-        _interop, "upload", lambda array, _: on_cuda(_interop.view(np.array(array), "parameter"))
+        norm_parameters, "upload", lambda array, _: on_cuda(find.view(np.array(array), "parameter"))
     )
-    patch.setattr(_interop, "upload_pieces", assembled)
-    patch.setattr(_interop, "synchronize", lambda index: None)
-    patch.setattr(_kernels, "refuse_capture", lambda *_: None)
+    patch.setattr(norm_parameters, "upload_pieces", assembled)
+    patch.setattr(memory, "synchronize", lambda index: None)
+    patch.setattr(memory, "refuse_capture", lambda *_: None)
 
 
 def forget_calls(patch):
     """Let nobody know a call, here and for as long as the patch lasts."""
-    for module in (_dispatch, _qk_known):
+    for module in (dispatch, qk_known):
         patch.setattr(module, "_thread", module._Thread())
-    for module in (_dispatch, _qk_dispatch):
+    for module in (dispatch, qk_dispatch):
         patch.setattr(module, "_plans", {})
 
 
@@ -59,7 +71,7 @@ def torch_adapter():
     """Return torch's adapter, for which host memory is that of a GPU, whose stream is `STREAM`."""
     import torch
 
-    class HostAsCuda(type(_interop.library_of(torch.empty(0), "x"))):
+    class HostAsCuda(type(find.library_of(torch.empty(0), "x"))):
         def __init__(self):
             super().__init__(torch)
             self.stream = lambda index: STREAM
@@ -95,19 +107,19 @@ def slow(monkeypatch):
 
     take_for_gpu(monkeypatch, torch_adapter(), torch.Tensor, torch.nn.Parameter)
     monkeypatch.setattr(
-        _kernels, "prepare", lambda call, *_: Launch(SimpleNamespace(rows=call.rows), call)
+        head_norm, "prepare", lambda call, *_: Launch(SimpleNamespace(rows=call.rows), call)
     )
-    monkeypatch.setattr(_kernels, "over_rows", over_rows)
-    monkeypatch.setattr(_kernels, "runner", lambda launch: Runner(launch.call))
+    monkeypatch.setattr(head_norm, "over_rows", over_rows)
+    monkeypatch.setattr(head_norm, "runner", lambda launch: Runner(launch.call))
     forget_calls(monkeypatch)
     shapes = []
-    step_by_step = _dispatch.step_by_step
+    step_by_step = dispatch.step_by_step
 
     def listing(norm, x, *arguments, **options):
         shapes.append(tuple(x.shape))
         return step_by_step(norm, x, *arguments, **options)
 
-    monkeypatch.setattr(_dispatch, "step_by_step", listing)
+    monkeypatch.setattr(dispatch, "step_by_step", listing)
     return shapes
 
 
@@ -151,7 +163,7 @@ class Runner:
                 ("bias", bias, spec.bias),
             )
         ]
-        reference.apply(
+        host.apply(
             self.call,
             rows(x, spec.x, [axis.x for axis in axes]),
             *parameters,

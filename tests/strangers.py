@@ -16,7 +16,10 @@ import safetensors
 from checkpoints import KEYS, file_of, header_of
 
 import cupy_headnorm
-from cupy_headnorm import CheckpointError, HeadNorm, QKNorm, _inspect_report, checkpoint, cli
+from cupy_headnorm import CheckpointError, HeadNorm, QKNorm, cli
+from cupy_headnorm._commands import inspect
+from cupy_headnorm.checkpoint import files as checkpoint_files
+from cupy_headnorm.checkpoint import tensors
 from cupy_headnorm.pretrained import head_norms
 
 SECONDS = 60  # an example takes some 20 ms
@@ -110,7 +113,7 @@ def place(tmp_path, monkeypatch):
     secret, _ = header_of({f"{KEYS[0]}.weight": ("F32", (16,))})
     values = np.full(16, SECRET, "<f4").tobytes()
     (tmp_path / "secret.safetensors").write_bytes(file_of(secret, values))
-    (tmp_path / checkpoint.CONFIG).write_text('{"model_type": "secret"}')
+    (tmp_path / checkpoint_files.CONFIG).write_text('{"model_type": "secret"}')
     opened = []
     safe_open = safetensors.safe_open
     read_bytes = Path.read_bytes
@@ -155,15 +158,15 @@ def read_all(folder):
             yield
 
     with door():
-        checkpoint.config(folder)
+        checkpoint_files.config(folder)
     names = []
     with door():
-        found, holder = checkpoint.survey(folder)
+        found, holder = tensors.survey(folder)
         assert found.keys() == holder.keys()
-        names = checkpoint.tensor_names(folder)
+        names = tensors.tensor_names(folder)
     for name in names[:2]:
         with door():
-            array = checkpoint.read_tensor(folder, name)
+            array = tensors.read_tensor(folder, name)
             assert not (array.astype(np.float64) == SECRET).any()
     stems = [name.removesuffix(".weight") for name in names if "norm" in name]
     for key in [*stems[:1], *KEYS[:2]]:
@@ -190,7 +193,7 @@ def read_all(folder):
             QKNorm.from_pretrained(folder, layer)
     found = None
     with door():
-        found = _inspect_report.collect(str(folder))
+        found = inspect.collect(str(folder))
         json.dumps(found)
     with door(times=10):
         told = shown(found) if found else ""
@@ -209,7 +212,7 @@ def shown(found):
     from rich.console import Console
 
     file = io.StringIO()
-    _inspect_report.show(found, Console(file=file, width=100))
+    inspect.show(found, Console(file=file, width=100))
     return file.getvalue()
 
 

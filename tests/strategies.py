@@ -20,7 +20,7 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from cupy_headnorm import _launch
+from cupy_headnorm._plans import geometry
 
 MEMORY = 1 << 20
 """Bytes of the buffer at most."""
@@ -214,7 +214,7 @@ def shifts(draw, unit, whole):
 def alignment_of(head_dim, itemsize, access=None):
     """Return the bytes of `access` elements; where that is None, of what a lane owns together."""
     if access is None:
-        return _launch.row_geometry(head_dim, itemsize)[0]
+        return geometry.row_geometry(head_dim, itemsize)[0]
     return access * itemsize
 
 

@@ -15,17 +15,9 @@ import pytest
 from libraries import CuPyLibrary, TorchLibrary
 from stand_in import forget_calls
 
-from cupy_headnorm import (
-    HeadNorm,
-    _dispatch,
-    _kernels,
-    _parts_kernels,
-    _qk_dispatch,
-    _qk_known,
-    qknorm,
-    reference,
-    rms_norm,
-)
+from cupy_headnorm import HeadNorm, qknorm, reference, rms_norm
+from cupy_headnorm._calls import dispatch, qk_dispatch, qk_known
+from cupy_headnorm._plans import head_norm, qk_norm_rope
 
 torch = pytest.importorskip("torch")
 cupy = pytest.importorskip("cupy", exc_type=ImportError)
@@ -219,20 +211,20 @@ def taken(monkeypatch):
         monkeypatch.setattr(module, name, listed)
 
     forget_calls(monkeypatch)
-    for module in (_dispatch, qknorm):
+    for module in (dispatch, qknorm):
         listing(module, "step_by_step", "step by step")
-    listing(_kernels, "over_rows", "derived")
-    listing(_parts_kernels, "over_tokens", "derived")
+    listing(head_norm, "over_rows", "derived")
+    listing(qk_norm_rope, "over_tokens", "derived")
     return ways
 
 
 def forget(*, plans=True):
     """Forget this thread's calls, and the plans of all."""
-    for module in (_dispatch, _qk_known):
+    for module in (dispatch, qk_known):
         module._thread.calls.clear()
         module._thread.families.clear()
     if plans:
-        for module in (_dispatch, _qk_dispatch):
+        for module in (dispatch, qk_dispatch):
             module._plans.clear()
 
 

@@ -11,8 +11,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cupy_headnorm import _bench_report, _costs, _providers, _targets, _timing, bench, cli
-from cupy_headnorm._providers import PROVIDERS, Case, Provider
+from cupy_headnorm import cli
+from cupy_headnorm.bench import (
+    clocks,
+    command,
+    providers,
+    report,
+    suite,
+    workloads,
+)
+from cupy_headnorm.bench import (
+    costs as bench_costs,
+)
+from cupy_headnorm.bench.providers import PROVIDERS, Provider
+from cupy_headnorm.bench.workloads import Case
 
 pytest.importorskip("rich")
 
@@ -23,12 +35,12 @@ FIELDS = {*Case._fields, "provider", "microseconds", "gigabytes_per_second", "sh
 @pytest.fixture
 def host(monkeypatch):
     """Measure on the host, fast, where there is a GPU too."""
-    monkeypatch.setattr(bench, "timer", _timing.Host)
-    monkeypatch.setattr(_costs, "_CALLS", 2)
-    monkeypatch.setattr(_timing, "_HOST_SECONDS", 0.001)
+    monkeypatch.setattr(command, "timer", clocks.Host)
+    monkeypatch.setattr(bench_costs, "_CALLS", 2)
+    monkeypatch.setattr(clocks, "_HOST_SECONDS", 0.001)
 
 
-class TorchHost(_timing.Host):
+class TorchHost(clocks.Host):
     """Stands in for torch on a GPU: torch tensors in inference mode, but the host's clock."""
 
     name = "torch"
@@ -47,7 +59,7 @@ class TorchHost(_timing.Host):
         self.mode.__exit__(*raised)
 
     def array(self, values):
-        return _timing.as_torch(values).clone()
+        return clocks.as_torch(values).clone()
 
     def empty(self, shape, dtype):
         return self.torch.empty(shape, dtype=getattr(self.torch, dtype.name))
@@ -178,7 +190,7 @@ def damaged(where, value):
     """Return results of which one part, by its path, is another value; of ... it is missing."""
     results = made_up(
         versions={"numpy": "2.4"},
-        timings=[timing(_costs.HOST_CASE, "ours"), timing(_costs.HOST_CASE, "copy")],
+        timings=[timing(bench_costs.HOST_CASE, "ours"), timing(bench_costs.HOST_CASE, "copy")],
         host=[{"call": "ours", "microseconds": 1}],
         once={"import_ms": 3.5},
         targets=[{"what": "a", "needed": "b", "measured": None, "where": None, "met": None}],
@@ -268,17 +280,19 @@ def test_providers_can_be_chosen_and_the_missing_say_why(capsys, host, tmp_path)
 
 def test_a_provider_whose_library_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    found, unavailable = _providers.find(SimpleNamespace(name="torch"))
+    found, unavailable = providers.find(SimpleNamespace(name="torch"))
     assert "ours" in found
     assert "liger" not in found
     assert unavailable["liger"].endswith("needs: pip install liger-kernel")
     assert "naive" not in unavailable  # it belongs to the host
-    _, unavailable = _providers.find(SimpleNamespace(name="cupy"), ["functional"])
+    _, unavailable = providers.find(SimpleNamespace(name="cupy"), ["functional"])
     assert unavailable["functional"]
 
 
 def test_host_alone(capsys, host, monkeypatch, tmp_path):
-    monkeypatch.setattr(_costs, "_in_new_process", lambda code, *_, **__: float("numpy" in code))
+    monkeypatch.setattr(
+        bench_costs, "_in_new_process", lambda code, *_, **__: float("numpy" in code)
+    )
     file = tmp_path / "results.json"
     code, out, _ = run(capsys, "--host", "--json", file)
     results = json.loads(file.read_text())
@@ -289,9 +303,9 @@ def test_host_alone(capsys, host, monkeypatch, tmp_path):
 
 
 def test_code_in_a_new_process(tmp_path):
-    assert _costs._in_new_process(_costs._IMPORT, str(tmp_path)) > 0
+    assert bench_costs._in_new_process(bench_costs._IMPORT, str(tmp_path)) > 0
     with pytest.raises(RuntimeError, match="a new process failed: .*ZeroDivisionError"):
-        _costs._in_new_process("1 / 0", str(tmp_path))
+        bench_costs._in_new_process("1 / 0", str(tmp_path))
 
 
 def test_peers_that_raise_or_disagree_get_no_row(monkeypatch):
@@ -304,13 +318,13 @@ def test_peers_that_raise_or_disagree_get_no_row(monkeypatch):
     monkeypatch.setitem(PROVIDERS, "shifted", Provider("shifted", shifted, ("numpy",)))
     monkeypatch.setitem(PROVIDERS, "raising", Provider("raising", raising, ("numpy",)))
     unavailable = {}
-    rows = bench.measure(CASE, ["ours", "shifted", "raising"], _timing.Host(), unavailable)
+    rows = command.measure(CASE, ["ours", "shifted", "raising"], clocks.Host(), unavailable)
     assert [row["provider"] for row in rows] == ["ours"]
     assert unavailable["raising"] == f"OSError: no such thing at {CASE}"
     assert unavailable["shifted"].startswith("disagrees with ours by 0.5 of")
     monkeypatch.setitem(PROVIDERS, "ours", PROVIDERS["ours"]._replace(build=raising))
     with pytest.raises(OSError, match="no   such"):
-        bench.measure(CASE, ["ours"], _timing.Host(), {})
+        command.measure(CASE, ["ours"], clocks.Host(), {})
 
 
 def test_a_peer_that_is_wrong_in_the_last_token_alone_gets_no_row(monkeypatch):
@@ -323,7 +337,7 @@ def test_a_peer_that_is_wrong_in_the_last_token_alone_gets_no_row(monkeypatch):
         return call
 
     monkeypatch.setitem(PROVIDERS, "short", Provider("short", short, ("numpy",)))
-    rows = bench.measure(CASE._replace(tokens=100), ["short"], _timing.Host(), unavailable := {})
+    rows = command.measure(CASE._replace(tokens=100), ["short"], clocks.Host(), unavailable := {})
     assert rows == []
     assert unavailable["short"].startswith("disagrees with ours by 1 of")
 
@@ -336,21 +350,21 @@ def test_the_hosts_time_is_that_of_one_call_and_all_buffers_are_used(monkeypatch
         now += 1e-4
         used.append(i)
 
-    monkeypatch.setattr(_timing, "time", SimpleNamespace(perf_counter=lambda: now))
-    assert _timing.Host().microseconds(call, 3) == pytest.approx(100)
+    monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert clocks.Host().microseconds(call, 3) == pytest.approx(100)
     assert len(used) > 100
     assert all(used.count(i) == pytest.approx(len(used) / 3, abs=20) for i in range(3))
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-@pytest.mark.parametrize("layout", _providers.LAYOUTS)
+@pytest.mark.parametrize("layout", workloads.LAYOUTS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_peers_agree_on_torch_tensors(kind, layout, dtype, host):
     pytest.importorskip("transformers")
     case = Case(5, 4, 48, dtype, kind, layout)
     unavailable = {}
     names = ["copy", "multiply", "ours", "functional", "eager"]
-    rows = bench.measure(case, names, TorchHost(), unavailable)
+    rows = command.measure(case, names, TorchHost(), unavailable)
     assert unavailable == {}
     # Peers return memory of their own, so in place there are none.
     assert [row["provider"] for row in rows] == (names[:3] if case.in_place else names)
@@ -361,14 +375,14 @@ def test_peers_agree_on_torch_tensors(kind, layout, dtype, host):
 def test_the_whole_array_expression_agrees(kind, dtype, host):
     unavailable = {}
     case = Case(5, 4, 48, dtype, kind, "misaligned")
-    rows = bench.measure(case, ["naive"], _timing.Host(), unavailable)
+    rows = command.measure(case, ["naive"], clocks.Host(), unavailable)
     assert (len(rows), unavailable) == (1, {})
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_misaligned_rows_start_one_element_behind_a_boundary(dtype):
     case = Case(3, 2, 64, dtype, "rms", "misaligned")
-    work = _providers.prepare(case, _timing.Host())
+    work = workloads.prepare(case, clocks.Host())
     for x, result in zip(work.inputs, work.results, strict=True):
         offset = x.ctypes.data - x.base.ctypes.data
         assert offset == x.itemsize
@@ -378,7 +392,7 @@ def test_misaligned_rows_start_one_element_behind_a_boundary(dtype):
 
 def test_inputs_are_random_and_the_same_for_every_buffer():
     case = Case(300, 32, 128, "float32", "rms", "packed-qkv")  # more than a block of randoms
-    work = _providers.prepare(case, _timing.Host())
+    work = workloads.prepare(case, clocks.Host())
     first, second = work.inputs
     assert np.array_equal(first, second)
     assert not np.shares_memory(first, second)
@@ -390,17 +404,17 @@ def test_inputs_are_random_and_the_same_for_every_buffer():
 
 def test_shares_are_of_the_better_ceiling(monkeypatch, host):
     spent = iter([5.0, 2.0, 4.0])
-    monkeypatch.setattr(_timing.Host, "microseconds", lambda *_: next(spent))
-    rows = bench.measure(CASE, ["copy", "ours"], _timing.Host(), {})
+    monkeypatch.setattr(clocks.Host, "microseconds", lambda *_: next(spent))
+    rows = command.measure(CASE, ["copy", "ours"], clocks.Host(), {})
     assert [row["microseconds"] for row in rows] == [5, 4]
     assert [row["share"] for row in rows] == [0.4, 0.5]
 
 
 def test_the_median_of_the_rounds_counts(monkeypatch, host):
     spent = iter([5.0, 2.0, 40.0, 6.0, 20.0, 4.0, 7.0, 3.0, 5.0])
-    monkeypatch.setattr(_timing.Host, "microseconds", lambda *_: next(spent))
-    monkeypatch.setattr(_timing.Host, "rounds", 3)
-    rows = bench.measure(CASE, ["copy", "ours"], _timing.Host(), {})
+    monkeypatch.setattr(clocks.Host, "microseconds", lambda *_: next(spent))
+    monkeypatch.setattr(clocks.Host, "rounds", 3)
+    rows = command.measure(CASE, ["copy", "ours"], clocks.Host(), {})
     assert [row["microseconds"] for row in rows] == [6, 5]
     assert [row["share"] for row in rows] == [0.5, 0.6]
 
@@ -409,7 +423,7 @@ def test_a_cost_that_fails_is_named_and_the_rest_is_kept(capsys, host, monkeypat
     def broken():
         raise MemoryError("too little")
 
-    monkeypatch.setattr(_costs, "import_times", broken)
+    monkeypatch.setattr(bench_costs, "import_times", broken)
     code, _, _ = run(capsys, "--host", "--json", tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
     assert code == 0
@@ -423,7 +437,7 @@ def test_a_terminal_shows_how_far_it_is(capsys, host, monkeypatch):
     arguments = ("--tokens", 1, 2, "--num-heads", 2, "--providers", "copy")
     assert "measuring" not in run(capsys, *arguments)[1]
     terminal = partial(Console, force_terminal=True, width=90)
-    monkeypatch.setattr(_bench_report, "console", terminal)
+    monkeypatch.setattr(report, "console", terminal)
     code, out, _ = run(capsys, *arguments)
     assert code == 0
     assert re.search(r"measuring\b.*100%", out)
@@ -431,11 +445,11 @@ def test_a_terminal_shows_how_far_it_is(capsys, host, monkeypatch):
 
 def test_the_suite_writes_a_file_named_for_the_device(capsys, host, monkeypatch, tmp_path):
     tiny = [(CASE, None), (CASE._replace(layout="in-place"), ["ours"])]
-    monkeypatch.setattr(bench, "suite", lambda on: iter(tiny))
-    monkeypatch.setattr(bench, "_device_and_versions", lambda: ("NVIDIA Made Up (1)", {}))
-    monkeypatch.setattr(_costs, "_in_new_process", lambda code, *_, **__: 500.0)
-    small = _costs.reference_costs
-    monkeypatch.setattr(_costs, "reference_costs", lambda: small(tokens=64))
+    monkeypatch.setattr(command, "suite", lambda on: iter(tiny))
+    monkeypatch.setattr(command, "_device_and_versions", lambda: ("NVIDIA Made Up (1)", {}))
+    monkeypatch.setattr(bench_costs, "_in_new_process", lambda code, *_, **__: 500.0)
+    small = bench_costs.reference_costs
+    monkeypatch.setattr(bench_costs, "reference_costs", lambda: small(tokens=64))
     code, out, err = run(capsys, "--suite", tmp_path)
     assert (code, err) == (0, "")
     results = json.loads((tmp_path / "made-up-1.json").read_text())
@@ -453,9 +467,9 @@ def test_the_suite_writes_a_file_named_for_the_device(capsys, host, monkeypatch,
 
 
 def test_the_suite_holds_a_case_for_every_number_to_reach():
-    timings = [timing(case, "ours") for case, _ in bench.suite(SimpleNamespace(name="torch"))]
+    timings = [timing(case, "ours") for case, _ in suite.suite(SimpleNamespace(name="torch"))]
     assert len(timings) < 300
-    judged = _targets.judge(made_up(timings=timings))
+    judged = suite.judge(made_up(timings=timings))
     # Those of q and k hold ours by positions and others against it too.
     of_shares = [
         row for row in judged if "share" in row["what"] and "not turned" not in row["what"]
@@ -464,7 +478,7 @@ def test_the_suite_holds_a_case_for_every_number_to_reach():
     assert all(row["met"] is True for row in of_shares), judged
     assert all(row["met"] is None for row in judged if row not in of_shares)
     sized = {t["layout"] for t in timings}
-    assert sized == set(_providers.LAYOUTS)
+    assert sized == set(workloads.LAYOUTS)
 
 
 def big(head_dim, kind="rms", layout="contiguous", tokens=100_000):
@@ -472,7 +486,7 @@ def big(head_dim, kind="rms", layout="contiguous", tokens=100_000):
 
 
 def judge(**parts):
-    return {row["what"]: row for row in _targets.judge(made_up(**parts))}
+    return {row["what"]: row for row in suite.judge(made_up(**parts))}
 
 
 @pytest.mark.parametrize(
@@ -510,7 +524,7 @@ def test_rows_below_64_bytes_have_no_target():
 
 def test_one_token_is_held_against_the_copy_and_the_fastest_peer():
     spent = {"copy": 1.0, "multiply": 0.1, "ours": 1.3, "ours-row": 0.1, "liger": 1.2, "eager": 9.0}
-    timings = [timing(_costs.HOST_CASE, name, us) for name, us in spent.items()]
+    timings = [timing(bench_costs.HOST_CASE, name, us) for name, us in spent.items()]
     rows = judge(timings=timings)
     copies, peers = (rows[f"1 token: times {what}"] for what in ("a copy", "any peer"))
     assert (copies["met"], copies["measured"]) == (True, 1.3)
@@ -520,12 +534,12 @@ def test_one_token_is_held_against_the_copy_and_the_fastest_peer():
 
 def test_host_times_and_single_numbers_are_held_against_their_targets():
     spent = {
-        _costs.LAUNCH: 4.0,
-        _costs.FUNCTION: 5.0,
-        _costs.FUNCTIONAL: 10.0,
-        _costs.TORCH_IN_PLACE: 7.0,
-        _costs.TORCH_NEW: 9.0,
-        _costs.CUPY_IN_PLACE: 7.0,
+        bench_costs.LAUNCH: 4.0,
+        bench_costs.FUNCTION: 5.0,
+        bench_costs.FUNCTIONAL: 10.0,
+        bench_costs.TORCH_IN_PLACE: 7.0,
+        bench_costs.TORCH_NEW: 9.0,
+        bench_costs.CUPY_IN_PLACE: 7.0,
     }
     once = {
         "plan_miss_torch_microseconds": 39.0,
@@ -559,7 +573,7 @@ def test_host_times_and_single_numbers_are_held_against_their_targets():
 @pytest.mark.parametrize("parts", ["both", "timings", "host"])
 def test_plot_from_a_file(suffix, parts, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    case = _costs.HOST_CASE
+    case = bench_costs.HOST_CASE
     timings = [
         timing(case._replace(tokens=tokens), name, share=share)
         for tokens in (1, 16, 256)
@@ -585,7 +599,7 @@ def test_plot_from_a_file(suffix, parts, tmp_path, capsys):
 
 
 def test_a_plot_shows_the_case_with_the_most_numbers_of_tokens():
-    case = _costs.HOST_CASE
+    case = bench_costs.HOST_CASE
     timings = [
         timing(case._replace(tokens=tokens), name, share=share)
         for tokens in (1, 16, 256)
@@ -593,7 +607,7 @@ def test_a_plot_shows_the_case_with_the_most_numbers_of_tokens():
     ]
     timings.append(timing(case._replace(tokens=5), "ours"))  # for a number to reach
     timings.append(timing(case._replace(kind="layer"), "ours"))
-    shown, lines = _bench_report._lines(timings)
+    shown, lines = report._lines(timings)
     assert shown == case._replace(tokens=0)
     assert lines == {
         "ours": [(1, 1000), (16, 1000), (256, 1000)],
@@ -611,23 +625,23 @@ def test_a_plot_of_nothing(tmp_path, capsys):
 
 
 def test_the_reference_needs_little_beside_its_result():
-    costs = _costs.reference_costs(tokens=1024)  # 16 MiB
+    costs = bench_costs.reference_costs(tokens=1024)  # 16 MiB
     assert 0 < costs["reference_extra_mebibytes"] < 16
 
 
-TIMERS = [pytest.param(_timing.Gpu, id="cupy"), pytest.param(_timing.TorchGpu, id="torch")]
+TIMERS = [pytest.param(clocks.Gpu, id="cupy"), pytest.param(clocks.TorchGpu, id="torch")]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("make", TIMERS)
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-@pytest.mark.parametrize("layout", _providers.LAYOUTS)
+@pytest.mark.parametrize("layout", workloads.LAYOUTS)
 def test_every_provider_that_is_found_agrees_and_is_timed(make, kind, layout):
     on = make()
-    names, _ = _providers.find(on)
+    names, _ = providers.find(on)
     case = Case(64, 32, 128, "bfloat16", kind, layout)
     unavailable = {}
-    rows = bench.measure(case, names, on, unavailable)
+    rows = command.measure(case, names, on, unavailable)
     # The others need compilers, which may be missing.
     assert set(unavailable) <= {"compile", "liger"}
     timed = [n for n in names if PROVIDERS[n].in_place or not case.in_place]
@@ -638,17 +652,22 @@ def test_every_provider_that_is_found_agrees_and_is_timed(make, kind, layout):
 @pytest.mark.gpu
 @pytest.mark.parametrize("make", TIMERS)
 def test_host_times_on_a_gpu(make, monkeypatch):
-    monkeypatch.setattr(_costs, "_CALLS", 3)
+    monkeypatch.setattr(bench_costs, "_CALLS", 3)
     on = make()
-    names, _ = _providers.find(on)
-    rows, failed = _costs.host_times(on, names)
+    names, _ = providers.find(on)
+    rows, failed = bench_costs.host_times(on, names)
     calls = {row["call"] for row in rows}
-    wanted = {_costs.LAUNCH, _costs.FUNCTION, _costs.CUPY_IN_PLACE, _costs.CUPY_NEW}
+    wanted = {
+        bench_costs.LAUNCH,
+        bench_costs.FUNCTION,
+        bench_costs.CUPY_IN_PLACE,
+        bench_costs.CUPY_NEW,
+    }
     if on.name == "torch":
-        wanted |= {_costs.TORCH_IN_PLACE, _costs.TORCH_NEW, _costs.FUNCTIONAL}
+        wanted |= {bench_costs.TORCH_IN_PLACE, bench_costs.TORCH_NEW, bench_costs.FUNCTIONAL}
     assert wanted <= calls
     assert set(failed) <= {"compile", "liger"}
-    misses = _costs.plan_misses(on)
+    misses = bench_costs.plan_misses(on)
     kinds = {on.name, "cupy", "sequences", "q_and_k"}
     assert set(misses) == {f"plan_miss_{kind}_microseconds" for kind in kinds}
     assert all(value > 0 for value in misses.values())
@@ -657,13 +676,13 @@ def test_host_times_on_a_gpu(make, monkeypatch):
 @pytest.mark.gpu
 def test_nothing_but_the_result_is_allocated():
     pytest.importorskip("torch")
-    assert _costs.gpu_memory(_timing.TorchGpu()) == {"gpu_extra_bytes": 0}
+    assert bench_costs.gpu_memory(clocks.TorchGpu()) == {"gpu_extra_bytes": 0}
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_first_calls_in_new_processes():
-    assert all(value > 0 for value in _costs.first_calls().values())
+    assert all(value > 0 for value in bench_costs.first_calls().values())
 
 
 def test_a_provider_that_fails_at_a_host_call_is_named(monkeypatch):
@@ -671,8 +690,8 @@ def test_a_provider_that_fails_at_a_host_call_is_named(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setitem(PROVIDERS, "naive", PROVIDERS["naive"]._replace(build=broken))
-    monkeypatch.setattr(_costs, "_own_calls", lambda work: ())
-    assert _costs.host_times(_timing.Host(), ["copy", "naive"]) == (
+    monkeypatch.setattr(bench_costs, "_own_calls", lambda work: ())
+    assert bench_costs.host_times(clocks.Host(), ["copy", "naive"]) == (
         [], {"naive": "RuntimeError: no such kernel at a host call"}
     )  # fmt: skip
 
@@ -681,18 +700,18 @@ def test_torch_that_cannot_use_the_gpu_says_why(monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     reason = f"torch {torch.__version__} sees no CUDA device"
-    assert _timing.torch_on_gpu() == reason
+    assert clocks.torch_on_gpu() == reason
     on = SimpleNamespace(name="cupy")
-    assert _providers._missing(PROVIDERS["functional"], on) == reason
+    assert providers._missing(PROVIDERS["functional"], on) == reason
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert _providers._missing(PROVIDERS["functional"], on).startswith("takes torch tensors")
+    assert providers._missing(PROVIDERS["functional"], on).startswith("takes torch tensors")
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert _timing.torch_on_gpu() == "torch is not installed; needs: pip install torch"
+    assert clocks.torch_on_gpu() == "torch is not installed; needs: pip install torch"
 
 
 def test_a_module_that_breaks_at_import_is_no_provider(monkeypatch, tmp_path):
     (tmp_path / "breaks_at_import.py").write_text("raise RuntimeError('no driver')")
     monkeypatch.syspath_prepend(tmp_path)
     provider = Provider("a peer", None, ("numpy",), ("breaks_at_import",))
-    reason = _providers._missing(provider, SimpleNamespace(name="numpy"))
+    reason = providers._missing(provider, SimpleNamespace(name="numpy"))
     assert reason == "RuntimeError: no driver"

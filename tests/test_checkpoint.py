@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save, save_file
 
-from cupy_headnorm import CheckpointError, HeadNorm, checkpoint
-from cupy_headnorm._checkpoint_files import short
-from cupy_headnorm._dtypes import DTYPES
+from cupy_headnorm import CheckpointError, HeadNorm
+from cupy_headnorm._arrays.dtypes import DTYPES
+from cupy_headnorm.checkpoint import files, tensors
+from cupy_headnorm.checkpoint.files import short
 
 KEY = "model.layers.0.self_attn.q_norm"
 
 
 def index(folder, weight_map):
-    (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / files.INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_shards(shards):
 
 def test_single_file_comes_before_the_index(shards):
     folder, weight, _ = shards
-    save_file({f"{KEY}.weight": weight + weight}, folder / checkpoint.SINGLE)
+    save_file({f"{KEY}.weight": weight + weight}, folder / files.SINGLE)
     norm = HeadNorm.from_safetensors(folder, KEY)
     np.testing.assert_array_equal(norm.weight, weight + weight)
     assert norm.bias is None
@@ -101,9 +102,9 @@ def test_missing_key_of_an_empty_file(tmp_path):
 
 def test_read_tensor_names_near_ones(shards):
     folder, weight, _ = shards
-    np.testing.assert_array_equal(checkpoint.read_tensor(folder, f"{KEY}.weight"), weight)
+    np.testing.assert_array_equal(tensors.read_tensor(folder, f"{KEY}.weight"), weight)
     with pytest.raises(CheckpointError, match=rf"no tensor {KEY}.wait; it has {KEY}.weight"):
-        checkpoint.read_tensor(folder, f"{KEY}.wait")
+        tensors.read_tensor(folder, f"{KEY}.wait")
 
 
 def test_missing_shard(shards):
@@ -116,9 +117,9 @@ def test_missing_shard(shards):
 def test_two_maps_of_one_index(shards):
     folder, *_ = shards
     entry = f'"weight_map": {{"{KEY}.weight": "model-0000%d-of-00002.safetensors"}}'
-    (folder / checkpoint.INDEX).write_text(f"{{{entry % 1}, {entry % 2}}}")
+    (folder / files.INDEX).write_text(f"{{{entry % 1}, {entry % 2}}}")
     with pytest.raises(CheckpointError, match="puts weight_map in .*; needs one file for each"):
-        checkpoint.survey(folder)
+        tensors.survey(folder)
 
 
 def raw(header, data=b""):
@@ -153,10 +154,10 @@ def test_a_file_is_opened_once_for_all_heads(tmp_path, monkeypatch):
 
 def test_a_tensors_name_of_no_end(tmp_path):
     save_file({"a" * 1000: np.ones(2)}, tmp_path / "norm.safetensors")
-    checkpoint.survey(tmp_path / "norm.safetensors")
+    tensors.survey(tmp_path / "norm.safetensors")
     save_file({"a" * 1001: np.ones(2)}, tmp_path / "norm.safetensors")
     with pytest.raises(CheckpointError, match=r"name of 1001 characters, a{40}\.\.\.; needs 1000"):
-        checkpoint.survey(tmp_path / "norm.safetensors")
+        tensors.survey(tmp_path / "norm.safetensors")
 
 
 def test_messages_steer_no_terminal_and_end(tmp_path):
@@ -171,25 +172,25 @@ def test_messages_steer_no_terminal_and_end(tmp_path):
     assert len(str(error.value)) < 5000
 
 
-@pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.INDEX])
+@pytest.mark.parametrize("name", [files.CONFIG, files.INDEX])
 def test_json_of_no_end(tmp_path, name):
     # Parsed it would be many times as long; of a file with a hole nothing is read.
     with (tmp_path / name).open("wb") as file:
         file.truncate(10**12)
-    read = checkpoint.config if name == checkpoint.CONFIG else checkpoint.files
+    read = files.config if name == files.CONFIG else files.files
     with pytest.raises(CheckpointError, match="has 1000000000000 bytes; needs 100000000 at most"):
         read(tmp_path)
 
 
 def test_what_is_no_file_is_not_waited_for(shards):
     folder, *_ = shards
-    (folder / checkpoint.INDEX).unlink()
-    os.mkfifo(folder / checkpoint.CONFIG)
-    os.mkfifo(folder / checkpoint.INDEX)
+    (folder / files.INDEX).unlink()
+    os.mkfifo(folder / files.CONFIG)
+    os.mkfifo(folder / files.INDEX)
     with pytest.raises(CheckpointError, match="has no config.json"):
-        checkpoint.config(folder)
+        files.config(folder)
     with pytest.raises(CheckpointError, match="needs model.safetensors or model"):
-        checkpoint.files(folder)
+        files.files(folder)
 
 
 @pytest.fixture
@@ -213,24 +214,24 @@ def test_what_is_no_file_is_named(no_files):
             with refused:
                 HeadNorm.from_safetensors(folder / name, KEY)
             with refused:
-                checkpoint.read_tensor(folder / name, KEY)
+                tensors.read_tensor(folder / name, KEY)
     assert list((folder / "folder").iterdir()) == []
 
 
 def test_a_folder_named_as_a_file_is_named(no_files):
     folder, _ = no_files
-    (folder / checkpoint.SINGLE).mkdir()
-    (folder / checkpoint.CONFIG).mkdir()
+    (folder / files.SINGLE).mkdir()
+    (folder / files.CONFIG).mkdir()
     with pytest.raises(CheckpointError, match=r"model.safetensors \(no file\), pipe \(no file\); "):
-        checkpoint.files(folder)
+        files.files(folder)
     with pytest.raises(CheckpointError, match=r"has no config.json \(it is a folder\), which"):
-        checkpoint.config(folder)
-    (folder / checkpoint.CONFIG).rmdir()
-    os.mkfifo(folder / checkpoint.CONFIG)
+        files.config(folder)
+    (folder / files.CONFIG).rmdir()
+    os.mkfifo(folder / files.CONFIG)
     with pytest.raises(
         CheckpointError, match=r"config.json \(it is a pipe, a device or a socket\)"
     ):
-        checkpoint.config(folder)
+        files.config(folder)
 
 
 def test_a_name_that_no_file_can_have_is_not_written(tmp_path):
@@ -274,7 +275,7 @@ def test_index_and_shard_disagree(shards):
         *(".", "", "\0", "up/model.safetensors", "a/model.safetensors", None, 3, ["x"], {"": "x"}),
     ],
 )
-@pytest.mark.parametrize("read", [lambda f: HeadNorm.from_safetensors(f, KEY), checkpoint.survey])
+@pytest.mark.parametrize("read", [lambda f: HeadNorm.from_safetensors(f, KEY), tensors.survey])
 def test_index_entries_that_are_no_names(shards, shard, read):
     # A path is refused though it stayed inside: a link on its way may lead out.
     folder, weight, _ = shards
@@ -291,7 +292,7 @@ def test_index_entries_that_are_no_names(shards, shard, read):
 )
 def test_index_that_is_none(shards, text):
     folder, *_ = shards
-    (folder / checkpoint.INDEX).write_bytes(text.encode("latin-1"))
+    (folder / files.INDEX).write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"is no index .*needs JSON with a .weight_map."):
         HeadNorm.from_safetensors(folder, KEY)
 
@@ -361,11 +362,11 @@ def test_folder_without_permission(shards, monkeypatch):
 
 def test_headers_are_those_of_all_shards(shards):
     folder, *_ = shards
-    assert checkpoint.survey(folder)[0] == {
+    assert tensors.survey(folder)[0] == {
         f"{KEY}.weight": ("BF16", (3, 64)),
         f"{KEY}.bias": ("F32", (3, 64)),
     }
-    assert checkpoint.survey(folder / "model-00002-of-00002.safetensors")[0] == {
+    assert tensors.survey(folder / "model-00002-of-00002.safetensors")[0] == {
         f"{KEY}.bias": ("F32", (3, 64))
     }
 
@@ -375,10 +376,10 @@ def test_headers_need_every_shard(shards):
     first = folder / "model-00001-of-00002.safetensors"
     save_file({"other.weight": weight}, first)
     with pytest.raises(CheckpointError, match=rf"lacks {KEY}.weight, which the index puts there"):
-        checkpoint.survey(folder)
+        tensors.survey(folder)
     first.unlink()
     with pytest.raises(CheckpointError, match=r"model-00001-of-00002.safetensors does not exist"):
-        checkpoint.survey(folder)
+        tensors.survey(folder)
 
 
 def test_two_files_that_hold_one_tensor(shards):
@@ -390,12 +391,12 @@ def test_two_files_that_hold_one_tensor(shards):
         match=rf"model-00001-of-00002.safetensors and .*model-00002-of-00002.safetensors both hold "
         rf"{KEY}.weight; needs one file for each tensor",
     ):
-        checkpoint.survey(folder)
+        tensors.survey(folder)
 
 
 def test_an_index_that_puts_one_tensor_in_two_files(shards):
     folder, *_ = shards
-    path = folder / checkpoint.INDEX
+    path = folder / files.INDEX
     entry = f'"{KEY}.weight": "model-00001-of-00002.safetensors"'
     other = f'"{KEY}.weight": "model-00002-of-00002.safetensors"'
     path.write_text(f'{{"weight_map": {{{entry}, {other}}}}}')
@@ -407,14 +408,14 @@ def test_an_index_that_puts_one_tensor_in_two_files(shards):
     long = json.dumps(["z" * 9999] * 9)
     path.write_text(f'{{"weight_map": {{{entry}, "{KEY}.weight": {long}}}}}')
     with pytest.raises(CheckpointError, match="puts .*; needs one file") as error:
-        checkpoint.files(folder)
+        files.files(folder)
     assert "z" * 100 not in str(error.value)
     path.write_text(f'{{"weight_map": {{{entry}, {entry}}}}}')  # twice the same is no claim
     HeadNorm.from_safetensors(folder, KEY)
 
 
 def names_of(folder, variant=None):
-    return set(checkpoint.survey(folder, variant=variant)[0])
+    return set(tensors.survey(folder, variant=variant)[0])
 
 
 def test_files_are_looked_for_in_the_libraries_order(tmp_path):
@@ -438,7 +439,7 @@ def test_variants(tmp_path):
     save_file({"whole": np.ones(2)}, tmp_path / "model.fp16.safetensors")
     assert names_of(tmp_path, "fp16") == {"whole"}
     assert names_of(tmp_path) == {"plain"}
-    assert checkpoint.read_tensor(tmp_path, "whole", variant="fp16").tolist() == [1, 1]
+    assert tensors.read_tensor(tmp_path, "whole", variant="fp16").tolist() == [1, 1]
     with pytest.raises(
         CheckpointError,
         match=r"needs model.int8.safetensors or model.safetensors.index.int8.json",
@@ -449,29 +450,29 @@ def test_variants(tmp_path):
 @pytest.mark.parametrize("variant", ["../x", "a/b", "a\\b", "C:x", "\0", 16])
 def test_a_variant_is_no_path(tmp_path, variant):
     with pytest.raises(CheckpointError, match="needs a part of a file's name, such as 'fp16'"):
-        checkpoint.survey(tmp_path, variant=variant)
+        tensors.survey(tmp_path, variant=variant)
 
 
 def test_config(tmp_path):
-    path = tmp_path / checkpoint.CONFIG
+    path = tmp_path / files.CONFIG
     with pytest.raises(CheckpointError, match=r"has no config.json, which says what the model is"):
-        checkpoint.config(tmp_path)
+        files.config(tmp_path)
     with pytest.raises(CheckpointError, match=r"nowhere has no config.json"):
-        checkpoint.config(tmp_path / "nowhere")
+        files.config(tmp_path / "nowhere")
     path.write_text('{"model_type": "qwen3"}')
-    assert checkpoint.config(str(tmp_path)) == {"model_type": "qwen3"}
+    assert files.config(str(tmp_path)) == {"model_type": "qwen3"}
     for text in ("", "{", "[" * 100_000, "\xff"):
         path.write_bytes(text.encode("latin-1"))
         with pytest.raises(CheckpointError, match=r"is no JSON .*; needs a model's config.json"):
-            checkpoint.config(tmp_path)
+            files.config(tmp_path)
     path.write_text('{"a":' * 64 + "1" + "}" * 64)
-    checkpoint.config(tmp_path)
+    files.config(tmp_path)
     path.write_text('{"a":' * 64 + "[1]" + "}" * 64)  # to show this may exhaust the stack
     with pytest.raises(CheckpointError, match=r"config.json nests deeper than 64; needs a model's"):
-        checkpoint.config(tmp_path)
+        files.config(tmp_path)
     path.write_text("[]")
     with pytest.raises(CheckpointError, match=r"config.json holds a list; needs a JSON object"):
-        checkpoint.config(tmp_path)
+        files.config(tmp_path)
 
 
 def test_a_module_a_head_is_stacked_by_number(tmp_path):

@@ -10,7 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 from tolerances import EPS_FLOAT32, EPS_ONE_ROUNDING, EPS_TWO_ROUNDINGS
 
-from cupy_headnorm import HeadNorm, _kernels, cli
+from cupy_headnorm import HeadNorm, cli
+from cupy_headnorm._commands import demo
+from cupy_headnorm._cuda import environment as cuda_environment
 
 
 def run(*arguments, **environment):
@@ -133,9 +135,9 @@ def test_the_largest_error_is_of_a_value_or_of_a_64th_of_its_rows_largest():
     x = np.array([[[64, 0.25, 0, 0]]], np.float32)
     norm = HeadNorm(head_dim=4, eps=0)
     y = norm(x)
-    assert cli._largest_error(norm, x, y, -2) < 1
+    assert demo._largest_error(norm, x, y, -2) < 1
     y[0, 0, 1] += y.max() / 64 * 8 * np.finfo(np.float32).eps
-    assert cli._largest_error(norm, x, y, -2) == pytest.approx(8, abs=0.5)
+    assert demo._largest_error(norm, x, y, -2) == pytest.approx(8, abs=0.5)
 
 
 def test_info_says_what_works_and_what_to_install(capsys):
@@ -150,8 +152,10 @@ def test_info_says_what_works_and_what_to_install(capsys):
 
 
 def test_info_on_a_machine_with_a_gpu(capsys, monkeypatch):
-    found = _kernels.Environment("", "", "14.2.0", "13.0", "CUDA 13.0", ("a GPU, sm_90",), "/cache")
-    monkeypatch.setattr(_kernels, "environment", lambda: found)
+    found = cuda_environment.Environment(
+        "", "", "14.2.0", "13.0", "CUDA 13.0", ("a GPU, sm_90",), "/cache"
+    )
+    monkeypatch.setattr(cuda_environment, "environment", lambda: found)
     code, out, err = in_process(capsys, "info")
     assert (code, err) == (0, "")
     said = {name: value.strip() for name, value in rows(out).items()}
@@ -384,8 +388,8 @@ def test_demo_on_a_models_folder_computes_as_the_model(
     config = {**QWEN3, "model_type": model_type, "rms_norm_eps": 3e-6}
     (model / "config.json").write_text(json.dumps(config))
     save_file({f"{Q}.weight": np.zeros(16, np.float32)}, model / "model.safetensors")
-    loaded, load = [], cli._load
-    monkeypatch.setattr(cli, "_load", lambda chosen: loaded.append(load(chosen)) or loaded[-1])
+    loaded, load = [], demo._load
+    monkeypatch.setattr(demo, "_load", lambda chosen: loaded.append(load(chosen)) or loaded[-1])
     code, out, err = in_process(
         capsys, "demo", model, "--key", Q, "--tokens", 3, "--on", "cpu", *options
     )

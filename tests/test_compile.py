@@ -6,9 +6,10 @@ import re
 import pytest
 from cases import covering_specs
 
-from cupy_headnorm import _kernels, _launch, _source
-from cupy_headnorm._dtypes import FLOAT16
-from cupy_headnorm._spec import NormCall, NormSpec, RowAxis
+from cupy_headnorm._arrays.dtypes import FLOAT16
+from cupy_headnorm._cuda import source as kernel_source
+from cupy_headnorm._plans import geometry, head_norm
+from cupy_headnorm._rules.norm import NormCall, NormSpec, RowAxis
 
 GATE = (75, 90, 120)
 ALL = (75, 80, 86, 89, 90, 100, 120)
@@ -28,7 +29,7 @@ def nvrtc():
 
 
 def compiled(spec, config, memory, target):
-    return built("head_norm.cu", _kernels.compile_options(spec, config, memory), target)
+    return built("head_norm.cu", head_norm.compile_options(spec, config, memory), target)
 
 
 def built(source, options, target):
@@ -36,7 +37,7 @@ def built(source, options, target):
     compiler = nvrtc()
     from cupy._core.core import assemble_cupy_compiler_options
 
-    program = compiler.createProgram(_source.pasted(source), source, (), ())
+    program = compiler.createProgram(kernel_source.pasted(source), source, (), ())
     options = (
         *assemble_cupy_compiler_options(()),
         *options,
@@ -58,7 +59,7 @@ def built(source, options, target):
 
 def assert_no_spills(spec, config, memory, architecture):
     log, _ = compiled(spec, config, memory, f"sm_{architecture}")
-    assert _kernels.macros(spec, config, memory)["HN_NAME"] in log
+    assert head_norm.macros(spec, config, memory)["HN_NAME"] in log
     assert_none_spilt(log)
 
 
@@ -74,8 +75,8 @@ def specialisations(spec):
         rows = tuple(RowAxis(3, 7**i, 7**i, 0, 0) for i in range(axes))
         parameters = [d.itemsize if d and alignment < 16 else 16 for d in (spec.weight, spec.bias)]
         call = NormCall(spec, rows, 3**axes, 1e-6, 0.0, (alignment, 16, *parameters))
-        config = _launch.plan(call)
-        yield config, _launch.memory(call, config)
+        config = head_norm.plan(call)
+        yield config, head_norm.memory_of(call, config)
 
 
 def pytest_generate_tests(metafunc):
@@ -118,6 +119,6 @@ def test_small_stores_follow_one_another(kind, head_dim):
 def test_a_lane_count_that_is_no_power_of_two_does_not_compile():
     spec = covering_specs()[0]
     config, memory = next(specialisations(spec))
-    bad = _launch.LaunchConfig(**{**config.__dict__, "lanes": 12})
+    bad = geometry.LaunchConfig(**{**config.__dict__, "lanes": 12})
     with pytest.raises(pytest.fail.Exception, match="lanes must be a power of two"):
         compiled(spec, bad, memory, "sm_90")

@@ -16,7 +16,7 @@ from libraries import CuPyLibrary, NumPyLibrary, TorchLibrary
 from strategies import KINDS, parameter, values
 
 from cupy_headnorm import HeadNorm, QKNorm, Rope
-from cupy_headnorm._dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from cupy_headnorm._arrays.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 RUNS = 100
 SOME = 18

@@ -19,16 +19,10 @@ from host_build import ANY
 from host_cases import kernel_of, rows, running
 from stand_in import expected, tensor
 
-from cupy_headnorm import (
-    HeadNorm,
-    _dispatch,
-    _interop,
-    _kernels,
-    _parameters,
-    layer_norm,
-    reference,
-    rms_norm,
-)
+from cupy_headnorm import HeadNorm, layer_norm, reference, rms_norm
+from cupy_headnorm._arrays import find
+from cupy_headnorm._calls import dispatch, parameters
+from cupy_headnorm._plans import head_norm
 
 torch = pytest.importorskip("torch")
 slow = stand_in.slow
@@ -129,8 +123,8 @@ def test_no_result_has_an_odd_stride(slow, rng):
 
     plain = [(2, 7, False), (1, 7, True), (1, 5, True), (2, 3, False), (1, 1, True), (1, 7, True)]
     for calls in (plain, plain[1:], plain[::-1]):
-        _dispatch._thread.calls.clear()
-        _dispatch._thread.families.clear()
+        dispatch._thread.calls.clear()
+        dispatch._thread.families.clear()
         slow.clear()
         for sequences, tokens, odd in calls * 2:
             assert strides(sequences, tokens, odd) == (tokens * 256, 256, 64, 1)
@@ -228,8 +222,8 @@ def test_norms_that_agree_share_their_plans_and_keep_their_weights(slow, rng):
         weight = tensor(rng, 64)
         np.testing.assert_array_equal(HeadNorm(weight)(x), expected(x, weight))
     # A norm's first call uploads its weight; the plan is there.
-    assert len(_dispatch._plans) == 1
-    assert len(_dispatch._thread.calls) == 1
+    assert len(dispatch._plans) == 1
+    assert len(dispatch._thread.calls) == 1
 
 
 def test_unload_and_load_again(slow, rng):
@@ -254,25 +248,25 @@ def test_a_warmed_call_only_looks(slow, rng):
 
 
 def test_the_cache_is_bounded(slow, rng, monkeypatch):
-    monkeypatch.setattr(_dispatch, "_MAX_CALLS", 4)
+    monkeypatch.setattr(dispatch, "_MAX_CALLS", 4)
     norm = HeadNorm()
     for heads in range(1, 12):
         x = tensor(rng, 1, heads, 3, 64)
         np.testing.assert_array_equal(norm(x), expected(x))
-        sizes = [len(_dispatch._thread.calls), len(_dispatch._thread.families)]
-        assert max(*sizes, len(_dispatch._plans)) <= 4
+        sizes = [len(dispatch._thread.calls), len(dispatch._thread.families)]
+        assert max(*sizes, len(dispatch._plans)) <= 4
 
 
 def test_threads_have_parameters_of_their_own(slow, rng):
     """A call writes addresses into its parameters; two threads in one call must not share them."""
     norm, x = HeadNorm(), tensor(rng, 5, 4, 64)
     norm(x)
-    here = _dispatch._thread.calls
+    here = dispatch._thread.calls
     there = []
 
     def other():
         norm(x)
-        there.append(_dispatch._thread.calls)
+        there.append(dispatch._thread.calls)
 
     thread = threading.Thread(target=other)
     thread.start()
@@ -284,12 +278,12 @@ def test_threads_have_parameters_of_their_own(slow, rng):
 def test_every_path_asks_for_the_stream_of_now(slow, rng, monkeypatch):
     streams = []
     monkeypatch.setattr(
-        _kernels,
+        head_norm,
         "runner",
         lambda launch: lambda x, out, weight, bias, stream: streams.append(stream),
     )
     now = iter(range(100, 200))
-    monkeypatch.setattr(_interop.quick[torch.Tensor], "stream", lambda index: next(now))
+    monkeypatch.setattr(find.quick[torch.Tensor], "stream", lambda index: next(now))
     norm, weight = HeadNorm(tensor(rng, 64)), tensor(rng, 64)
     norm(tensor(rng, 5, 4, 64)), rms_norm(tensor(rng, 5, 4, 64), weight)
     calls = (norm, lambda x: norm(x, out=x), lambda x: rms_norm(x, weight))
@@ -321,14 +315,14 @@ def test_calls_go_with_their_thread(slow, rng):
 
     def other():
         norm(x)
-        return [weakref.ref(call.run) for call in _dispatch._thread.calls.values()]
+        return [weakref.ref(call.run) for call in dispatch._thread.calls.values()]
 
     for _ in range(3):
         with ThreadPoolExecutor(1) as pool:
             (run,) = pool.submit(other).result()
         gc.collect()
         assert run() is None
-    assert len(_dispatch._plans) == 1
+    assert len(dispatch._plans) == 1
 
 
 def test_an_argument_that_changes_is_read_at_every_call(slow, rng):
@@ -353,5 +347,5 @@ def test_identities_of_norms_are_bounded(slow, rng):
     x = tensor(rng, 5, 4, 64)
     for i in range(20):
         HeadNorm(eps=1e-6 * (i + 1))(x)
-    info = _parameters.identity.cache_info()
+    info = parameters.identity.cache_info()
     assert info.currsize <= info.maxsize

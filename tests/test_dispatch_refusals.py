@@ -10,7 +10,9 @@ from host_build import ANY
 from host_cases import kernel_of, rows, running
 from stand_in import expected, tensor
 
-from cupy_headnorm import CaptureError, HeadNorm, _interop, _kernels, ops, reference, rms_norm
+from cupy_headnorm import CaptureError, HeadNorm, ops, reference, rms_norm
+from cupy_headnorm._arrays import find
+from cupy_headnorm._cuda import memory as cuda_memory
 
 torch = pytest.importorskip("torch")
 slow = stand_in.slow
@@ -158,7 +160,7 @@ LOST = (
 
 def test_a_new_result_is_refused_in_a_capture_on_every_path(slow, rng, monkeypatch):
     """That of a library whose pool knows nothing of graphs, as CuPy's."""
-    monkeypatch.setattr(_interop.quick[torch.Tensor], "allocates_in_graphs", False)
+    monkeypatch.setattr(find.quick[torch.Tensor], "allocates_in_graphs", False)
     norm = HeadNorm(tensor(rng, 64))
     x = tensor(rng, 5, 4, 64)
     norm(x), norm(x.clone(), out=x.clone())
@@ -166,7 +168,7 @@ def test_a_new_result_is_refused_in_a_capture_on_every_path(slow, rng, monkeypat
     def refuse(stream, what, needed="warmup"):
         raise CaptureError(f"{what}; needs {needed}")
 
-    monkeypatch.setattr(_kernels, "refuse_capture", refuse)
+    monkeypatch.setattr(cuda_memory, "refuse_capture", refuse)
     for tokens in (5, 7):
         x = tensor(rng, tokens, 4, 64)
         with pytest.raises(

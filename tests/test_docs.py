@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import cupy_headnorm
-from cupy_headnorm import _bench_report, _costs, cli, models
+from cupy_headnorm import cli, models
+from cupy_headnorm.bench import costs, report
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -65,10 +66,10 @@ def test_readmes_commands_are_targets_and_links_lead_somewhere():
 # The rows of README's table: provider, its label there, its host calls.
 SPEED = [
     ("copy", "device copy", []),
-    ("ours", "**ours**", [("", _costs.TORCH_NEW), ("in place ", _costs.TORCH_IN_PLACE)]),
+    ("ours", "**ours**", [("", costs.TORCH_NEW), ("in place ", costs.TORCH_IN_PLACE)]),
     ("compile", "transformers, `torch.compile`", [("", "transformers, torch.compile")]),
     ("liger", "Liger", [("", "Liger")]),
-    ("functional", "`F.rms_norm`", [("", _costs.FUNCTIONAL)]),
+    ("functional", "`F.rms_norm`", [("", costs.FUNCTIONAL)]),
     ("eager", "transformers, eager", [("", "transformers, eager")]),
 ]
 
@@ -78,7 +79,7 @@ def in_short(microseconds):
 
 
 def speed_rows(results):
-    case = _costs.HOST_CASE
+    case = costs.HOST_CASE
     device = {
         (row["provider"], row["tokens"]): row["microseconds"]
         for row in results["timings"]
@@ -94,7 +95,7 @@ def speed_rows(results):
 def test_readmes_figure_and_table_are_of_the_committed_results():
     section = README.partition("## How fast\n")[2].partition("\n## ")[0]
     (figure,) = re.findall(r"!\[[^]]*\]\((.*)\)", section)
-    results = _bench_report.read((ROOT / figure).with_suffix(".json"))
+    results = report.read((ROOT / figure).with_suffix(".json"))
     stamp = f"{results['device']}, {results['date'][:10]}"
     assert f"{stamp}, `{results['command']}`" in section
     assert f"bench --from {Path(figure).with_suffix('.json')} --plot {figure}" in section
@@ -105,7 +106,7 @@ def test_readmes_figure_and_table_are_of_the_committed_results():
 def test_readmes_figure_is_what_its_command_draws(tmp_path):
     pytest.importorskip("matplotlib")
     (figure,) = (ROOT / path for path in re.findall(r"!\[[^]]*\]\((.*\.svg)\)", README))
-    _bench_report.plot(_bench_report.read(figure.with_suffix(".json")), tmp_path / "new.svg")
+    report.plot(report.read(figure.with_suffix(".json")), tmp_path / "new.svg")
     texts, new = (
         re.findall("<!-- (.*) -->", f.read_text()) for f in (figure, tmp_path / "new.svg")
     )

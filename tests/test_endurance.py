@@ -14,7 +14,9 @@ import streams
 from streams import CUPY, DIM, HEADS, TORCH, WAYS, forget, normal, synchronize
 from tolerances import assert_alike
 
-from cupy_headnorm import HeadNorm, QKNorm, Rope, _dtypes, _interop, rms_norm
+from cupy_headnorm import HeadNorm, QKNorm, Rope, rms_norm
+from cupy_headnorm._arrays import dtypes
+from cupy_headnorm._calls import parameters
 
 pytestmark = pytest.mark.gpu
 torch = pytest.importorskip("torch")
@@ -24,7 +26,7 @@ cupy = pytest.importorskip("cupy", exc_type=ImportError)
 library, path, taken, spin = streams.library, streams.path, streams.taken, streams.spin
 
 
-CALLS, THREADS, DTYPES = 1_000_000, 8, (_dtypes.FLOAT16, _dtypes.BFLOAT16)
+CALLS, THREADS, DTYPES = 1_000_000, 8, (dtypes.FLOAT16, dtypes.BFLOAT16)
 WARM = CALLS // 10
 DEVICE_GROWTH = 4 * 2**20
 """Bytes, two of the pieces of 2 MiB that a driver hands out. No pool has blocks below 512 bytes:
@@ -283,7 +285,7 @@ def test_unload_waits_for_work_on_streams_of_others(kind, spin, rng):
     assert all(library.done(stream) for library, stream in streams.items())
     assert norm._held.on_device == {}
     # Whoever gets the memory next may write there at once.
-    junk = [_interop.upload(np.full(DIM, np.nan, np.float32), 0) for _ in range(64)]
+    junk = [parameters.upload(np.full(DIM, np.nan, np.float32), 0) for _ in range(64)]
     for library, y in found.items():
         assert_alike(library.host(y), right, slack=4 * np.abs(right).max() * (kind == "qk"))
         again = library.host(call(*arrays[library]))

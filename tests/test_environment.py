@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from cupy_headnorm import GPUUnavailableError, _driver, _interop, _kernels
+from cupy_headnorm import GPUUnavailableError
+from cupy_headnorm._cuda import driver as cuda_driver
+from cupy_headnorm._cuda import environment as cuda_environment
 
-DRIVER = Path(_driver.__file__)
+DRIVER = Path(cuda_driver.__file__)
 ROOT = DRIVER.resolve().parent.parent
-EMPTY = _kernels.Environment("", "", "14.2.0", "13.0", "CUDA 13.0", ("a GPU",), "/cache")
+EMPTY = cuda_environment.Environment("", "", "14.2.0", "13.0", "CUDA 13.0", ("a GPU",), "/cache")
 
 
 @pytest.mark.parametrize(
@@ -19,12 +21,12 @@ EMPTY = _kernels.Environment("", "", "14.2.0", "13.0", "CUDA 13.0", ("a GPU",), 
     [(None, "cuda13"), (12020, "cuda12"), (12090, "cuda12"), (13000, "cuda13")],
 )
 def test_the_extra_is_that_of_the_drivers_cuda(version, extra, monkeypatch):
-    monkeypatch.setattr(_driver, "cuda_version", lambda: version)
-    assert _driver.extra() == extra
+    monkeypatch.setattr(cuda_driver, "cuda_version", lambda: version)
+    assert cuda_driver.extra() == extra
     # From a checkout pip installs the checkout, from elsewhere the release.
-    assert _driver.install_command() == f"pip install -e '{ROOT}[{extra}]'"
-    monkeypatch.setattr(_driver, "__file__", "/usr/lib/python3/cupy_headnorm/_driver.py")
-    assert _driver.install_command() == f"pip install 'cupy-headnorm[{extra}]'"
+    assert cuda_driver.install_command() == f"pip install -e '{ROOT}[{extra}]'"
+    monkeypatch.setattr(cuda_driver, "__file__", "/usr/lib/python3/cupy_headnorm/_driver.py")
+    assert cuda_driver.install_command() == f"pip install 'cupy-headnorm[{extra}]'"
 
 
 class Driver:
@@ -54,25 +56,25 @@ class Driver:
     ("driver", "version"), [(Driver(12080), 12080), (Driver(13000), 13000), (Driver(0, 100), None)]
 )
 def test_the_drivers_cuda_is_asked_of_libcuda(driver, version, monkeypatch):
-    monkeypatch.setattr(_driver.ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
-    assert _driver.cuda_version() == version
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
+    assert cuda_driver.cuda_version() == version
 
 
 def test_a_thread_keeps_its_mode_of_captures_where_cuda_begins(monkeypatch):
     driver = Driver(13000, failure=3)  # CUDA_ERROR_NOT_INITIALIZED
-    monkeypatch.setattr(_driver.ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
-    with _driver.beside_captures():
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
+    with cuda_driver.beside_captures():
         assert not driver.failure, "it was asked"
     assert driver.mode == 0
 
 
 def test_captures_of_other_threads_are_let_be(monkeypatch):
     driver = Driver(13000)
-    monkeypatch.setattr(_driver.ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
     seen = []
 
     def allocate():
-        with _driver.beside_captures():
+        with cuda_driver.beside_captures():
             seen.append(driver.mode)
             raise KeyboardInterrupt
 
@@ -86,12 +88,12 @@ def test_the_makefile_asks_without_anything_installed():
     done = subprocess.run(
         [sys.executable, "-I", "-S", str(DRIVER)], capture_output=True, text=True, check=True
     )
-    expected = "" if _driver.cuda_version() is None else _driver.extra() + "\n"
+    expected = "" if cuda_driver.cuda_version() is None else cuda_driver.extra() + "\n"
     assert done.stdout == expected
 
 
 def explained(error):
-    with pytest.raises((type(error), GPUUnavailableError)) as caught, _kernels.explained():
+    with pytest.raises((type(error), GPUUnavailableError)) as caught, cuda_environment.explained():
         raise error
     return caught.value
 
@@ -106,7 +108,7 @@ def test_no_nvrtc(cupy, monkeypatch):
         raise RuntimeError("CuPy failed to load libnvrtc.so.13")
 
     monkeypatch.setattr(cupy.cuda.nvrtc, "getVersion", missing)
-    found = _kernels.environment()
+    found = cuda_environment.environment()
     assert found.reason == "NVRTC does not load (CuPy failed to load libnvrtc.so.13)"
     error = explained(RuntimeError("whatever CuPy says"))
     assert isinstance(error, GPUUnavailableError)
@@ -119,13 +121,13 @@ def test_devices_are_told_by_name_and_memory(cupy, monkeypatch):
     monkeypatch.setattr(cupy.cuda.nvrtc, "getVersion", lambda: (13, 0))
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 2)
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceProperties", lambda index: properties)
-    found = _kernels.environment()
+    found = cuda_environment.environment()
     assert (found.reason, found.nvrtc) == ("", "13.0")
     assert found.devices == ("a GPU, sm_90, 80 GiB",) * 2
 
 
 def test_no_headers(monkeypatch):
-    monkeypatch.setattr(_kernels, "environment", lambda: EMPTY)
+    monkeypatch.setattr(cuda_environment, "environment", lambda: EMPTY)
     text = 'scalar.cuh(5): catastrophic error: cannot open source file "cuda_bf16.h"\n  more'
     error = explained(RuntimeError(text))
     assert isinstance(error, GPUUnavailableError)
@@ -134,7 +136,7 @@ def test_no_headers(monkeypatch):
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch):
-    monkeypatch.setattr(_kernels, "environment", lambda: EMPTY)
+    monkeypatch.setattr(cuda_environment, "environment", lambda: EMPTY)
     error = explained(PermissionError(13, "Permission denied", "/cache/x"))
     assert isinstance(error, GPUUnavailableError)
     assert "the kernel cache /cache cannot be written" in str(error)
@@ -142,7 +144,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch):
 
 
 def test_other_errors_stay_as_they_are(monkeypatch):
-    monkeypatch.setattr(_kernels, "environment", lambda: EMPTY)
+    monkeypatch.setattr(cuda_environment, "environment", lambda: EMPTY)
     error = RuntimeError("a bug in a kernel")
     assert explained(error) is error
 
@@ -185,6 +187,6 @@ def test_environment_never_raises(monkeypatch):
     def broken():
         raise GPUUnavailableError("CuPy is not usable (why); needs: pip install it")
 
-    monkeypatch.setattr(_interop, "import_cupy", broken)
-    found = _kernels.environment()
+    monkeypatch.setattr(cuda_environment, "import_cupy", broken)
+    found = cuda_environment.environment()
     assert (found.reason, found.remedy) == ("CuPy is not usable (why)", "pip install it")

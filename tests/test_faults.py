@@ -24,20 +24,14 @@ import sanitize
 from processes import run
 from sanitize import SELECTED, TOOLS, Run
 
-from cupy_headnorm import (
-    GPUUnavailableError,
-    HeadNorm,
-    QKNorm,
-    Rope,
-    _dtypes,
-    _interop,
-    _kernels,
-    _once,
-    reference,
-    rms_norm,
-)
-from cupy_headnorm._launch import DeviceLimits
-from cupy_headnorm._spec import NormCall, NormSpec, RowAxis
+from cupy_headnorm import GPUUnavailableError, HeadNorm, QKNorm, Rope, reference, rms_norm
+from cupy_headnorm._arrays import dtypes
+from cupy_headnorm._calls import host
+from cupy_headnorm._cuda import compiler as cuda_compiler
+from cupy_headnorm._cuda import environment, once
+from cupy_headnorm._cuda.compiler import DeviceLimits
+from cupy_headnorm._plans import head_norm
+from cupy_headnorm._rules.norm import NormCall, NormSpec, RowAxis
 
 D = 64
 
@@ -183,11 +177,11 @@ class Compiler:
             Stream=lambda non_blocking: stream,
             driver=SimpleNamespace(launchKernel=lambda *a: self.launched.append(a)),
         )
-        monkeypatch.setattr(_interop, "import_cupy", lambda: self)
-        monkeypatch.setattr(_kernels, "_functions", {})
-        monkeypatch.setattr(_kernels, "_limits", {0: DeviceLimits()})
-        found = _kernels.Environment("", "", "14.2.0", "13.0", "CUDA 13.0", ("a GPU",), "/cache")
-        monkeypatch.setattr(_kernels, "environment", lambda: found)
+        monkeypatch.setattr(environment, "import_cupy", lambda: self)
+        monkeypatch.setattr(cuda_compiler, "_functions", {})
+        monkeypatch.setattr(cuda_compiler, "_limits", {0: DeviceLimits()})
+        found = environment.Environment("", "", "14.2.0", "13.0", "CUDA 13.0", ("a GPU",), "/cache")
+        monkeypatch.setattr(environment, "environment", lambda: found)
 
     def RawKernel(self, source, name, options):
         compiler = self
@@ -205,9 +199,9 @@ class Compiler:
 
 
 def prepare(head_dim=D):
-    spec = NormSpec("rms", _dtypes.FLOAT32, None, None, head_dim, "once")
+    spec = NormSpec("rms", dtypes.FLOAT32, None, None, head_dim, "once")
     axes = (RowAxis(5, 4 * head_dim, 4 * head_dim, 0, 0),)
-    return _kernels.prepare(NormCall(spec, axes, 5, 1e-6, 0.0, (16, 16, 16, 16)), 0, 0)
+    return head_norm.prepare(NormCall(spec, axes, 5, 1e-6, 0.0, (16, 16, 16, 16)), 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -227,10 +221,10 @@ def test_a_compile_that_failed_is_tried_again(outcome, raised, message, monkeypa
     for _ in range(2):
         with pytest.raises(raised, match=message):
             prepare()
-        assert _kernels._functions == {}
+        assert cuda_compiler._functions == {}
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(_once._making.acquire, blocking=False).result()
-            pool.submit(_once._making.release).result()
+            assert pool.submit(once._making.acquire, blocking=False).result()
+            pool.submit(once._making.release).result()
     launch = prepare()
     assert launch.function == 3, "the third compilation's"
     assert prepare().function == launch.function
@@ -250,7 +244,7 @@ def test_an_interrupt_while_a_kernel_is_loaded(monkeypatch):
     compiler.cuda.driver.launchKernel = launch
     with pytest.raises(KeyboardInterrupt):
         prepare()
-    assert _kernels._functions == {}
+    assert cuda_compiler._functions == {}
     assert prepare().function == 2
 
 
@@ -266,16 +260,16 @@ def test_who_waits_for_a_compile_that_is_interrupted_compiles():
 
     try:
         with ThreadPoolExecutor(2) as pool:
-            first = pool.submit(_kernels.loaded, key, 0, interrupted)
+            first = pool.submit(cuda_compiler.loaded, key, 0, interrupted)
             assert compiling.wait(20)
-            second = pool.submit(_kernels.loaded, key, 0, lambda: "kernel")
+            second = pool.submit(cuda_compiler.loaded, key, 0, lambda: "kernel")
             with pytest.raises(TimeoutError):
                 second.result(0.05)
             waited.set()
             assert second.result(20) == "kernel"
             assert isinstance(first.exception(20), KeyboardInterrupt)
     finally:
-        _kernels._functions.pop(key, None)
+        cuda_compiler._functions.pop(key, None)
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
@@ -334,8 +328,8 @@ def test_large_calls_at_the_end_of_a_process(end):
 @pytest.fixture
 def in_threads(monkeypatch):
     """Let calls of 64 rows and more take four threads."""
-    monkeypatch.setattr(reference, "_CHUNK_BYTES", 4096)
-    monkeypatch.setattr(reference, "_THREAD_CHUNKS", 1)
+    monkeypatch.setattr(host, "_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(host, "_THREAD_CHUNKS", 1)
     monkeypatch.setattr(reference.os, "sched_getaffinity", lambda _: range(4))
 
 
@@ -354,7 +348,7 @@ def test_where_no_more_threads_start(started, in_threads, monkeypatch, rng):
     y = reference.rms_norm(x, num_heads=1)
     assert len(tried) == min(started + 1, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "_MAX_THREADS", 1)
+        patch.setattr(host, "_MAX_THREADS", 1)
         np.testing.assert_array_equal(y, reference.rms_norm(x, num_heads=1))
 
 
@@ -362,7 +356,7 @@ def test_where_no_more_threads_start(started, in_threads, monkeypatch, rng):
 def test_who_fails_is_heard_when_all_have_ended(fails, in_threads, monkeypatch, rng):
     """An interrupt of the thread that called, or no memory in another: nobody writes later."""
     x = rng.standard_normal((640, D)).astype(np.float32)
-    normalize, caller, working = reference._normalize, threading.get_ident(), []
+    normalize, caller, working = host._normalize, threading.get_ident(), []
     error = KeyboardInterrupt if fails == "here" else MemoryError
     both = threading.Barrier(2)
 
@@ -377,8 +371,8 @@ def test_who_fails_is_heard_when_all_have_ended(fails, in_threads, monkeypatch, 
         time.sleep(0.05)
         normalize(*arguments)
 
-    monkeypatch.setattr(reference, "_MAX_THREADS", 2)
-    monkeypatch.setattr(reference, "_normalize", failing)
+    monkeypatch.setattr(host, "_MAX_THREADS", 2)
+    monkeypatch.setattr(host, "_normalize", failing)
     with pytest.raises(error):
         reference.rms_norm(x, num_heads=1, out=x)
     done, values = len(working), x.copy()

@@ -23,16 +23,20 @@ from processes import run
 from qk_cases import MAX_POSITION, D
 from stand_in import expected, tensor
 
-from cupy_headnorm import (
-    HeadNorm,
-    _dispatch,
-    _held,
-    _interop,
-    _kernels,
-    _once,
-    _rope_tables,
-    reference,
+from cupy_headnorm import HeadNorm, reference
+from cupy_headnorm._arrays import libraries
+from cupy_headnorm._calls import (
+    dispatch,
+    host,
 )
+from cupy_headnorm._calls import (
+    parameters as norm_parameters,
+)
+from cupy_headnorm._calls import (
+    tables as rope_tables,
+)
+from cupy_headnorm._cuda import compiler, environment, once
+from cupy_headnorm._plans import head_norm
 
 torch = pytest.importorskip("torch")
 slow = stand_in.slow
@@ -85,7 +89,7 @@ def struck(request):
 def compiled(slow, monkeypatch):
     """Let kernels be compiled, and list those that were launched; `compiled.during` runs then."""
     found = SimpleNamespace(during=lambda: None, count=0, launched=[])
-    launch_of, runner_of = _kernels.prepare, _kernels.runner
+    launch_of, runner_of = head_norm.prepare, head_norm.runner
 
     def compile_one(call):
         found.count += 1
@@ -96,11 +100,13 @@ def compiled(slow, monkeypatch):
         found.launched.append(launch)
         return runner_of(launch)
 
-    monkeypatch.setattr(_kernels, "_functions", {})
+    monkeypatch.setattr(compiler, "_functions", {})
     monkeypatch.setattr(
-        _kernels, "prepare", lambda call, *_: _kernels.loaded((call,), 0, lambda: compile_one(call))
+        head_norm,
+        "prepare",
+        lambda call, *_: compiler.loaded((call,), 0, lambda: compile_one(call)),
     )
-    monkeypatch.setattr(_kernels, "runner", runner)
+    monkeypatch.setattr(head_norm, "runner", runner)
     return found
 
 
@@ -108,7 +114,7 @@ def compiled(slow, monkeypatch):
 def uploads(slow, monkeypatch):
     """List weak references to what was uploaded; `uploads.during` runs while it is."""
     found = SimpleNamespace(during=lambda: None, alive=lambda: [r for r in refs if r() is not None])
-    refs, upload = [], _interop.upload
+    refs, upload = [], norm_parameters.upload
 
     def listing(array, index):
         view = upload(array, index)
@@ -116,7 +122,7 @@ def uploads(slow, monkeypatch):
         found.during()
         return view
 
-    monkeypatch.setattr(_interop, "upload", listing)
+    monkeypatch.setattr(norm_parameters, "upload", listing)
     return found
 
 
@@ -127,7 +133,7 @@ def test_a_call_while_a_kernel_is_compiled(shape, compiled, struck, rng):
     compiled.during, struck.work = struck.strike, lambda: norm(inner)
     np.testing.assert_array_equal(norm(x), expected(x, weight))
     np.testing.assert_array_equal(struck.results, [expected(inner, weight)])
-    kept = _kernels._functions.values()
+    kept = compiler._functions.values()
     assert compiled.count == 2
     assert len(kept) == (1 if x.shape == inner.shape else 2)
     # A kernel that is not kept is unloaded under whoever launches it.
@@ -163,13 +169,13 @@ def test_unloading_while_the_weight_is_uploaded(first, uploads, struck, rng):
 
 def test_unloading_between_an_upload_and_its_use(uploads, struck, monkeypatch, rng):
     weight, x = tensor(rng, 64), tensor(rng, 5, 4, 64)
-    norm, parameters = HeadNorm(weight), _held.parameters
+    norm, parameters = HeadNorm(weight), norm_parameters.parameters
 
     def later(*arguments):
         struck.strike()
         return parameters(*arguments)
 
-    monkeypatch.setattr(_held, "parameters", later)
+    monkeypatch.setattr(norm_parameters, "parameters", later)
     struck.work = norm.unload
     np.testing.assert_array_equal(norm(x), expected(x, weight))
     assert struck.results == [None]
@@ -203,7 +209,7 @@ def assert_same(found, right):
 @pytest.mark.parametrize("when", ["made", "remembered"])
 def test_while_tables(when, work, qk_device, struck, monkeypatch, rng):
     qk, call, right = qk_call(rng)
-    tables, made_once, saw = qk._tables, _rope_tables.made_once, _rope_tables.Tables.saw
+    tables, made_once, saw = qk._tables, once.made_once, rope_tables.Tables.saw
 
     def making(kept, key, make):
         def interrupted():
@@ -217,9 +223,9 @@ def test_while_tables(when, work, qk_device, struck, monkeypatch, rng):
         saw(*arguments)
 
     if when == "made":
-        monkeypatch.setattr(_rope_tables, "made_once", making)
+        monkeypatch.setattr(rope_tables, "made_once", making)
     else:
-        monkeypatch.setattr(_rope_tables.Tables, "saw", seeing)
+        monkeypatch.setattr(rope_tables.Tables, "saw", seeing)
     struck.work = call if work == "call" else qk.unload
     assert_same(call(), right)
     if work == "call":
@@ -267,7 +273,7 @@ def test_at_each_step_of_a_call(work, compiled, uploads, monkeypatch, rng):
 
     def begin():
         stand_in.forget_calls(monkeypatch)
-        _kernels._functions.clear()
+        compiler._functions.clear()
         norm, results = HeadNorm(weight), []
 
         def call():
@@ -297,8 +303,8 @@ def test_at_each_step_of_a_call(work, compiled, uploads, monkeypatch, rng):
 def test_at_each_step_of_a_call_in_several_threads(in_place, monkeypatch, rng):
     values = rng.standard_normal((64, 4, 64)).astype(np.float32)
     right = reference.rms_norm(values)
-    monkeypatch.setattr(reference, "_CHUNK_BYTES", 16384)
-    monkeypatch.setattr(reference, "_THREAD_CHUNKS", 1)
+    monkeypatch.setattr(host, "_CHUNK_BYTES", 16384)
+    monkeypatch.setattr(host, "_THREAD_CHUNKS", 1)
     monkeypatch.setattr(reference.os, "sched_getaffinity", lambda _: range(4))
 
     def begin():
@@ -355,7 +361,7 @@ def test_two_threads_whose_finalizers_want_what_the_other_makes(compiled, upload
 
 def test_calls_from_finalizers_of_forgotten_calls(slow, monkeypatch, rng):
     """A cache that starts over lets calls go, whose finalizers call and are remembered."""
-    norm, runner, results = HeadNorm(), _kernels.runner, []
+    norm, runner, results = HeadNorm(), head_norm.runner, []
     more = [tensor(rng, 2, heads, 64) for heads in range(20, 30)]
 
     def call_another():
@@ -368,15 +374,15 @@ def test_calls_from_finalizers_of_forgotten_calls(slow, monkeypatch, rng):
         weakref.finalize(found, call_another).atexit = False
         return found
 
-    monkeypatch.setattr(_kernels, "runner", watched)
-    monkeypatch.setattr(_dispatch, "_MAX_CALLS", 2)
+    monkeypatch.setattr(head_norm, "runner", watched)
+    monkeypatch.setattr(dispatch, "_MAX_CALLS", 2)
     for heads in range(1, 15):
         x = tensor(rng, 2, heads, 64)
         results.append((norm(x), x))
     assert not more
     for y, x in results:
         np.testing.assert_array_equal(y, expected(x))
-    assert max(map(len, (_dispatch._plans, _dispatch._thread.calls))) <= 3
+    assert max(map(len, (dispatch._plans, dispatch._thread.calls))) <= 3
 
 
 class Events:
@@ -405,8 +411,8 @@ class Events:
 @pytest.mark.parametrize("when", ["looked at", "let go"])
 def test_launches_while_earlier_ones_are(when, struck, monkeypatch):
     """What a producer's memory is kept by until its kernel has run."""
-    events, library = Events(), _interop._DLPack()
-    monkeypatch.setattr(_interop, "import_cupy", lambda: events)
+    events, library = Events(), libraries.DLPack()
+    monkeypatch.setattr(environment, "import_cupy", lambda: events)
     owners = [Victim() for _ in range(5)]
     alive = [weakref.ref(owner) for owner in owners]
 
@@ -472,7 +478,7 @@ def test_one_thread_makes_while_others_wait():
         return object()
 
     with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(_once.made_once, kept, "kernel", make) for _ in range(4)]
+        asked = [pool.submit(once.made_once, kept, "kernel", make) for _ in range(4)]
         assert started.wait(20)
         go.set()
         assert {id(one.result(20)) for one in asked} == {id(kept["kernel"])}

@@ -12,11 +12,12 @@ from cases import DEFAULT, random
 from tolerances import assert_alike
 
 import cupy_headnorm
-from cupy_headnorm import HeadNorm, LaunchConfig, layer_norm, models, rms_norm
-from cupy_headnorm._dtypes import BFLOAT16, FLOAT16, FLOAT32
-from cupy_headnorm._held import device_of
-from cupy_headnorm._layout import Device
-from cupy_headnorm._model_norms import ModelNorm
+from cupy_headnorm import HeadNorm, LaunchConfig, layer_norm, rms_norm
+from cupy_headnorm._arrays.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from cupy_headnorm._arrays.layout import Device
+from cupy_headnorm._calls.parameters import device_of
+from cupy_headnorm.checkpoint.reader import ModelNorm
+from cupy_headnorm.models import records
 
 
 @pytest.fixture
@@ -285,7 +286,7 @@ def of_model(weight, own_rounding, result, **overrides):
     described = ModelNorm(
         name="q_norm", tower="text", layer=0, role="q", weights=(), biases=(), kind="rms", eps=1e-6,
         weight_offset=0.0, rounding=own_rounding, result=result, num_heads=3, head_dim=64,
-        heads_axis=-2, shape=(64,), dtype="F32", rope=models.ModelRope(), notes=(),
+        heads_axis=-2, shape=(64,), dtype="F32", rope=records.ModelRope(), notes=(),
     )  # fmt: skip
     return HeadNorm._of_model(described, weight, None, **overrides)
 

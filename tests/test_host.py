@@ -28,8 +28,9 @@ from oracle import norm as oracle
 from tolerances import FLIPS_FEW, assert_close, mismatch
 
 import cupy_headnorm
-from cupy_headnorm import _dispatch, ops
-from cupy_headnorm._launch import LaunchConfig
+from cupy_headnorm import ops
+from cupy_headnorm._calls import dispatch
+from cupy_headnorm._plans.geometry import LaunchConfig
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -115,9 +116,9 @@ def test_infinities_and_nan_stay_in_their_row(spec, rng):
 
 
 def test_a_call_that_is_remembered_reaches_the_kernel_too(rng, monkeypatch):
-    slow, step_by_step = [], _dispatch.step_by_step
+    slow, step_by_step = [], dispatch.step_by_step
     monkeypatch.setattr(
-        _dispatch, "step_by_step", lambda *given: slow.append(given) or step_by_step(*given)
+        dispatch, "step_by_step", lambda *given: slow.append(given) or step_by_step(*given)
     )
     norm = kernel_of(host_build.QWEN3, ANY)
     weight, _ = parameters(norm._replace(axes=1), rng, (norm.spec.head_dim,))

@@ -8,7 +8,9 @@ from host_build import ANY, PARTS, WHOLE
 from host_cases import FAR, MANY, far_copy, reserved, running
 from tolerances import FLIPS_FEW, mismatch
 
-from cupy_headnorm import _interop, _parts_kernels, _parts_launch, _rope_tables
+from cupy_headnorm._arrays import find
+from cupy_headnorm._calls import tables as rope_tables
+from cupy_headnorm._plans import qk_norm_rope
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -40,9 +42,9 @@ def parts_of(kernel, rng):
 @pytest.mark.parametrize("heads_per_group", [1, 2, 4])
 @pytest.mark.parametrize("kernel", PARTS, ids=str)
 def test_parts_match_float64(kernel, heads_per_group, rng, monkeypatch):
-    plan = _parts_launch.plan
+    plan = qk_norm_rope.plan
     monkeypatch.setattr(
-        _parts_launch, "plan", lambda call: plan(call)._replace(heads_per_group=heads_per_group)
+        qk_norm_rope, "plan", lambda call: plan(call)._replace(heads_per_group=heads_per_group)
     )
     case, made, qk = parts_of(kernel, rng)
     parts, _, beside = made
@@ -98,13 +100,13 @@ def test_parts_may_have_a_weight_or_a_bias_alone(rng):
 def test_parts_of_another_number_of_tokens(kernel, rng, monkeypatch):
     """Derived from a call of 2 sequences: of one, and of one token."""
     case, (parts, _, beside), qk = parts_of(kernel, rng)
-    derived, over_tokens = [], _parts_kernels.over_tokens
+    derived, over_tokens = [], qk_norm_rope.over_tokens
 
     def listing(*arguments):
         derived.append(over_tokens(*arguments))
         return derived[-1]
 
-    monkeypatch.setattr(_parts_kernels, "over_tokens", listing)
+    monkeypatch.setattr(qk_norm_rope, "over_tokens", listing)
 
     def call(sequences, length):
         # Axes of what turns a part, from its end: positions have none of head_dim.
@@ -141,7 +143,7 @@ def test_no_token_after_some_is_no_launch(rng, monkeypatch):
         right = qk(*parts)
         outs = tuple(map(np.empty_like, right))
         qk(*parts, out=outs)
-        monkeypatch.setattr(_parts_kernels, "runner", None)
+        monkeypatch.setattr(qk_norm_rope, "runner", None)
         none = [part[:0] for part in parts]
         for out in (None, tuple(y[:0] for y in outs)):
             for y, expected in zip(qk(*none, out=out), right, strict=True):
@@ -195,18 +197,18 @@ def test_positions_outside_of_the_tables_are_clamped_and_read_nothing_else(rng):
 @pytest.mark.parametrize("kernel", PARTS, ids=str)
 def test_rows_may_lie_further_apart_than_32_bits_count(kernel, step, rng, monkeypatch):
     """Heads, tokens, positions, and cosines and sines, be they given or looked up."""
-    plan = _parts_launch.plan
+    plan = qk_norm_rope.plan
     # Then a group begins with the third head, and each walks from head to head.
-    monkeypatch.setattr(_parts_launch, "plan", lambda call: plan(call)._replace(heads_per_group=2))
+    monkeypatch.setattr(qk_norm_rope, "plan", lambda call: plan(call)._replace(heads_per_group=2))
     case = kernel.case._replace(tokens=2, heads=(4, 3))
     parts, norms, beside = case.made(rng, beyond=3)
     qk = qk_cases.qk_norm(case, norms)
     tables = [] if case.by is None else [t[:4] for t in qk.rope.tables(case.of_table.numpy)]
 
     def looked_up(*_):
-        return [_interop.view(table, "table") for table in tables]
+        return [find.view(table, "table") for table in tables]
 
-    monkeypatch.setattr(_rope_tables.Tables, "_beside", looked_up)
+    monkeypatch.setattr(rope_tables.Tables, "_beside", looked_up)
     with running(kernel):
         expected = qk(*parts, **beside)
         parts = tuple(far_copy(part, step) for part in parts)
@@ -225,9 +227,9 @@ def test_rows_may_lie_further_apart_than_32_bits_count(kernel, step, rng, monkey
 def test_more_groups_than_32_bits_count(rng, monkeypatch):
     """Two of each token, of which those of the last block run."""
     kernel = next(k for k in PARTS if k.case.head_dim == 10)
-    case, plan, planned = kernel.case._replace(heads=(1, 1), tokens=100), _parts_launch.plan, []
+    case, plan, planned = kernel.case._replace(heads=(1, 1), tokens=100), qk_norm_rope.plan, []
     monkeypatch.setattr(
-        _parts_launch, "plan", lambda call: planned.append(plan(call)) or planned[-1]
+        qk_norm_rope, "plan", lambda call: planned.append(plan(call)) or planned[-1]
     )
     parts, norms, beside = case.made(rng)
     parts = [part[0] for part in parts]
@@ -243,7 +245,7 @@ def test_more_groups_than_32_bits_count(rng, monkeypatch):
     last = (2 * MANY - 1) // groups_per_block
     with running(kernel, blocks=[last]):
         qk(*many, **beside, out=tuple(many))
-    assert planned[-1].axes == _parts_launch.AXES[-1], "kernels of fewer count in 32 bits"
+    assert planned[-1].axes == qk_norm_rope.AXES[-1], "kernels of fewer count in 32 bits"
     done = MANY - last * groups_per_block // 2
     for x, y, before in zip(many, expected, parts, strict=True):
         assert x[-done:].tobytes() == y[-done:].tobytes()

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from tolerances import FLIPS_FEW, mismatch
 
-from cupy_headnorm import _model_norms
+from cupy_headnorm.checkpoint import survey
+from cupy_headnorm.integrations import transformers as transformers_module
+from cupy_headnorm.integrations.transformers import use_head_norms
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -20,9 +22,6 @@ transformers = pytest.importorskip("transformers")
 import families  # noqa: E402  these import torch
 import swaps  # noqa: E402
 from swaps import norms  # noqa: E402
-
-from cupy_headnorm.integrations import transformers as integration  # noqa: E402
-from cupy_headnorm.integrations.transformers import use_head_norms  # noqa: E402
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 HIDDEN, HEADS, KV_HEADS, DIM, VOCABULARY = 64, 4, 2, 16, 97
@@ -115,7 +114,7 @@ def norm_of(model):
 
 def assert_plain(model):
     for module in model.modules():
-        assert not vars(module).keys() & {*integration._METHODS}
+        assert not vars(module).keys() & {*transformers_module._METHODS}
 
 
 def unanswered(reason=""):
@@ -164,7 +163,7 @@ def test_a_norm_inside_of_a_model_rounds_alike(family, dtype, device):
 
 def altered(monkeypatch, **changes):
     """Let the registry say something wrong."""
-    find = _model_norms.find
+    find = survey.find
 
     def wrong(*arguments):
         found = find(*arguments)
@@ -175,7 +174,7 @@ def altered(monkeypatch, **changes):
             )
         )
 
-    monkeypatch.setattr(_model_norms, "find", wrong)
+    monkeypatch.setattr(survey, "find", wrong)
 
 
 NOT_SWAPPED = {
@@ -210,7 +209,7 @@ def other_kind(norm):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bound_tells_a_wrong_norm(family, monkeypatch):
     altered(monkeypatch, kind=other_kind)
-    monkeypatch.setattr(integration, "_check_agrees", lambda *_: None)
+    monkeypatch.setattr(transformers_module, "_check_agrees", lambda *_: None)
     model = model_of(family)
     expected = logits(model)
     bound = rounding_of(model)
@@ -248,11 +247,11 @@ def test_a_module_whose_forward_fails_is_not_swapped(monkeypatch):
 
 def test_a_module_is_found_without_its_prefix():
     modules = dict.fromkeys(("a.layers.0.q_norm", "a.layers.0.k_norm", "b.layers.0.k_norm"))
-    assert integration._path("a.layers.0.k_norm", modules) == "a.layers.0.k_norm"
-    assert integration._path("layers.0.q_norm", modules) == "a.layers.0.q_norm"
+    assert transformers_module._path("a.layers.0.k_norm", modules) == "a.layers.0.k_norm"
+    assert transformers_module._path("layers.0.q_norm", modules) == "a.layers.0.q_norm"
     for name, number in (("layers.0.k_norm", 2), ("layers.1.k_norm", 0)):
         with pytest.raises(ValueError, match=f"the model has {number} modules {name}; needs one"):
-            integration._path(name, modules)
+            transformers_module._path(name, modules)
 
 
 def test_a_patched_module_is_not_swapped(monkeypatch):

@@ -14,9 +14,13 @@ from libraries import StrictLibrary
 from tolerances import assert_alike
 
 import cupy_headnorm
-from cupy_headnorm import HeadNorm, QKNorm, _arrays, _dlpack, _interop, rms_norm
-from cupy_headnorm._dtypes import FLOAT32
-from cupy_headnorm._layout import is_dense
+from cupy_headnorm import HeadNorm, QKNorm, rms_norm
+from cupy_headnorm._arrays import dlpack, find, views
+from cupy_headnorm._arrays.dtypes import FLOAT32
+from cupy_headnorm._arrays.layout import is_dense
+from cupy_headnorm._calls import parameters
+from cupy_headnorm._cuda import driver, environment
+from cupy_headnorm._cuda import memory as cuda_memory
 
 
 def test_result_is_the_producers(any_library, rng):
@@ -31,7 +35,7 @@ def test_view_is_the_same_memory(any_library, dtype):
     if any_library.name == "strict" and dtype.name in ("bfloat16", "float16"):
         pytest.skip("not in the array API standard: the library has no such arrays")
     x = any_library.array(np.ones((5, 3, 64), dtype.numpy))
-    view = _interop.view(x, "x")
+    view = find.view(x, "x")
     assert view.pointer == any_library.pointer(x)
     assert view.layout.shape == (5, 3, 64)
     size = dtype.itemsize
@@ -132,17 +136,17 @@ def test_out_of_an_unknown_producer_is_refused():
 
 
 def test_memory_of_other_devices_is_refused():
-    raw = _dlpack.Tensor(64, (3, 64), (64, 1), (2, 32, 1), (10, 0), False)
+    raw = dlpack.Tensor(64, (3, 64), (64, 1), (2, 32, 1), (10, 0), False)
     with pytest.raises(TypeError, match="x is in ROCm memory; needs host or CUDA memory"):
-        _arrays.view_of(raw, FLOAT32, "x", None, _interop._DLPACK)
+        views.view_of(raw, FLOAT32, "x", None, find._DLPACK)
     for kind, name in ((8, "Metal"), (14, "oneAPI"), (99, "DLPack device type 99")):
         with pytest.raises(TypeError, match=f"x is in {name} memory"):
-            _arrays.view_of(raw._replace(device=(kind, 0)), FLOAT32, "x", None, _interop._DLPACK)
+            views.view_of(raw._replace(device=(kind, 0)), FLOAT32, "x", None, find._DLPACK)
     for kind, name in ((13, "cuda"), (3, "cpu")):  # managed and pinned memory
-        view = _arrays.view_of(raw._replace(device=(kind, 0)), FLOAT32, "x", None, None)
+        view = views.view_of(raw._replace(device=(kind, 0)), FLOAT32, "x", None, None)
         assert view.layout.device.kind == name
     with pytest.raises(TypeError, match="x has 192 elements at a null pointer; needs memory"):
-        _arrays.view_of(raw._replace(pointer=0, device=(2, 0)), FLOAT32, "x", None, None)
+        views.view_of(raw._replace(pointer=0, device=(2, 0)), FLOAT32, "x", None, None)
 
 
 def test_cupy_for_rocm_is_refused(monkeypatch):
@@ -153,7 +157,7 @@ def test_cupy_for_rocm_is_refused(monkeypatch):
     cupy = SimpleNamespace(ndarray=Array, cuda=SimpleNamespace(runtime=runtime))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     with pytest.raises(TypeError, match="x is a CuPy array of a ROCm build; needs CuPy for CUDA"):
-        _interop.library_of(Array(), "x")
+        find.library_of(Array(), "x")
 
 
 def test_dtypes_that_only_dlpack_names():
@@ -164,16 +168,16 @@ def test_dtypes_that_only_dlpack_names():
 
 def test_capsules_of_a_later_dlpack_are_refused():
     capsule = np.ones(3).__dlpack__(max_version=(1, 0))
-    address = _dlpack._pointer_of(capsule, b"dltensor_versioned")
-    _dlpack._Versioned.from_address(address).version.major = 2
+    address = dlpack._pointer_of(capsule, b"dltensor_versioned")
+    dlpack._Versioned.from_address(address).version.major = 2
     with pytest.raises(TypeError, match="DLPack capsule of version 2; needs 1"):
-        _dlpack.read_capsule(capsule)
-    _dlpack._Versioned.from_address(address).version.major = 1  # for whoever frees it
+        dlpack.read_capsule(capsule)
+    dlpack._Versioned.from_address(address).version.major = 1  # for whoever frees it
 
 
 def test_the_exchange_api_of_our_version_is_found():
     """Tables are chained, the newest first."""
-    ours, newer = _dlpack._ExchangeTable(), _dlpack._ExchangeTable()
+    ours, newer = dlpack._ExchangeTable(), dlpack._ExchangeTable()
     ours.version.major, newer.version.major = 1, 2
     ours.dltensor_from_py_object_no_sync = ours.current_work_stream = 64  # not called
     newer.prev_api = ctypes.addressof(ours)
@@ -184,27 +188,27 @@ def test_the_exchange_api_of_our_version_is_found():
 
     def api(table):
         capsule = make(ctypes.addressof(table), name, None)
-        return _dlpack.exchange_api(type("Tensor", (), {"__dlpack_c_exchange_api__": capsule}))
+        return dlpack.exchange_api(type("Tensor", (), {"__dlpack_c_exchange_api__": capsule}))
 
-    assert isinstance(api(newer), _dlpack.ExchangeApi)
+    assert isinstance(api(newer), dlpack.ExchangeApi)
     newer.prev_api = None
     assert api(newer) is None
-    assert _dlpack.exchange_api(int) is None
+    assert dlpack.exchange_api(int) is None
 
 
 def test_libraries_without_a_glance_say_so():
     """None sends a call to `view`; the address of a result is what `view` finds."""
     x = np.ones((3, 64), np.float32)
-    library = _interop.library_of(x, "x")
+    library = find.library_of(x, "x")
     assert library.glance(x) is None
     assert library.address(x) == x.ctypes.data
 
 
 def test_capsules_without_strides_are_compact():
-    raw = _dlpack.DLTensor()
+    raw = dlpack.DLTensor()
     shape = (ctypes.c_int64 * 3)(2, 3, 4)
     raw.ndim, raw.shape, raw.data, raw.byte_offset = 3, shape, 64, 8
-    tensor = _dlpack._read(raw, read_only=False)
+    tensor = dlpack._read(raw, read_only=False)
     assert tensor.strides == (12, 4, 1)
     assert tensor.pointer == 72
 
@@ -213,7 +217,7 @@ def test_a_consumed_capsule_is_refused():
     capsule = np.ones(3).__dlpack__()
     np.from_dlpack(_Once(capsule))
     with pytest.raises(TypeError, match="used_dltensor.*needs an unconsumed DLPack capsule"):
-        _dlpack.read_capsule(capsule)
+        dlpack.read_capsule(capsule)
 
 
 @pytest.mark.parametrize("returned", [None, 3, "dltensor", np.ones(3), object])
@@ -319,7 +323,7 @@ def test_import_error_of_cupy_says_what_to_install(monkeypatch):
         cupy_headnorm.GPUUnavailableError,
         match=r"CuPy is not usable .*; needs: pip install -e .*\[cuda1[23]\]",
     ):
-        _interop.import_cupy()
+        environment.import_cupy()
     assert "pip install" in cupy_headnorm.environment().remedy
 
 
@@ -357,9 +361,11 @@ def test_pieces_are_copied_one_by_one(monkeypatch):
         UnownedMemory=lambda address, size, owner, index: (owner, size),
         MemoryPointer=lambda memory, offset: memory,
     )
-    monkeypatch.setattr(_interop, "import_cupy", lambda: SimpleNamespace(ndarray=Array, cuda=cuda))
-    monkeypatch.setattr(_interop, "side_stream", Stream)
-    monkeypatch.setattr(_interop, "view", lambda array, role: array.values)
+    monkeypatch.setattr(
+        environment, "import_cupy", lambda: SimpleNamespace(ndarray=Array, cuda=cuda)
+    )
+    monkeypatch.setattr(cuda_memory, "side_stream", Stream)
+    monkeypatch.setattr(find, "view", lambda array, role: array.values)
     entered = []
 
     @contextlib.contextmanager
@@ -368,7 +374,7 @@ def test_pieces_are_copied_one_by_one(monkeypatch):
         yield
         entered.append(False)
 
-    monkeypatch.setattr(_interop._driver, "beside_captures", beside_captures)
+    monkeypatch.setattr(driver, "beside_captures", beside_captures)
     memory = np.empty((2, 3, 4), np.float32)
 
     def pieces():
@@ -378,9 +384,9 @@ def test_pieces_are_copied_one_by_one(monkeypatch):
             memory[...] = start
             yield start, *memory[:, : 7 - start]
 
-    for found in _interop.upload_pieces((7, 4), np.dtype(np.float32), pieces(), 0):
+    for found in parameters.upload_pieces((7, 4), np.dtype(np.float32), pieces(), 0):
         assert found.tolist() == [[float(row // 3 * 3)] * 4 for row in range(7)]
     assert taken[:2] == [7 * 4 * 4] * 2
-    assert np.array_equal(_interop.upload(np.arange(5.0), 0), np.arange(5.0))
+    assert np.array_equal(parameters.upload(np.arange(5.0), 0), np.arange(5.0))
     assert taken[2:] == [40]
     assert not entered[-1]

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 from cases import covering_specs
 
-from cupy_headnorm import _dtypes, _kernels, _launch, _parts, _parts_kernels, _parts_launch
-from cupy_headnorm._launch import DeviceLimits, LaunchConfig
-from cupy_headnorm._layout import Device, Layout
-from cupy_headnorm._spec import NormCall, NormSpec, RowAxis, options
-from cupy_headnorm._turning import Turning
+from cupy_headnorm._arrays import dtypes
+from cupy_headnorm._arrays.layout import Device, Layout
+from cupy_headnorm._cuda import compiler
+from cupy_headnorm._cuda.compiler import DeviceLimits
+from cupy_headnorm._plans import geometry, head_norm, qk_norm_rope
+from cupy_headnorm._plans.geometry import LaunchConfig
+from cupy_headnorm._rules import parts as part_rules
+from cupy_headnorm._rules.norm import NormCall, NormSpec, RowAxis
+from cupy_headnorm._rules.options import options
+from cupy_headnorm._rules.rotary import Turning
 
 HEAD_DIMS = [*range(1, 300), 320, 384, 511, 512, 513, 576, 640, 768, 1000, 1001, 1024, 1025, 1536]
 HEAD_DIMS += [2047, 2048, 4095, 4096, 4099, 8192, 16384, 20000, 65536, 100003, 10_000_001]
@@ -24,7 +29,7 @@ def call(head_dim, dtype, rows=1000, alignments=(16, 16, 16, 16), axes=None, wei
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_plan_covers_the_row_and_the_rows(head_dim, dtype):
     for rows in (1, 2, 31, 32, 33, 4096, 10**6):
-        config = _launch.plan(call(head_dim, dtype, rows))
+        config = head_norm.plan(call(head_dim, dtype, rows))
         elements = config.vector_bytes // dtype.itemsize
         assert head_dim % elements == 0, "a vector lies wholly inside or outside the row"
         assert config.vector_bytes <= 16
@@ -43,7 +48,7 @@ def test_plan_covers_the_row_and_the_rows(head_dim, dtype):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_order_of_additions_depends_on_dtype_and_head_dim_alone(head_dim, dtype):
     configs = [
-        _launch.plan(call(head_dim, dtype, rows, alignments))
+        head_norm.plan(call(head_dim, dtype, rows, alignments))
         for rows in (1, 7, 10**6)
         for alignments in ((16, 16, 16, 16), (dtype.itemsize, 16, 16, 16), (16, 8, 8, 8))
     ]
@@ -52,10 +57,10 @@ def test_order_of_additions_depends_on_dtype_and_head_dim_alone(head_dim, dtype)
 
 def test_rows_of_1_kib_and_less_share_a_block_and_longer_ones_get_one():
     for head_dim in (64, 128, 256, 512):
-        config = _launch.plan(call(head_dim, _dtypes.BFLOAT16, 10**6))
+        config = head_norm.plan(call(head_dim, dtypes.BFLOAT16, 10**6))
         assert config.rows_per_block > 1
     for head_dim in (513, 1024, 4096):
-        config = _launch.plan(call(head_dim, _dtypes.BFLOAT16, 10**6))
+        config = head_norm.plan(call(head_dim, dtypes.BFLOAT16, 10**6))
         assert config.rows_per_block == 1
         assert config.lanes >= 64
 
@@ -63,47 +68,47 @@ def test_rows_of_1_kib_and_less_share_a_block_and_longer_ones_get_one():
 def test_every_number_of_rows_has_one_geometry():
     """Or a call over another number of tokens could not be derived from one that is planned."""
     for head_dim in (64, 128, 4096):
-        few, many = (_launch.plan(call(head_dim, _dtypes.BFLOAT16, n)) for n in (1, 10**6))
+        few, many = (head_norm.plan(call(head_dim, dtypes.BFLOAT16, n)) for n in (1, 10**6))
         assert few == many
 
 
 @pytest.mark.parametrize("alignment", [2, 4, 8, 16])
 def test_access_is_as_wide_as_the_alignment(alignment):
-    config = _launch.plan(call(128, _dtypes.FLOAT16, alignments=(16, alignment, 16, 16)))
+    config = head_norm.plan(call(128, dtypes.FLOAT16, alignments=(16, alignment, 16, 16)))
     assert config.access_bytes == alignment
     assert config.vector_bytes == 16
 
 
 @pytest.mark.parametrize(("alignment", "elements"), [(16, 8), (8, 1)])
 def test_a_parameter_is_read_as_wide_as_its_own_alignment(alignment, elements):
-    wide = call(128, _dtypes.FLOAT16, alignments=(16, 16, alignment, 16), weight=_dtypes.FLOAT64)
-    config = _launch.plan(wide)
+    wide = call(128, dtypes.FLOAT16, alignments=(16, 16, alignment, 16), weight=dtypes.FLOAT64)
+    config = head_norm.plan(wide)
     assert config.access_bytes == 16
-    assert _launch.memory(wide, config).parameter_access == elements
+    assert head_norm.memory_of(wide, config).parameter_access == elements
 
 
 def test_many_rows_on_several_axes_take_the_kernel_that_counts_in_64_bits():
     few = (RowAxis(10, 64, 64, 0, 0), RowAxis(10, 6, 6, 0, 0))
     for axes, rows, room in ((few[:1], 2**31, 1), (few, 2**31 - 1, 3), (few, 2**31, 8)):
-        many = call(1, _dtypes.FLOAT16, rows, axes=axes)
-        assert _launch.memory(many, _launch.plan(many)).axes == room
+        many = call(1, dtypes.FLOAT16, rows, axes=axes)
+        assert head_norm.memory_of(many, head_norm.plan(many)).axes == room
 
 
 def test_memory_not_aligned_to_its_elements_is_refused():
     with pytest.raises(ValueError, match="x has rows aligned to 2 bytes; needs 4, the size of its"):
-        _launch.plan(call(128, _dtypes.FLOAT32, alignments=(2, 16, 16, 16)))
+        head_norm.plan(call(128, dtypes.FLOAT32, alignments=(2, 16, 16, 16)))
 
 
 def test_too_many_axes_are_refused():
     axes = tuple(RowAxis(2, 10**i, 10**i, 0, 0) for i in range(9))
     with pytest.raises(ValueError, match="9 axes that no common stride joins; needs 8 at most"):
-        _launch.plan(call(128, _dtypes.FLOAT32, 512, axes=axes))
+        head_norm.plan(call(128, dtypes.FLOAT32, 512, axes=axes))
 
 
 def test_too_many_blocks_are_refused():
     rows = 2**31
     with pytest.raises(ValueError, match="2147483648 blocks; needs 2147483647 at most"):
-        _launch.plan(call(4096, _dtypes.FLOAT32, rows))
+        head_norm.plan(call(4096, dtypes.FLOAT32, rows))
 
 
 GOOD = LaunchConfig(16, 16, 1, 8, 16)
@@ -127,30 +132,30 @@ GOOD = LaunchConfig(16, 16, 1, 8, 16)
     ],
 )
 def test_a_config_of_ones_own_is_checked(change, message):
-    spec = NormSpec("rms", _dtypes.FLOAT16, None, None, 128, "once")
-    _launch.check_config(GOOD, spec, DeviceLimits())
+    spec = NormSpec("rms", dtypes.FLOAT16, None, None, 128, "once")
+    head_norm.check_config(GOOD, spec, DeviceLimits())
     config = LaunchConfig(**{**GOOD.__dict__, **change})
     with pytest.raises(ValueError, match=message):
-        _launch.check_config(config, spec, DeviceLimits())
+        head_norm.check_config(config, spec, DeviceLimits())
 
 
 def test_a_config_of_ones_own_is_held_to_the_memory():
-    misaligned = call(128, _dtypes.FLOAT16, alignments=(2, 16, 16, 16))
+    misaligned = call(128, dtypes.FLOAT16, alignments=(2, 16, 16, 16))
     with pytest.raises(ValueError, match=r"access_bytes is 16; needs 2 at most for rows aligned"):
-        _launch.check_call(misaligned, GOOD)
-    _launch.check_call(misaligned, LaunchConfig(16, 16, 1, 8, 2))
+        head_norm.check_call(misaligned, GOOD)
+    head_norm.check_call(misaligned, LaunchConfig(16, 16, 1, 8, 2))
 
 
 def test_a_row_too_long_to_count_in_32_bits_is_refused():
     with pytest.raises(ValueError, match="head_dim is 2147483647; needs 2147352576 at most"):
-        _launch.plan(call(2**31 - 1, _dtypes.FLOAT16, 1))
+        head_norm.plan(call(2**31 - 1, dtypes.FLOAT16, 1))
 
 
 def test_division_by_multiplication_is_exact(rng):
     divisors = [*range(1, 66), 127, 128, 1000, 2**16 - 1, 2**16, 2**16 + 1, 2**30 + 1, 2**31 - 1]
     divisors += [int(d) for d in rng.integers(1, 2**31, 100)]
     for divisor in divisors:
-        multiplier, shift = _launch.division(divisor)
+        multiplier, shift = geometry.division(divisor)
         near = np.arange(-2, 3) + np.arange(1, 20)[:, None] * divisor
         numbers = np.concatenate(
             [near.reshape(-1), rng.integers(0, 2**31, 1000), [0, 1, 2**31 - 1]]
@@ -165,48 +170,48 @@ def test_division_by_multiplication_is_exact(rng):
 @pytest.mark.parametrize("size", [1, 3, 2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1, 2**31])
 def test_every_length_of_31_bits_has_a_multiplier(size):
     """Kernels of few axes divide by nothing else, those of more in 64 bits."""
-    rows = call(1, _dtypes.FLOAT16, size, axes=(RowAxis(size, 64, 64, 0, 0),))
-    part = Layout((size, 1, 2), (64, 4, 2), _dtypes.FLOAT16, Device("cuda", 0), 4)
-    parts, norm = dict.fromkeys("qk", part), _parts.PartNorm(options("rms"), None, None)
-    tokens = _parts.describe(dict.fromkeys("qk", norm), parts, parts, None, -2)
+    rows = call(1, dtypes.FLOAT16, size, axes=(RowAxis(size, 64, 64, 0, 0),))
+    part = Layout((size, 1, 2), (64, 4, 2), dtypes.FLOAT16, Device("cuda", 0), 4)
+    parts, norm = dict.fromkeys("qk", part), part_rules.PartNorm(options("rms"), None, None)
+    tokens = part_rules.describe(dict.fromkeys("qk", norm), parts, parts, None, -2)
     for params in (
-        _kernels._params(rows, _launch.plan(rows), 3),
-        _parts_kernels._params(tokens, _parts_launch.plan(tokens)),
+        head_norm._params(rows, head_norm.plan(rows), 3),
+        qk_norm_rope._params(tokens, qk_norm_rope.plan(tokens)),
     ):
         axis = params.axis[len(params.axis) - 1]
         assert axis.size == size
-        divider = _launch.division(size) if size < 2**31 else (0, 0)
+        divider = geometry.division(size) if size < 2**31 else (0, 0)
         assert (axis.multiplier, axis.shift) == divider
 
 
 def parts_call(tokens, *, turned):
     """32 and 8 heads of 128."""
-    x, table, rows = _dtypes.BFLOAT16, _dtypes.FLOAT32, _dtypes.INT64
+    x, table, rows = dtypes.BFLOAT16, dtypes.FLOAT32, dtypes.INT64
     device = Device("cuda", 0)
     layouts = {
         name: Layout((tokens, heads, 128), (heads * 256, 256, 2), x, device, 16)
         for name, heads in (("q", 32), ("k", 8))
     }
-    norm, turning = _parts.PartNorm(options("rms"), None, None), None
+    norm, turning = part_rules.PartNorm(options("rms"), None, None), None
     if turned:
         tables = [Layout((100, 64), (256, 4), table, device, 16)] * 2
         positions = Layout((tokens,), (8,), rows, device, 16)
         turning = Turning("half", False, 128, True, (), False, (True, True), *tables, positions)
-    return _parts.describe(dict.fromkeys("qk", norm), layouts, layouts, turning, -2)
+    return part_rules.describe(dict.fromkeys("qk", norm), layouts, layouts, turning, -2)
 
 
 @pytest.mark.parametrize("turned", [True, False], ids=["by positions", "not turned"])
 @pytest.mark.parametrize("before", [2, 2500, 2600, 2**26])
 def test_a_launch_over_other_tokens_is_the_one_that_is_planned(before, turned, monkeypatch):
     """Or there is none, where a plan has another kernel, another geometry, or an error."""
-    monkeypatch.setattr(_kernels, "loaded", lambda *_: SimpleNamespace(ptr=1))
+    monkeypatch.setattr(compiler, "loaded", lambda *_: SimpleNamespace(ptr=1))
 
     def planned_over(tokens):
-        return _parts_kernels.prepare(parts_call(tokens, turned=turned), index=0, stream=0)
+        return qk_norm_rope.prepare(parts_call(tokens, turned=turned), index=0, stream=0)
 
     known, derived = planned_over(before), []
     for after in (2, 3, 2500, 2534, 2535, 2600, 2**20, 2**26, 2**28, 2**34, 2**36):
-        found = _parts_kernels.over_tokens(known, before, after)
+        found = qk_norm_rope.over_tokens(known, before, after)
         try:
             planned = planned_over(after)
         except ValueError:

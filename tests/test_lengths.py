@@ -13,7 +13,8 @@ import pytest
 import qk_stand_in
 import stand_in
 
-from cupy_headnorm import HeadNorm, QKNorm, Rope, _dispatch, _qk_known
+from cupy_headnorm import HeadNorm, QKNorm, Rope
+from cupy_headnorm._calls import dispatch, qk_known
 
 torch = pytest.importorskip("torch")
 slow = stand_in.slow
@@ -26,7 +27,7 @@ def derived(monkeypatch, slow):
     """Stand in for the GPU, of QKNorm too, and list the calls that are derived."""
     found = []
     qk_stand_in.take_for_kernel(monkeypatch)
-    for module in (_dispatch, _qk_known):
+    for module in (dispatch, qk_known):
         derive = module._of_other_length
 
         def listing(*arguments, derive=derive):
@@ -133,7 +134,7 @@ def outcome(call, arrays):
 def same_as_alone(call, arrays, monkeypatch):
     found = outcome(call, arrays)
     with monkeypatch.context() as patch:
-        for module in (_dispatch, _qk_known):
+        for module in (dispatch, qk_known):
             patch.setattr(module, "_thread", module._Thread())
         alone = outcome(call, arrays)
     assert found == alone

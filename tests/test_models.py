@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from norms_in_source import norms_in
 
-from cupy_headnorm import _spec
-from cupy_headnorm.models import BY_MODEL_TYPE, FAMILIES, Role
+from cupy_headnorm._rules import options
+from cupy_headnorm.models import BY_MODEL_TYPE, FAMILIES
+from cupy_headnorm.models.records import Role
 
 ROLES = [(family, role) for family in FAMILIES for role in family.roles]
 
@@ -35,8 +36,8 @@ def test_rows_hold_known_words():
         assert role.stems
         assert all(stem and not stem.startswith(".") and stem[-1] != "." for stem in role.stems)
         assert len(set(role.stems)) == len(role.stems)
-        assert role.rounding in _spec.ROUNDINGS
-        assert role.kind in _spec.DEFAULT_EPS
+        assert role.rounding in options.ROUNDINGS
+        assert role.kind in options.DEFAULT_EPS
         assert role.weight in ("shared", "per head", "list", "flat", "full", "none")
         assert role.result in ("x", "promoted", "weight")
         assert role.heads_axis in (-2, -3)

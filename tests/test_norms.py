@@ -26,7 +26,7 @@ from tolerances import (
 )
 
 import cupy_headnorm
-from cupy_headnorm import _dtypes
+from cupy_headnorm._arrays import dtypes
 
 
 def run(library, case, x, weight, bias, **more):
@@ -51,7 +51,7 @@ def test_norm_matches_float64(library, case, rng):
 def test_any_head_dim(library, kind, head_dim, rng):
     tokens = 5 if head_dim < 20000 else 1
     check(library, Case(kind=kind, head_dim=head_dim, tokens=tokens), rng)
-    check(library, Case(kind, _dtypes.FLOAT32, head_dim=head_dim, tokens=tokens), rng)
+    check(library, Case(kind, dtypes.FLOAT32, head_dim=head_dim, tokens=tokens), rng)
 
 
 @pytest.mark.parametrize("spec", covering_specs(), ids=lambda spec: spec.name)
@@ -71,7 +71,7 @@ def test_every_pair_of_choices(library, spec, rng):
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-@pytest.mark.parametrize("x", [_dtypes.FLOAT16, _dtypes.BFLOAT16], ids=str)
+@pytest.mark.parametrize("x", [dtypes.FLOAT16, dtypes.BFLOAT16], ids=str)
 @pytest.mark.parametrize("rounding", ["once", "before_weight", "every_op"])
 def test_rounding_is_the_one_asked_for(library, kind, x, rounding, rng):
     case = Case(kind, x, x, x, head_dim=128, tokens=FLIPS_NEED // 128 // 4, num_heads=4)
@@ -85,7 +85,7 @@ def test_rounding_is_the_one_asked_for(library, kind, x, rounding, rng):
         assert mismatch(y, wrong.astype(x.numpy)) > TELLING
 
 
-@pytest.mark.parametrize("x", [_dtypes.FLOAT16, _dtypes.BFLOAT16], ids=str)
+@pytest.mark.parametrize("x", [dtypes.FLOAT16, dtypes.BFLOAT16], ids=str)
 def test_rounding_of_the_inverse_root(library, x, rng):
     case = Case("rms", x, None, head_dim=128, tokens=FLIPS_NEED // 128 // 4, num_heads=4)
     values, *_ = case.arrays(rng)
@@ -101,7 +101,7 @@ def test_rounding_of_the_inverse_root(library, x, rng):
 def test_any_strides(library, layout, kind, rng, dtype):
     layout = layout.of(library)
     x = library.lay(library.array(random(rng, layout.elements, dtype)), layout)
-    weight, bias = random(rng, (3, 64), _dtypes.FLOAT32), random(rng, (3, 64), dtype)
+    weight, bias = random(rng, (3, 64), dtypes.FLOAT32), random(rng, (3, 64), dtype)
     y = function(kind)(x, library.array(weight), library.array(bias), heads_axis=layout.heads_axis)
     assert y.shape == x.shape
     host_x, host_weight = expected_layout(layout, library.host(x), weight)
@@ -241,7 +241,7 @@ def test_offset_is_formed_in_float32(library, rng):
 
 def test_bias_is_added_before_the_rounding(library, rng):
     """Rounding first and adding after changes 29 % of the outputs: fault 9 of test_contract.py."""
-    case = Case("layer", bias=_dtypes.BFLOAT16, tokens=FLIPS_NEED // 128 // 3 + 1, eps=1e-5)
+    case = Case("layer", bias=dtypes.BFLOAT16, tokens=FLIPS_NEED // 128 // 3 + 1, eps=1e-5)
     x, weight, bias = case.arrays(rng)
     y = run(library, case, x, weight, bias)
     exact, *_ = oracle("layer", x, weight, bias, eps=1e-5)

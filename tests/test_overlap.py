@@ -5,12 +5,19 @@ import itertools
 import numpy as np
 import pytest
 
-from cupy_headnorm import _dtypes
-from cupy_headnorm._layout import CPU, Layout, alignment_of, as_numpy, overlap, overlaps_itself
+from cupy_headnorm._arrays import dtypes
+from cupy_headnorm._arrays.layout import (
+    CPU,
+    Layout,
+    alignment_of,
+    as_numpy,
+    overlap,
+    overlaps_itself,
+)
 
 
 def layout(shape, strides):
-    return Layout(shape, tuple(2 * s for s in strides), _dtypes.FLOAT16, CPU, 2)
+    return Layout(shape, tuple(2 * s for s in strides), dtypes.FLOAT16, CPU, 2)
 
 
 def addresses(pointer, of):
@@ -71,7 +78,7 @@ def test_as_numpy_is_the_same_memory(dtype):
 def test_overlap_is_decided_in_bounded_work():
     """Strides made to be hard are refused rather than searched for."""
     strides = tuple(2 * (10**9 + step) for step in np.random.default_rng(0).integers(0, 10**8, 8))
-    hard = Layout((11,) * 8, strides, _dtypes.FLOAT16, CPU, 2)
+    hard = Layout((11,) * 8, strides, dtypes.FLOAT16, CPU, 2)
     array = as_numpy(1 << 62, hard, None, writeable=False)
     with pytest.raises(np.exceptions.TooHardError):
         np.shares_memory(array[:1], array[1:], max_work=10_000)

@@ -25,7 +25,8 @@ import families  # noqa: E402  they import torch
 import parity  # noqa: E402
 
 from cupy_headnorm import HeadNorm, cli  # noqa: E402
-from cupy_headnorm.checkpoint import CheckpointError, read_tensor  # noqa: E402
+from cupy_headnorm.checkpoint import CheckpointError  # noqa: E402
+from cupy_headnorm.checkpoint.tensors import read_tensor  # noqa: E402
 from cupy_headnorm.pretrained import head_norms  # noqa: E402
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -9,8 +9,9 @@ import pytest
 import safetensors
 from safetensors.numpy import save_file
 
-from cupy_headnorm import CheckpointError, HeadNorm, QKNorm, _model_norms, checkpoint
-from cupy_headnorm._model_norms import UnknownModelError
+from cupy_headnorm import CheckpointError, HeadNorm, QKNorm
+from cupy_headnorm.checkpoint import files, survey
+from cupy_headnorm.checkpoint.survey import UnknownModelError
 from cupy_headnorm.models import BY_MODEL_TYPE
 from cupy_headnorm.pretrained import head_norms
 
@@ -56,8 +57,8 @@ def norms_of_heads(heads, key="model.layers.0.self_attn.q_layernorm", dim=8):
 def model(tmp_path):
     """Write a model's folder: `model(config, tensors)`."""
 
-    def write(config, tensors, name=checkpoint.SINGLE):
-        (tmp_path / checkpoint.CONFIG).write_text(json.dumps(config))
+    def write(config, tensors, name=files.SINGLE):
+        (tmp_path / files.CONFIG).write_text(json.dumps(config))
         save_file(tensors, tmp_path / name, metadata={"format": "pt"})
         return tmp_path
 
@@ -68,7 +69,7 @@ def described(config, tensors):
     """Find the norms of tensors that are there by name only."""
     names = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.int8): "I8"}
     headers = {name: (names[array.dtype], array.shape) for name, array in tensors.items()}
-    return _model_norms.find(config, headers)
+    return survey.find(config, headers)
 
 
 def one(config, tensors, key=(0, "q")):
@@ -292,7 +293,7 @@ def test_a_folder_that_is_none_is_told_of_its_config():
 def test_a_tensor_that_the_index_does_not_name_is_read(model):
     folder = model(QWEN3, layers(), "a.safetensors")
     named = {"model.layers.0.self_attn.q_norm.weight": "a.safetensors"}
-    (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": named}))
+    (folder / files.INDEX).write_text(json.dumps({"weight_map": named}))
     norms = head_norms(folder)
     assert len(norms) == 4
     np.testing.assert_array_equal(norms[1, "k"].weight, filled(16, start=1.5))
@@ -303,7 +304,7 @@ def test_a_tensor_that_the_index_does_not_name_is_read(model):
 def test_a_shard_whose_name_no_file_can_have(model):
     folder = model(QWEN3, layers(), "a.safetensors")
     named = {"model.layers.0.self_attn.q_norm.weight": "a" * 300}
-    (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": named}))
+    (folder / files.INDEX).write_text(json.dumps({"weight_map": named}))
     with pytest.raises(CheckpointError, match=r"a is no readable safetensors file \(.*too long"):
         head_norms(folder)
 
@@ -668,8 +669,8 @@ def test_a_hostile_number_of_layers():
 
 
 def written_by_mlx(folder, config, tensors):
-    (folder / checkpoint.CONFIG).write_text(json.dumps(config))
-    save_file(tensors, folder / checkpoint.SINGLE, metadata={"format": "mlx"})
+    (folder / files.CONFIG).write_text(json.dumps(config))
+    save_file(tensors, folder / files.SINGLE, metadata={"format": "mlx"})
     return folder
 
 
@@ -720,8 +721,8 @@ def test_only_files_of_mlx_are_refused(tmp_path):
     for kind, metadata in ((True, {"format": "mlx"}), (False, None)):
         own = {name: tensors[name] for name, shard in shards.items() if str(kind) in shard}
         save_file(own, tmp_path / f"{kind}.safetensors", metadata=metadata)
-    (tmp_path / checkpoint.INDEX).write_text(json.dumps({"weight_map": shards}))
-    (tmp_path / checkpoint.CONFIG).write_text(json.dumps({**QWEN3, "model_type": "qwen3_next"}))
+    (tmp_path / files.INDEX).write_text(json.dumps({"weight_map": shards}))
+    (tmp_path / files.CONFIG).write_text(json.dumps({**QWEN3, "model_type": "qwen3_next"}))
     norms = head_norms(tmp_path)
     assert list(norms) == [(0, "q"), (1, "q")]
     assert [(norm.layer, norm.role) for norm in norms.refused] == [(0, "k"), (1, "k")]
@@ -865,7 +866,7 @@ def test_a_family_that_is_refused_says_why(model):
 
 def test_a_dtype_that_is_refused():
     headers = {"model.layers.0.self_attn.q_norm.weight": ("F8_E4M3", (16,))}
-    (norm,) = _model_norms.find(QWEN3, headers).refused
+    (norm,) = survey.find(QWEN3, headers).refused
     assert norm.reason == "its dtype is F8_E4M3; needs float16, bfloat16, float32 or float64"
 
 

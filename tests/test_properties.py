@@ -29,16 +29,12 @@ from norm_strategies import drawn_norm_case
 from properties import holds_for_norm, holds_for_qk
 from qk_strategies import drawn_qk_case, qk_norm
 
-from cupy_headnorm import (
-    _dispatch,
-    _kernels,
-    _parts,
-    _parts_kernels,
-    _parts_launch,
-    _qk_dispatch,
-    _source,
-    _spec,
-)
+from cupy_headnorm._calls import dispatch, qk_dispatch
+from cupy_headnorm._cuda import compiler as cuda_compiler
+from cupy_headnorm._cuda import source
+from cupy_headnorm._plans import head_norm, qk_norm_rope
+from cupy_headnorm._rules import norm as norm_rules
+from cupy_headnorm._rules import parts
 
 CASES = 250
 """Drawn for each library and each of the two kernels."""
@@ -65,11 +61,11 @@ def compiled_beforehand():
         file, options = kernel
         cupy.cuda.Device(0).use()  # a new thread has no context yet
         name = next(o.partition("=")[2] for o in options if o.startswith("-DHN_NAME="))
-        return cupy.RawKernel(_source.pasted(file), name, options=options).kernel
+        return cupy.RawKernel(source.pasted(file), name, options=options).kernel
 
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // workers)) as pool:
         list(pool.map(into_cache, todo))
-    for file, module in (("head_norm.cu", _kernels), ("qk_norm_rope.cu", _parts_kernels)):
+    for file, module in (("head_norm.cu", head_norm), ("qk_norm_rope.cu", qk_norm_rope)):
         for key in KEYS[file]:
             for call in calls_of(key):
                 module.prepare(call, 0, 0)
@@ -82,7 +78,7 @@ def only_these_kernels(kernel, monkeypatch):
     def refuse(file, options, *_):
         raise AssertionError(f"{file} would be compiled with {options}, which no key has")
 
-    monkeypatch.setattr(_kernels, "compiled", refuse)
+    monkeypatch.setattr(cuda_compiler, "compiled", refuse)
     # On the host nothing is compiled: look at what would be.
     allowed = frozenset(kernels())
 
@@ -101,9 +97,9 @@ def only_these_kernels(kernel, monkeypatch):
 
         return described
 
-    monkeypatch.setattr(_dispatch, "_plans", {})
-    monkeypatch.setattr(_qk_dispatch, "_plans", {})
-    module = _spec if kernel == "head_norm" else _parts
+    monkeypatch.setattr(dispatch, "_plans", {})
+    monkeypatch.setattr(qk_dispatch, "_plans", {})
+    module = norm_rules if kernel == "head_norm" else parts
     monkeypatch.setattr(module, "describe", looking(module.describe))
 
 
@@ -155,9 +151,9 @@ def test_the_stride_of_a_single_head_says_nothing():
     q, k = (dense((3, n, 128), case.dtype, 16) for n in (2, 1))
     x = {"q": q, "k": k._replace(strides=(256, 0, 2)), "v": k._replace(strides=(256, 0, 2))}
     out = {"q": q, "k": k._replace(strides=(256, 2, 2)), "v": k._replace(strides=(256, 2, 2))}
-    found = _parts.describe(norms, x, out, None, -2)
+    found = parts.describe(norms, x, out, None, -2)
     assert found.alignment == 16
-    assert _parts_launch.plan(found).access == 8
+    assert qk_norm_rope.plan(found).access == 8
 
 
 @pytest.mark.parametrize("memory", [Numpy, TorchOnHost], ids=name_of)

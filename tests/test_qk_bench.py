@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from test_bench import FIELDS, TIMERS, TorchHost, host, judge, made_up, run, timing  # noqa: F401
 
-from cupy_headnorm import _bench_report, _qk_providers, _targets, _timing, bench
-from cupy_headnorm._providers import CEILINGS, Case, Provider
-from cupy_headnorm._qk_providers import CASE, OURS, PROVIDERS
+from cupy_headnorm.bench import clocks, costs, qk_providers, report, suite
+from cupy_headnorm.bench import command as bench_command
+from cupy_headnorm.bench.providers import CEILINGS, Provider
+from cupy_headnorm.bench.qk_providers import CASE, OURS, PROVIDERS
+from cupy_headnorm.bench.workloads import Case
 
 pytest.importorskip("rich")
 pytestmark = pytest.mark.usefixtures("host")
@@ -18,17 +20,17 @@ TINY = ("--op", "qk-rope", "--tokens", 3, "--num-heads", 4, "--num-kv-heads", 2,
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("make", [_timing.Host, TorchHost])
+@pytest.mark.parametrize("make", [clocks.Host, TorchHost])
 def test_every_provider_agrees_on_the_host(make, dtype):
     pytest.importorskip("transformers")
     unavailable = {}
     names = [*CEILINGS, *OURS, "eager"]
-    rows = bench.measure(SMALL._replace(dtype=dtype), names, make(), unavailable)
+    rows = bench_command.measure(SMALL._replace(dtype=dtype), names, make(), unavailable)
     assert ([row["provider"] for row in rows], unavailable) == (names, {})
 
 
 def test_q_and_k_are_slices_of_one_buffer_and_the_ceiling_has_their_bytes():
-    work = _qk_providers.prepare(SMALL, _timing.Host())
+    work = qk_providers.prepare(SMALL, clocks.Host())
     for (q, k), (x, y) in zip(work.inputs, work.plain, strict=True):
         assert (q.shape, k.shape) == ((5, 4, 48), (5, 2, 48))
         assert k.ctypes.data - q.ctypes.data == q.nbytes // 5
@@ -41,7 +43,7 @@ def test_q_and_k_are_slices_of_one_buffer_and_the_ceiling_has_their_bytes():
 
 def test_all_work_in_place_but_the_modules():
     pytest.importorskip("transformers")
-    work = _qk_providers.prepare(SMALL, _timing.Host())
+    work = qk_providers.prepare(SMALL, clocks.Host())
     q, k = work.inputs[0]
     for name in (*OURS, "eager"):
         before = q.copy(), k.copy()
@@ -51,7 +53,7 @@ def test_all_work_in_place_but_the_modules():
 
 
 def test_tokens_turn_and_plain_ones_do_not():
-    work = _qk_providers.prepare(SMALL._replace(tokens=1), _timing.Host())
+    work = qk_providers.prepare(SMALL._replace(tokens=1), clocks.Host())
     turned, plain = work.expected("ours"), work.expected("ours-plain")
     for one, other in zip(turned, plain, strict=True):
         assert np.abs(one.astype(float) - other.astype(float)).max() > 0.1
@@ -70,7 +72,7 @@ def test_a_peer_that_disagrees_on_either_part_gets_no_row(part, monkeypatch):
     provider = Provider("shifted", shifted, ("numpy",), in_place=True)
     monkeypatch.setitem(PROVIDERS, "shifted", provider)
     unavailable = {}
-    rows = bench.measure(SMALL, ["ours", "shifted"], _timing.Host(), unavailable)
+    rows = bench_command.measure(SMALL, ["ours", "shifted"], clocks.Host(), unavailable)
     assert [row["provider"] for row in rows] == ["ours"]
     assert unavailable["shifted"].startswith("disagrees with ours by 0.5 of")
     assert unavailable["shifted"].endswith("5 x 4+2 x 48 bfloat16 qk-rope packed-qkv-in-place")
@@ -83,7 +85,7 @@ def test_ours_may_not_fail(monkeypatch):
     provider = PROVIDERS["ours-positions"]._replace(build=raising)
     monkeypatch.setitem(PROVIDERS, "ours-positions", provider)
     with pytest.raises(OSError, match="no such thing"):
-        bench.measure(SMALL, ["ours-positions"], _timing.Host(), {})
+        bench_command.measure(SMALL, ["ours-positions"], clocks.Host(), {})
 
 
 def test_the_command_writes_a_table_and_json_and_a_plot(tmp_path, capsys):
@@ -145,9 +147,9 @@ def test_errors(arguments, message, capsys):
 def test_a_suite_takes_providers_of_either(capsys, monkeypatch, tmp_path):
     norm = Case(3, 2, 16, "float32", "rms", "contiguous")
     cases = [(norm, None), (norm._replace(tokens=4), ["ours"]), (SMALL, None)]
-    monkeypatch.setattr(bench, "suite", lambda on: iter(cases))
-    monkeypatch.setattr(bench._costs, "reference_costs", dict)
-    monkeypatch.setattr(bench._costs, "import_times", dict)
+    monkeypatch.setattr(bench_command, "suite", lambda on: iter(cases))
+    monkeypatch.setattr(costs, "reference_costs", dict)
+    monkeypatch.setattr(costs, "import_times", dict)
     providers = ["--providers", "naive", "ours-two"]
     code, _, err = run(capsys, "--suite", tmp_path, *providers)
     assert (code, err) == (0, "")
@@ -161,7 +163,7 @@ def test_a_suite_takes_providers_of_either(capsys, monkeypatch, tmp_path):
 
 def test_names_of_both_tables_are_labelled_alike():
     for name in PROVIDERS:
-        assert _bench_report._label(name) == PROVIDERS[name].label
+        assert report._label(name) == PROVIDERS[name].label
 
 
 def test_files_from_before_q_and_k_were_timed_are_read(tmp_path):
@@ -169,8 +171,8 @@ def test_files_from_before_q_and_k_were_timed_are_read(tmp_path):
     row = timing(case, "ours")
     del row["num_kv_heads"]
     file.write_text(json.dumps(made_up(timings=[row])))
-    (read,) = _bench_report.read(file)["timings"]
-    assert _targets.case_of(read) == case
+    (read,) = report.read(file)["timings"]
+    assert suite.case_of(read) == case
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_one_token_is_held_against_the_copy_and_two_norms():
 @pytest.mark.parametrize("timer", ["torch", "numpy"])
 def test_the_suite_holds_cases_of_q_and_k(timer):
     on = type("Timer", (), {"name": timer})
-    tokens = [c.tokens for c, names in bench.suite(on) if c == CASE._replace(tokens=c.tokens)]
+    tokens = [c.tokens for c, names in suite.suite(on) if c == CASE._replace(tokens=c.tokens)]
     assert tokens == ([1, 32, 4096, 16384] if timer == "torch" else [1, 32])
 
 
@@ -218,9 +220,9 @@ def test_the_suite_holds_cases_of_q_and_k(timer):
 @pytest.mark.parametrize("tokens", [1, 32, 4096])
 def test_every_provider_that_is_found_agrees_and_is_timed(make, tokens):
     on = make()
-    names, _ = bench._found(on, ["qk-rope"], None)
+    names, _ = bench_command._found(on, ["qk-rope"], None)
     unavailable = {}
-    rows = bench.measure(CASE._replace(tokens=tokens), names["qk-rope"], on, unavailable)
+    rows = bench_command.measure(CASE._replace(tokens=tokens), names["qk-rope"], on, unavailable)
     assert set(unavailable) <= {"compile"}  # needs a compiler, which may be missing
     wanted = [name for name in names["qk-rope"] if name not in unavailable]
     assert [row["provider"] for row in rows] == wanted

@@ -4,11 +4,14 @@ import pytest
 from allpairspy import AllPairs
 from test_compile import assert_none_spilt, built, pytest_generate_tests  # noqa: F401
 
-from cupy_headnorm import _dtypes, _parts, _parts_kernels, _parts_launch, _spec
-from cupy_headnorm._layout import Device, Layout
+from cupy_headnorm._arrays import dtypes
+from cupy_headnorm._arrays.layout import Device, Layout
+from cupy_headnorm._plans import qk_norm_rope
+from cupy_headnorm._rules import options as option_rules
+from cupy_headnorm._rules import parts, rotary
 
 TOKENS, HEADS = 4096, {"q": 32, "k": 8, "v": 8}
-BY_NAME = {dtype.name: dtype for dtype in _dtypes.DTYPES} | {None: None}
+BY_NAME = {dtype.name: dtype for dtype in dtypes.DTYPES} | {None: None}
 CHOICES = {
     "x": ("bfloat16", "float16", "float32", "float64"),
     # No warp is full, odd, vectors of 8 and of 4 elements, the widest of one warp, whole blocks.
@@ -50,11 +53,11 @@ def call_of(c):
     x, head_dim = BY_NAME[c["x"]], c["head_dim"]
     dtype = lambda name: x if name == "x" else BY_NAME[name]  # noqa: E731
     parameter = {n: c[n] and placed((head_dim,), dtype(c[n])) for n in ("weight", "bias")}
-    options = _spec.options(
+    options = option_rules.options(
         c["kind"], head_dim=head_dim, rounding=c["rounding"], weight_offset=c["offset"]
     )
     heads = {name: n for name, n in HEADS.items() if name != "v" or c["v"]}
-    norms = dict.fromkeys(heads, _parts.PartNorm(options, **parameter))
+    norms = dict.fromkeys(heads, parts.PartNorm(options, **parameter))
     rows = {
         name: placed(
             (TOKENS, n, head_dim), x, aligned=c["aligned"], row=head_dim + 1 - c["aligned"]
@@ -67,15 +70,15 @@ def call_of(c):
         by, other, positions = c["by"], c["by_other"], None
         sections = (rotary_dim // 2 - 2, 1, 1) if by == "sections" and rotary_dim > 6 else ()
         if by != "rows":
-            position = _dtypes.INT32 if other else _dtypes.INT64
+            position = dtypes.INT32 if other else dtypes.INT64
             positions = placed((*([3] if sections else []), TOKENS), position)
         width = rotary_dim if by == "rows" and not other else rotary_dim // 2
         table = placed((TOKENS, width), dtype(c["table"]), aligned=c["aligned"])
-        turning = _parts.Turning(
+        turning = rotary.Turning(
             c["style"], c["first"], rotary_dim, c["every_op"], sections, other,
             tuple(name != "v" for name in heads), table, table, positions,
         )  # fmt: skip
-    return _parts.describe(norms, rows, rows, turning, -2)
+    return parts.describe(norms, rows, rows, turning, -2)
 
 
 def covering():
@@ -89,9 +92,9 @@ def covering():
 
 def configs(call):
     """Yield how the call runs, and how it does beside axes that do not merge."""
-    config = _parts_launch.plan(call)
+    config = qk_norm_rope.plan(call)
     yield config
-    yield config._replace(axes=_parts_launch.AXES[-1])
+    yield config._replace(axes=qk_norm_rope.AXES[-1])
 
 
 def identified(call):
@@ -111,7 +114,7 @@ def test_compiles_without_spills(call, architecture, request):
     if architecture != 90 and not request.config.getoption("--all-architectures"):
         chosen = chosen[:1]
     for config in chosen:
-        options = _parts_kernels.compile_options(call.spec, config)
+        options = qk_norm_rope.compile_options(call.spec, config)
         log, _ = built("qk_norm_rope.cu", options, f"sm_{architecture}")
-        assert _parts_kernels.macros(call.spec, config)["HN_NAME"] in log
+        assert qk_norm_rope.macros(call.spec, config)["HN_NAME"] in log
         assert_none_spilt(log)

@@ -8,7 +8,8 @@ from allpairspy import AllPairs
 from oracle import norm as oracle
 from tolerances import ANGLE, FLIPS, FLIPS_TURNED, TELLING, TURNED, assert_alike, mismatch
 
-from cupy_headnorm import CheckpointError, HeadNorm, QKNorm, _dtypes
+from cupy_headnorm import CheckpointError, HeadNorm, QKNorm
+from cupy_headnorm._arrays import dtypes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -124,7 +125,7 @@ def test_a_layer_without_queries_is_refused(tiny):
 
 TOKENS, HEADS, KV_HEADS = 5, 3, 2
 HEAD_DIMS = (33, 37, 80, 100, 128, 160, 256, 512, 1024)
-NAMES = [dtype.name for dtype in _dtypes.DTYPES]
+NAMES = [dtype.name for dtype in dtypes.DTYPES]
 CHOICES = [
     HEAD_DIMS, [None, *NAMES], [None, *NAMES], NAMES, ["rms", "layer"],
     ["once", "before_weight", "every_op"], ["shared", "per head", "keys per head"],
@@ -140,7 +141,7 @@ PAIRS += [
 @pytest.mark.parametrize("case", PAIRS, ids=lambda case: "-".join(map(str, case)))
 def test_without_rope_the_norms_one_by_one(library, rng, case):
     head_dim, weight, bias, dtype, kind, rounding, per_head, out, with_v = case
-    by_name = {one.name: one.numpy for one in _dtypes.DTYPES}
+    by_name = {one.name: one.numpy for one in dtypes.DTYPES}
 
     def norm(heads, per_head, **options):
         shape = (heads, head_dim) if per_head else (head_dim,)

@@ -6,22 +6,17 @@ import numpy as np
 import pytest
 from qk_cases import D
 
-from cupy_headnorm import (
-    HeadNorm,
-    QKNorm,
-    Rope,
-    _layout,
-    _parts,
-    _parts_kernels,
-    _parts_launch,
-    _spec,
-)
-from cupy_headnorm import rope as rotary
-from cupy_headnorm._dtypes import BFLOAT16, DTYPES, FLOAT16, FLOAT64
-from cupy_headnorm._parts import PartNorm
-from cupy_headnorm._turning import Turning
+from cupy_headnorm import HeadNorm, QKNorm, Rope
+from cupy_headnorm._arrays import layout
+from cupy_headnorm._arrays.dtypes import BFLOAT16, DTYPES, FLOAT16, FLOAT64
+from cupy_headnorm._plans import qk_norm_rope
+from cupy_headnorm._rules import options as option_rules
+from cupy_headnorm._rules import parts as part_rules
+from cupy_headnorm._rules.parts import PartNorm
+from cupy_headnorm._rules.rotary import Turning
+from cupy_headnorm.rope import numpy as rope_numpy
 
-GPU = _layout.Device("cuda", 0)
+GPU = layout.Device("cuda", 0)
 
 
 def f(*shape, dtype=np.float32):
@@ -389,12 +384,14 @@ def test_arrays_of_two_devices_are_refused():
 
 def planned(dtype, head_dim):
     """Return the geometry of q and k that turn, on a GPU."""
-    x = _layout.Layout((1, 1, head_dim), (0, 0, dtype.itemsize), dtype, GPU, 16)
-    row = _layout.Layout((1, 2), (0, dtype.itemsize), dtype, GPU, 16)
-    norm = PartNorm(_spec.options("rms", head_dim=head_dim), None, None)
+    x = layout.Layout((1, 1, head_dim), (0, 0, dtype.itemsize), dtype, GPU, 16)
+    row = layout.Layout((1, 2), (0, dtype.itemsize), dtype, GPU, 16)
+    norm = PartNorm(option_rules.options("rms", head_dim=head_dim), None, None)
     turning = Turning("half", False, 2, True, (), False, (True, True), row, row, None)
     parts = {"q": x, "k": x}
-    return _parts_launch.plan(_parts.describe(dict.fromkeys("qk", norm), parts, parts, turning, -2))
+    return qk_norm_rope.plan(
+        part_rules.describe(dict.fromkeys("qk", norm), parts, parts, turning, -2)
+    )
 
 
 PROMISED = {dtype: 3072 if dtype is FLOAT64 else 4096 for dtype in DTYPES}
@@ -423,34 +420,34 @@ def test_a_head_too_long_for_a_gpu_is_refused_there_alone(dtype, head_dim, messa
     rope = Rope.of_theta(1e4, 64, max_position=4)
     y, _ = QKNorm(norm, norm, rope=rope)(q, q, positions=np.arange(2))
     cos, sin = rope.at(np.arange(2), dtype.numpy)
-    expected = rotary.apply(norm(q), cos[:, None], sin[:, None], rotary_dim=64)
+    expected = rope_numpy.apply(norm(q), cos[:, None], sin[:, None], rotary_dim=64)
     np.testing.assert_array_equal(y, expected)
 
 
 def test_more_heads_than_32_bits_count_are_refused_on_a_gpu():
     """The kernel's fields for heads and their groups have 32 bits; ctypes drops the others."""
-    most = _parts_launch.MAX_HEADS
-    norm = PartNorm(_spec.options("rms", head_dim=2), None, None)
+    most = qk_norm_rope.MAX_HEADS
+    norm = PartNorm(option_rules.options("rms", head_dim=2), None, None)
 
     def called(*heads):
         parts = {
-            name: _layout.Layout((1, n, 2), (0, 0, 2), FLOAT16, GPU, 16)
+            name: layout.Layout((1, n, 2), (0, 0, 2), FLOAT16, GPU, 16)
             for name, n in zip("qkv", heads, strict=False)
         }
-        return _parts.describe(dict.fromkeys(parts, norm), parts, parts, None, -2)
+        return part_rules.describe(dict.fromkeys(parts, norm), parts, parts, None, -2)
 
     for heads in ((2**30, 2**30), (2**32, 1), (2**31, 1), (most, 1), (1, 2**30, 2**30), (2**33, 0)):
         told = r" \+ ".join(map(str, heads))
         with pytest.raises(
             ValueError, match=f"have {told} heads, {sum(heads)} in all; needs {most} at most on a"
         ):
-            _parts_launch.plan(called(*heads))
+            qk_norm_rope.plan(called(*heads))
     for heads in ((most - 1, 1), (1, most - 1), (0, most), (1, 2, most - 3)):
         call = called(*heads)
-        config = _parts_launch.plan(call)._replace(heads_per_group=1)
-        params = _parts_kernels._params(call, config)
+        config = qk_norm_rope.plan(call)._replace(heads_per_group=1)
+        params = qk_norm_rope._params(call, config)
         padded = [*heads, 0][:3]
         assert list(params.num_heads) == padded
         assert list(params.groups_end) == [sum(padded[: i + 1]) for i in range(3)]
         # What a group past the last heads counts to.
-        assert most + max(_parts_launch.HEADS_PER_GROUP.values()) < 2**31
+        assert most + max(qk_norm_rope.HEADS_PER_GROUP.values()) < 2**31

@@ -12,8 +12,9 @@ from qk_cases import MAX_POSITION, D, H
 from qk_stand_in import made
 from streams import CUPY, TORCH, forget, synchronize
 
-from cupy_headnorm import CaptureError, HeadNorm, QKNorm, Rope, _kernels
-from cupy_headnorm._dtypes import FLOAT32
+from cupy_headnorm import CaptureError, HeadNorm, QKNorm, Rope
+from cupy_headnorm._arrays.dtypes import FLOAT32
+from cupy_headnorm._cuda import compiler
 
 pytestmark = pytest.mark.gpu
 slow, spin = qk_stand_in.slow, streams.spin
@@ -44,7 +45,7 @@ def test_graphs(owner, target, rng):
     qk.warmup(q, k, positions=positions)
     qk.warmup(q, k, positions=positions, out=outs)
     synchronize()
-    loaded = dict(_kernels._functions)
+    loaded = dict(compiler._functions)
     gc.collect()
     with owner.capture() as replay:
         if target == "new" and not owner.allocates_in_graphs:
@@ -53,7 +54,7 @@ def test_graphs(owner, target, rng):
             target = "in place"
         out = {"in place": (q, k), "given": outs, "new": None}[target]
         results = qk(q, k, positions=positions, out=out)
-    assert _kernels._functions == loaded
+    assert compiler._functions == loaded
     for _ in range(2):
         values = values_of(rng)
         for array, new in zip((q, k, positions), values, strict=True):
@@ -80,13 +81,13 @@ def test_nothing_is_loaded_while_capturing(owner, rng):
 
     def missing(what, **options):
         nonlocal q
-        loaded = dict(_kernels._functions)
+        loaded = dict(compiler._functions)
         gc.collect()
         with owner.capture() as replay:
             with pytest.raises(CaptureError, match=what):
                 qk(q, k, **options, out=(q, k))
             q += q
-        assert _kernels._functions == loaded
+        assert compiler._functions == loaded
         replay()
         synchronize()
 

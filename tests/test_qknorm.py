@@ -15,8 +15,9 @@ from cases import Layout, random
 from qk_cases import AROUND, COVERING, MAX_POSITION, Case, D, H, check, held, qk_norm
 from stand_in import forget_calls
 
-from cupy_headnorm import HeadNorm, QKNorm, Rope, _parts_launch
-from cupy_headnorm._dtypes import BFLOAT16, FLOAT16, FLOAT32
+from cupy_headnorm import HeadNorm, QKNorm, Rope
+from cupy_headnorm._arrays.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from cupy_headnorm._plans import qk_norm_rope
 
 
 def run(library, qk, parts, beside, **more):
@@ -43,7 +44,7 @@ def test_matches_float64(library, case, rng, forgotten, monkeypatch):
         np.testing.assert_array_equal(library.host(array), values)
     if library.on_gpu:
         # As with many tokens, when a group of threads walks several heads.
-        monkeypatch.setattr(_parts_launch, "FEW_THREADS", -1)
+        monkeypatch.setattr(qk_norm_rope, "FEW_THREADS", -1)
         forget_calls(monkeypatch)
         for y, right in zip(run(library, qk, parts, beside), found, strict=True):
             np.testing.assert_array_equal(y, right)

@@ -6,7 +6,7 @@ import pytest
 from tolerances import FLIPS_RECORDED, TELLING, mismatch
 
 from cupy_headnorm import HeadNorm
-from cupy_headnorm.checkpoint import read_tensor
+from cupy_headnorm.checkpoint.tensors import read_tensor
 
 
 @pytest.mark.parametrize("role", ["q_norm", "k_norm"])

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cupy_headnorm.integrations.transformers import use_head_norms
 from cupy_headnorm.pretrained import head_norms
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import swaps  # noqa: E402  these import torch
-
-from cupy_headnorm.integrations.transformers import use_head_norms  # noqa: E402
 
 pytestmark = [
     pytest.mark.real_model,

@@ -12,6 +12,7 @@ from oracle import norm as oracle
 from tolerances import assert_alike, assert_close
 
 from cupy_headnorm import ops, reference
+from cupy_headnorm._calls import host
 
 
 @pytest.mark.parametrize("name", reference.__all__)
@@ -62,7 +63,7 @@ def test_extra_memory_is_16_mib_at_most(kind, shape, dtype, rng):
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_rows_longer_than_a_chunk(kind, in_place, rng, monkeypatch):
-    monkeypatch.setattr(reference, "_CHUNK_BYTES", 1024)
+    monkeypatch.setattr(host, "_CHUNK_BYTES", 1024)
     x = (rng.standard_normal((5, 3, 1000)) + 3).astype(np.float32)
     weight = rng.standard_normal((3, 1000)).astype(np.float32)
     exact, slack, _ = oracle(kind, x, weight, x[0], eps=1e-6)
@@ -77,7 +78,7 @@ def test_chunks_cut_rows_anywhere(chunk, rng, monkeypatch):
     x = rng.standard_normal((3, 5, 4, 7, 16)).astype(np.float32)[:, ::2, :, ::3]
     weight = rng.standard_normal((3, 16)).astype(np.float32)
     whole = reference.rms_norm(x, weight)
-    monkeypatch.setattr(reference, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(host, "_CHUNK_BYTES", chunk)
     np.testing.assert_array_equal(reference.rms_norm(x, weight), whole)
 
 
@@ -145,9 +146,9 @@ def test_threads_give_the_same_bits(kind, rng, monkeypatch):
     weight, bias = rng.standard_normal((2, 4, 64)).astype(np.float32)
     norm = {"rms": reference.rms_norm, "layer": reference.layer_norm}[kind]
     alone = norm(x, weight, bias)
-    monkeypatch.setattr(reference, "_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(host, "_CHUNK_BYTES", 4096)
     monkeypatch.setattr(reference.os, "sched_getaffinity", lambda _: range(4))
-    normalize, together, here = reference._normalize, threading.Barrier(2), threading.local()
+    normalize, together, here = host._normalize, threading.Barrier(2), threading.local()
 
     def meeting(*arguments):
         if not hasattr(here, "met"):
@@ -156,8 +157,8 @@ def test_threads_give_the_same_bits(kind, rng, monkeypatch):
         normalize(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(reference, "_normalize", meeting)
-        patched.setattr(reference, "_MAX_THREADS", 2)
+        patched.setattr(host, "_normalize", meeting)
+        patched.setattr(host, "_MAX_THREADS", 2)
         np.testing.assert_array_equal(norm(x, weight, bias), alone)
     norm(x, weight, bias, out=x)
     np.testing.assert_array_equal(x, alone)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from tolerances import FLIPS, FLIPS_FEW, FLIPS_NEED, TELLING, mismatch
 
-from cupy_headnorm import HeadNorm, QKNorm, _rope_config, models
-from cupy_headnorm import rope as rotary_of_package
-from cupy_headnorm.rope import Rope, apply
+from cupy_headnorm import HeadNorm, QKNorm, models
+from cupy_headnorm.rope import Rope, embedding
+from cupy_headnorm.rope import config as rope_config
+from cupy_headnorm.rope.numpy import apply
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -190,10 +191,10 @@ def test_layers_turn_as_in_the_model(name, layer_types, monkeypatch):
     """Full layers may turn nothing, or only where no layer slides."""
     config, seen = layers_that_turn(name, layer_types, monkeypatch)
     assert seen
-    assert seen == {layer: _rope_config.turns(config, layer) for layer in seen}
+    assert seen == {layer: rope_config.turns(config, layer) for layer in seen}
     if name == "exaone4_5":  # as released: transformers renames it
         config["text_config"]["model_type"] = "exaone4_5_text"
-        assert seen == {layer: _rope_config.turns(config, layer) for layer in seen}
+        assert seen == {layer: rope_config.turns(config, layer) for layer in seen}
 
 
 @pytest.mark.parametrize(
@@ -208,24 +209,24 @@ def test_layers_turn_as_in_the_model(name, layer_types, monkeypatch):
 def test_which_layers_turn_is_not_guessed(config, missing):
     """A config may leave out what its class makes up."""
     with pytest.raises(ValueError, match=f"the config of .* has no {missing}; needs them, since"):
-        _rope_config.turns(config, 3)
+        rope_config.turns(config, 3)
 
 
 def test_a_window_that_is_left_out_is_there():
     exaone = {"model_type": "exaone4", "layer_types": [SLIDING, FULL]}
-    assert [_rope_config.turns(exaone, layer) for layer in (0, 1)] == [True, False]
-    assert _rope_config.turns(exaone | {"sliding_window": None}, 1)
-    assert _rope_config.turns({"model_type": "exaone4", "sliding_window": None}, 1)
+    assert [rope_config.turns(exaone, layer) for layer in (0, 1)] == [True, False]
+    assert rope_config.turns(exaone | {"sliding_window": None}, 1)
+    assert rope_config.turns({"model_type": "exaone4", "sliding_window": None}, 1)
 
 
 def test_layers_that_turn_nothing_where_no_model_runs():
     """AFMoE and FLINT look at the layer alone, and Llama 4 counts: configuration_llama4:170."""
     for model_type in ("afmoe", "flint"):
         config = {"model_type": model_type, "layer_types": [FULL], "sliding_window": None}
-        assert not _rope_config.turns(config, 0)
+        assert not rope_config.turns(config, 0)
     for interval in ({}, {"no_rope_layer_interval": 4}, {"no_rope_layer_interval": 3}):
         every = interval.get("no_rope_layer_interval", 4)
-        found = [_rope_config.turns({"model_type": "llama4_text"} | interval, i) for i in range(8)]
+        found = [rope_config.turns({"model_type": "llama4_text"} | interval, i) for i in range(8)]
         assert found == [(i + 1) % every != 0 for i in range(8)]
 
 
@@ -334,7 +335,7 @@ def test_tables_in_pieces(dtype):
         assert start == at
         at += len(piece[0])
         for rows, table in zip(piece, whole, strict=True):
-            assert rows.size <= rotary_of_package._CHUNK
+            assert rows.size <= embedding._CHUNK
             assert rows.tobytes() == table[start:at].tobytes()
     assert at == rope.max_position
     for table, expected in zip(rope.tables(dtype), whole, strict=True):
@@ -396,7 +397,7 @@ REFUSED = {
     "sapiens2 is served: its vision tower": lambda: configured(model_type="sapiens2"),
     "needs max_position=": lambda: configured(max_position_embeddings=None),
     "layer is 12; needs 0 to 11": lambda: Rope.from_config(GEMMA4, 12),
-    "layer is 4; needs 0 to 3, as layer_types have it": lambda: _rope_config.turns(OLMO3, 4),
+    "layer is 4; needs 0 to 3, as layer_types have it": lambda: rope_config.turns(OLMO3, 4),
     "theta is -1; needs a number above 0": lambda: configured(rope_theta=-1),
     "type 'yarn' has no factor; needs one": lambda: configured(
         rope_scaling=YARN | {"factor": None}, max_position_embeddings=None

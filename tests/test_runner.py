@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cupy_headnorm import _kernels
+from cupy_headnorm._cuda import launcher
+from cupy_headnorm._plans import head_norm
 
 
 class Launches:
@@ -19,7 +20,7 @@ class Launches:
         self.found = []
         self.broken = False
         runtime, driver = cupy.cuda.runtime, cupy.cuda.driver
-        monkeypatch.setattr(_kernels, "_thread", threading.local())
+        monkeypatch.setattr(launcher, "_thread", threading.local())
         monkeypatch.setattr(runtime, "getDeviceCount", lambda: count)
         monkeypatch.setattr(runtime, "getDevice", lambda: self.current)
         monkeypatch.setattr(runtime, "setDevice", lambda i: setattr(self, "current", i))
@@ -36,14 +37,14 @@ class Launches:
 
     @staticmethod
     def on(device):
-        params = _kernels._PARAMS["float32", 1](rows=3)
-        return _kernels.Launch(1, 2, 32, device, params, None)
+        params = head_norm._PARAMS["float32", 1](rows=3)
+        return head_norm.Launch(1, 2, 32, device, params, None)
 
 
 @pytest.mark.parametrize("device", [0, 1])
 def test_the_device_of_the_arrays_is_current_while_launching(device, monkeypatch):
     cuda = Launches(monkeypatch)
-    run = _kernels.runner(cuda.on(device))
+    run = head_norm.runner(cuda.on(device))
     assert cuda.current == 1
     run(10, 20, 30, 40, 7)
     assert cuda.found == [(device, 7, (10, 20, 30, 40))]
@@ -61,10 +62,10 @@ def test_a_threads_first_launch_makes_the_context_current(monkeypatch):
     chosen = []
     monkeypatch.setattr(cuda_runtime(), "setDevice", chosen.append)
     launch = cuda.on(0)
-    _kernels.runner(launch), _kernels.runner(launch)
+    head_norm.runner(launch), head_norm.runner(launch)
     assert chosen == [0]
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(_kernels.runner, launch).result()(1, 2, 3, 4, 7)
+        pool.submit(head_norm.runner, launch).result()(1, 2, 3, 4, 7)
     assert chosen == [0, 0]
 
 
@@ -79,7 +80,7 @@ def test_runners_of_one_launch_share_nothing(monkeypatch):
     launch = cuda.on(1)
 
     def work(number):
-        run = _kernels.runner(launch)
+        run = head_norm.runner(launch)
         for n in range(20):
             run(number, n, number, n, number)
 

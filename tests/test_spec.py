@@ -6,11 +6,14 @@ import pytest
 from tolerances import assert_alike
 
 import cupy_headnorm
-from cupy_headnorm import HeadNorm, Rope, _spec, layer_norm, ops, reference, rms_norm
-from cupy_headnorm import rope as rotary
-from cupy_headnorm._dtypes import FLOAT32
-from cupy_headnorm._launch import LaunchConfig
-from cupy_headnorm._layout import CPU, Device, Layout
+from cupy_headnorm import HeadNorm, Rope, layer_norm, ops, reference, rms_norm
+from cupy_headnorm._arrays.dtypes import FLOAT32
+from cupy_headnorm._arrays.layout import CPU, Device, Layout
+from cupy_headnorm._calls import lengths
+from cupy_headnorm._plans.geometry import LaunchConfig
+from cupy_headnorm._rules import norm as norm_rules
+from cupy_headnorm._rules import options as option_rules
+from cupy_headnorm.rope import numpy as rope_numpy
 
 X = np.linspace(-1, 1, 5 * 3 * 64, dtype=np.float32).reshape(5, 3, 64)
 
@@ -353,12 +356,12 @@ def test_parameters_lie_on_the_device_of_x():
     x = Layout((5, 3, 64), (768, 256, 4), FLOAT32, Device("cuda", 1), 16)
     weight = Layout((64,), (4,), FLOAT32, Device("cuda", 0), 16)
     with pytest.raises(TypeError, match="weight is on cuda:0; needs the device of x, cuda:1"):
-        _spec.describe(_spec.options("rms"), x, weight, None, x)
+        norm_rules.describe(option_rules.options("rms"), x, weight, None, x)
 
 
 def test_no_elements_have_no_axis_of_tokens():
     x = Layout((0, 3, 64), (768, 256, 4), FLOAT32, CPU, 16)
-    assert _spec.tokens_axis(_spec.options("rms"), x, x, None, None) is None
+    assert lengths.tokens_axis(option_rules.options("rms"), x, x, None, None) is None
 
 
 NORM = HeadNorm(w(64))
@@ -388,7 +391,7 @@ DOORS = {
         ),
     ),
     "apply": (
-        lambda **given: rotary.apply(X, X, X, **given), ("style", "rounding", "rotary_dim")
+        lambda **given: rope_numpy.apply(X, X, X, **given), ("style", "rounding", "rotary_dim")
     ),
 }  # fmt: skip
 ODD = {

@@ -25,7 +25,8 @@ from streams import (
 )
 from tolerances import RELATIVE, assert_alike
 
-from cupy_headnorm import CaptureError, HeadNorm, _kernels, layer_norm, reference
+from cupy_headnorm import CaptureError, HeadNorm, layer_norm, reference
+from cupy_headnorm._cuda import compiler
 
 pytestmark = pytest.mark.gpu
 cupy = pytest.importorskip("cupy", exc_type=ImportError)
@@ -136,10 +137,10 @@ def test_unload_waits_for_work_in_flight(spin, rng):
 def replays_right(library, call, capture, rng):
     """Capture what `capture` does with x and out; replay it over new values."""
     x, out = zeros(library), zeros(library)
-    loaded = dict(_kernels._functions)
+    loaded = dict(compiler._functions)
     with library.capture() as replay:
         y = capture(x, out)
-    assert _kernels._functions == loaded
+    assert compiler._functions == loaded
     for _ in range(2):
         values = normal(rng)
         library.write(x, library.array(values))
@@ -207,7 +208,7 @@ def test_nothing_is_loaded_while_capturing(library, taken):
     norm = HeadNorm(np.ones(head_dim, np.float32))
     y += y
     synchronize()
-    loaded = dict(_kernels._functions)
+    loaded = dict(compiler._functions)
     with library.capture() as replay:
         for out in (x, y):
             with pytest.raises(
@@ -217,7 +218,7 @@ def test_nothing_is_loaded_while_capturing(library, taken):
             with pytest.raises(CaptureError, match=r"weight is not on cuda:0 yet .*warmup\(x\)"):
                 norm(x, out=out)
         y += y
-    assert _kernels._functions == loaded
+    assert compiler._functions == loaded
     assert norm._held.on_device == {}
     replay()
     synchronize()
@@ -277,7 +278,7 @@ def test_warmup_loads_what_cuda_loads_lazily(library):
 
 def _is_loaded(head_dim):
     """Ask the driver whether the kernel for `head_dim` is on the GPU."""
-    (function,) = (f for key, f in _kernels._functions.items() if key[0].head_dim == head_dim)
+    (function,) = (f for key, f in compiler._functions.items() if key[0].head_dim == head_dim)
     driver = ctypes.CDLL("libcuda.so.1")
     if not hasattr(driver, "cuFuncIsLoaded"):
         pytest.skip("needs a driver of CUDA 12.4, which tells")

@@ -25,7 +25,10 @@ from streams import (
 )
 from tolerances import assert_alike
 
-from cupy_headnorm import HeadNorm, _dispatch, _interop, _kernels, reference
+from cupy_headnorm import HeadNorm, reference
+from cupy_headnorm._arrays import find
+from cupy_headnorm._calls import dispatch
+from cupy_headnorm._plans import head_norm
 
 pytestmark = pytest.mark.gpu
 cupy = pytest.importorskip("cupy", exc_type=ImportError)
@@ -104,12 +107,12 @@ def test_threads_leave_nothing_behind(library, taken):
     def work():
         for norm, tokens in itertools.product(norms, (TOKENS, OTHER_TOKENS, 5)):
             norm(norm(zeros(library, tokens)), out=zeros(library, tokens))
-        return [weakref.ref(call.run) for call in _dispatch._thread.calls.values()]
+        return [weakref.ref(call.run) for call in dispatch._thread.calls.values()]
 
     def sizes():
         return {
             (module.__name__, name): len(value)
-            for module in (_dispatch, _interop, _kernels)
+            for module in (dispatch, find, head_norm)
             for name, value in vars(module).items()
             if isinstance(value, dict | list | set) and not name.startswith("__")
         }

@@ -9,7 +9,9 @@ from libraries import TorchLibrary
 from tolerances import assert_alike
 
 import cupy_headnorm
-from cupy_headnorm import HeadNorm, _interop, _torch, rms_norm
+from cupy_headnorm import HeadNorm, rms_norm
+from cupy_headnorm._arrays import find
+from cupy_headnorm._arrays import torch as torch_arrays
 
 torch = pytest.importorskip("torch")
 
@@ -27,14 +29,14 @@ def test_versions_are_counted_without_torchs_private_function():
     )  # fmt: skip
     arrays = torch.ones(3), torch.ones(2)
     for count, library in enumerate((torch, without), 1):
-        _torch._version_counter(library)(arrays)
+        torch_arrays._version_counter(library)(arrays)
         assert [x._version for x in arrays] == [count, count]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", ["exchange API", "capsule"])
 def test_torch_through_either_door(device, way, dtype, rng, monkeypatch):
-    library = _interop.library_of(torch.ones(1), "x")
+    library = find.library_of(torch.ones(1), "x")
     if way == "capsule":
         monkeypatch.setattr(library, "_api", None)
     else:
@@ -48,7 +50,7 @@ def test_torch_through_either_door(device, way, dtype, rng, monkeypatch):
     pointer = x.data_ptr()
     assert rms_norm(x, out=x) is x
     assert x.data_ptr() == pointer
-    assert _interop.view(x, "x").pointer == pointer
+    assert find.view(x, "x").pointer == pointer
 
 
 @pytest.mark.parametrize("device", DEVICES)

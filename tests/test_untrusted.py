@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import BURDENS, CROWDS, NUMBERS, VALUES, crowd, crowded, mutated, spoiled
 
-from cupy_headnorm import HeadNorm, QKNorm, checkpoint
+from cupy_headnorm import HeadNorm, QKNorm
+from cupy_headnorm.checkpoint import files
 from cupy_headnorm.pretrained import head_norms
 
 # The fixtures of strangers.py that these tests take.
@@ -73,7 +74,7 @@ def test_many_groups_and_long_values(tried, how, what, data):
     shape = data.draw(st.sampled_from([(0,), (16,), (4, 16), (1,)]))
     header, size = header_of(dict.fromkeys(data.draw(crowd(how)), ("F16", shape)))
     with tried(data.draw(TRACED)) as folder:
-        write(folder, config, None, {checkpoint.SINGLE: (header, size)})
+        write(folder, config, None, {files.SINGLE: (header, size)})
 
 
 @checked
@@ -155,7 +156,7 @@ def test_headers_that_contradict_themselves_only_a_little(tried, data):
 
 FILES = st.sampled_from([
     "../secret.safetensors", "..", ".", "", "/", "\0", "a" * 300, "a" * 5000, "sub/x", "\ud800",
-    "./" + SHARDS[0], SHARDS[0], SHARDS[1], checkpoint.CONFIG, checkpoint.INDEX, "pipe", "loop",
+    "./" + SHARDS[0], SHARDS[0], SHARDS[1], files.CONFIG, files.INDEX, "pipe", "loop",
     "link", "nothing", "up/secret.safetensors", "..\\secret.safetensors", "C:\\x", "C:x", "zero",
     "\\\\host\\x", "file:///etc/passwd", "~", "%2e%2e/secret.safetensors", "\x1b[2J", "/dev/zero",
     "//secret.safetensors", "x/../../secret.safetensors",
@@ -185,7 +186,7 @@ def test_index(tried, data):
 @given(data=st.data())
 def test_files_of_any_bytes(tried, data):
     with tried(data.draw(TRACED)) as folder:
-        for name in (checkpoint.CONFIG, checkpoint.INDEX, checkpoint.SINGLE, *SHARDS):
+        for name in (files.CONFIG, files.INDEX, files.SINGLE, *SHARDS):
             if data.draw(st.booleans()):
                 start = data.draw(st.sampled_from((b"", b"{", b"\x02" + bytes(7) + b"{}")))
                 (folder / name).write_bytes(start + data.draw(st.binary(max_size=64)))

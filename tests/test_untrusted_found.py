@@ -9,7 +9,9 @@ import strangers
 from checkpoints import LLAMA3, SEEDS, TEXT, WHOLE, YARN, file_of, header_of, tensors_of, write
 from strangers import LONG, deliberate, in_memory, in_time, shown
 
-from cupy_headnorm import CheckpointError, QKNorm, _inspect_report, checkpoint
+from cupy_headnorm import CheckpointError, QKNorm
+from cupy_headnorm._commands import inspect
+from cupy_headnorm.checkpoint import files as checkpoint_files
 from cupy_headnorm.models import BY_MODEL_TYPE
 from cupy_headnorm.pretrained import head_norms
 
@@ -19,7 +21,7 @@ place = strangers.place
 
 def refused_soon(folder, config, tensors, read, match):
     header, size = header_of(tensors)
-    write(folder, config, None, {checkpoint.SINGLE: (header, size)})
+    write(folder, config, None, {checkpoint_files.SINGLE: (header, size)})
     with (
         in_time(folder),
         in_memory(folder),
@@ -84,7 +86,7 @@ def test_a_rotary_embedding_for_each_of_many_layers(tmp_path):
 
 def read_soon(folder, config, tensors, read=head_norms):
     """Read a folder in time and memory in proportion to it."""
-    write(folder, config, None, {checkpoint.SINGLE: header_of(tensors)})
+    write(folder, config, None, {checkpoint_files.SINGLE: header_of(tensors)})
     with in_time(folder):
         found = read(folder)
     with in_memory(folder):
@@ -153,9 +155,9 @@ def test_all_fields_are_not_looked_at_for_each_group(tmp_path, prefix):
 def test_no_message_and_no_note_prints_a_long_value(tmp_path, fields, name, long):
     config = QWEN3 | fields | {name: long}
     of = OF_QWEN3 if fields == {} else OF_LLAMA4
-    write(tmp_path, config, None, {checkpoint.SINGLE: header_of(of)})
+    write(tmp_path, config, None, {checkpoint_files.SINGLE: header_of(of)})
     try:
-        told = shown(_inspect_report.collect(str(tmp_path)))
+        told = shown(inspect.collect(str(tmp_path)))
     except CheckpointError as error:
         told = str(error)
     assert "; needs " in told or " in /" in told
@@ -165,17 +167,17 @@ def test_no_message_and_no_note_prints_a_long_value(tmp_path, fields, name, long
 
 def test_a_model_type_of_no_end_is_shown_soon(tmp_path):
     config = {"model_type": "qwen3" * 100_000}
-    write(tmp_path, config, None, {checkpoint.SINGLE: header_of({"x": ("F16", (1,))})})
+    write(tmp_path, config, None, {checkpoint_files.SINGLE: header_of({"x": ("F16", (1,))})})
     with in_time(tmp_path):
-        shown(_inspect_report.collect(str(tmp_path)))
+        shown(inspect.collect(str(tmp_path)))
 
 
 def test_inspect_opens_a_file_once_for_all_norms(place):
     with place() as folder:
         tensors = tensors_of("model.", 20, *WHOLE)
-        write(folder, QWEN3, None, {checkpoint.SINGLE: header_of(tensors)})
-        _inspect_report.collect(str(folder))
-        assert place.opened.count(folder / checkpoint.SINGLE) == 3  # names, headers, data
+        write(folder, QWEN3, None, {checkpoint_files.SINGLE: header_of(tensors)})
+        inspect.collect(str(folder))
+        assert place.opened.count(folder / checkpoint_files.SINGLE) == 3  # names, headers, data
 
 
 UNDER_A_LIMIT = """
@@ -226,8 +228,8 @@ def test_memory_of_safetensors_itself_is_limited(tmp_path):
     for number, data in enumerate(files):
         folder = tmp_path / str(number)
         folder.mkdir()
-        (folder / checkpoint.SINGLE).write_bytes(data)
-        (folder / checkpoint.CONFIG).write_text('{"model_type": "qwen3"}')
+        (folder / checkpoint_files.SINGLE).write_bytes(data)
+        (folder / checkpoint_files.CONFIG).write_text('{"model_type": "qwen3"}')
         folders.append(str(folder))
     done = subprocess.run(
         [sys.executable, "-c", UNDER_A_LIMIT, *folders], capture_output=True, text=True, timeout=60

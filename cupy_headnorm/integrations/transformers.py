@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from cupy_headnorm import _dispatch, _dtypes, _model_norms
-from cupy_headnorm._kernels import CaptureError
-from cupy_headnorm._model_norms import ModelNorm
-from cupy_headnorm._parameters import Norm
-from cupy_headnorm._torch import untraced
+from cupy_headnorm._arrays import dtypes
+from cupy_headnorm._arrays.torch import untraced
+from cupy_headnorm._calls import dispatch
+from cupy_headnorm._calls.parameters import Norm
+from cupy_headnorm._cuda.memory import CaptureError
+from cupy_headnorm.checkpoint import survey
+from cupy_headnorm.checkpoint.reader import ModelNorm
 from cupy_headnorm.headnorm import HeadNorm
 
 __all__ = ["SwappedNorms", "use_head_norms"]
@@ -89,7 +91,7 @@ def use_head_norms(model: torch.nn.Module) -> SwappedNorms:
     for name, module in modules.items():
         if isinstance(module.__dict__.get("forward"), _Forward):
             raise ValueError(f"{name} is swapped already; needs restore() of what swapped it")
-    found = _model_norms.find(to_dict(), _tensors(model))
+    found = survey.find(to_dict(), _tensors(model))
     refused = {one.name: one.reason for one in found.refused}
     ours: dict[int, tuple[torch.nn.Module, _Forward]] = {}
     for described in found.norms:
@@ -237,7 +239,7 @@ class _Forward:
                     )
         if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
             raise ValueError("autocast is on; needs a call outside of it")
-        return _dispatch.apply(self.of_options, x, weight, bias)
+        return dispatch.apply(self.of_options, x, weight, bias)
 
     def parameters(
         self, module: torch.nn.Module
@@ -297,7 +299,7 @@ class _Forward:
 
 def _tensors(model: torch.nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return dtype and shape by name, as a checkpoint's header has them."""
-    spellings = {dtype.name: dtype.safetensors for dtype in _dtypes.DTYPES}
+    spellings = {dtype.name: dtype.safetensors for dtype in dtypes.DTYPES}
     found = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -352,7 +354,7 @@ def _check_agrees(module: torch.nn.Module, forward: _Forward, like: torch.Tensor
             "the shape of x"
         )
     theirs = theirs.double()
-    ours = _dispatch.apply(forward.of_options, x, *forward.parameters(module)).double()
+    ours = dispatch.apply(forward.of_options, x, *forward.parameters(module)).double()
     bound = theirs.abs().amax(-1, keepdim=True) * (4 * torch.finfo(x.dtype).eps + 1e-5)
     apart = (ours - theirs).abs()
     if not (apart <= bound).all():

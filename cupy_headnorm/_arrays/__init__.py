@@ -1,0 +1,1 @@
+"""Arrays of any library: their dtypes, layouts and addresses, and results made by that library."""

@@ -1,0 +1,220 @@
+"""A norm's checked options, and the weight and bias that go with them in one memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupy_headnorm._arrays import find
+from cupy_headnorm._arrays.layout import CPU, Device
+from cupy_headnorm._arrays.torch import untraced
+from cupy_headnorm._arrays.views import ArrayView
+from cupy_headnorm._cuda import driver, environment
+from cupy_headnorm._cuda import memory as cuda_memory
+from cupy_headnorm._cuda.memory import Owner
+from cupy_headnorm._cuda.once import made_once
+from cupy_headnorm._rules import options as option_rules
+from cupy_headnorm._rules.options import Kind, NormOptions
+
+
+def upload(values: np.ndarray, index: int) -> ArrayView:
+    """Copy `values` to CUDA device `index` and wait, so that any stream may read the copy."""
+    cupy = environment.import_cupy()
+    with driver.beside_captures(), cupy.cuda.Device(index):
+        copy = _allocated(cupy, values.shape, values.dtype, index)
+        stream = cuda_memory.side_stream()
+        copy.set(values, stream=stream)
+        stream.synchronize()
+    return find.view(copy, "parameter")
+
+
+def upload_pieces(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    pieces: Iterable[tuple[int, np.ndarray, np.ndarray]],
+    index: int,
+) -> tuple[ArrayView, ArrayView]:
+    """
+    Copy two arrays of one shape as `upload` does, some rows of both at a time.
+
+    Of each piece the number of its first row comes first. The host needs to hold no more than one.
+    """
+    cupy = environment.import_cupy()
+    with driver.beside_captures(), cupy.cuda.Device(index):
+        first, second = (_allocated(cupy, shape, dtype, index) for _ in range(2))
+        stream = cuda_memory.side_stream()
+        for start, *piece in pieces:
+            for copy, values in zip((first, second), piece, strict=True):
+                copy[start : start + len(values)].set(values, stream=stream)
+            stream.synchronize()  # the next piece may take this one's memory
+    return find.view(first, "parameter"), find.view(second, "parameter")
+
+
+def _allocated(cupy: Any, shape: tuple[int, ...], dtype: np.dtype, index: int) -> Any:
+    """
+    Return a new array on CUDA device `index`, which is the current one.
+
+    The memory comes from cudaMalloc and not from CuPy's pool: cudaFree waits for the device, a
+    pool would hand the bytes out again under a kernel still running on another library's stream.
+    """
+    size = max(math.prod(shape) * dtype.itemsize, 1)
+    owner, address = Owner(), cupy.cuda.runtime.malloc(size)
+    weakref.finalize(owner, cuda_memory.free, address).atexit = False
+    memory = cupy.cuda.UnownedMemory(address, size, owner, index)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Weight and bias in one memory."""
+
+    identity: object
+    """Of options and layouts: equal for all parameters that share their plans."""
+    weight_address: int
+    bias_address: int
+    views: tuple[ArrayView | None, ArrayView | None] = (None, None)
+
+
+@functools.lru_cache(maxsize=4096)
+def identity(*_: Any) -> object:
+    """Return what stands for the arguments: it hashes in a tenth of their time."""
+    return object()
+
+
+def parameters(
+    options: NormOptions, weight: ArrayView | None, bias: ArrayView | None
+) -> Parameters:
+    """Bind views of a weight and a bias to the options they are used with."""
+    return Parameters(
+        identity(options, weight and weight.layout, bias and bias.layout),
+        weight.pointer if weight else 0,
+        bias.pointer if bias else 0,
+        (weight, bias),
+    )
+
+
+class Norm:
+    """Checked options and, for a norm that holds its parameters, the way to them."""
+
+    __slots__ = ("held", "options", "ready")
+
+    def __init__(
+        self, options: NormOptions, held: Callable[[Norm, ArrayView], Parameters] | None = None
+    ) -> None:
+        self.options = options
+        self.held = held
+        self.ready: dict[int, Parameters] = {}
+        """Those on CUDA devices, by index. `held` fills it."""
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _of_options(kind: Kind, **options: Any) -> Norm:
+    return Norm(option_rules.options(kind, **options))
+
+
+_IMMUTABLE = {bool, float, int, str, type(None)}
+
+
+@untraced
+def of_options(kind: Kind, **options: Any) -> Norm:
+    """Return the norm of a function's arguments, checked once where they cannot change."""
+    if _IMMUTABLE.issuperset(map(type, (kind, *options.values()))):
+        return _of_options(kind, **options)
+    return Norm(option_rules.options(kind, **options))
+
+
+class Held:
+    """
+    A norm's weight and bias in each memory where they were needed.
+
+    No norm is referred to from here: one that is let go is freed at once, and with it its memory,
+    for which cudaFree waits until the device is idle. A collector would do that at any moment.
+    """
+
+    def __init__(self, weight: np.ndarray | None, bias: np.ndarray | None) -> None:
+        self._arrays = (weight, bias)
+        self.on_host = tuple(
+            None if array is None else find.view(array, name)
+            for array, name in ((weight, "weight"), (bias, "bias"))
+        )
+        self.on_device: dict[int, tuple[ArrayView | None, ...]] = {}
+
+    def __call__(self, norm: Norm, x: ArrayView) -> Parameters:
+        device = x.layout.device
+        if device.kind == "cpu":
+            return parameters(norm.options, *self.on_host)
+        found = norm.ready.get(device.index)
+        if found is None:
+            if device.index not in self.on_device:
+                stream = x.library.stream(device.index)
+                cuda_memory.refuse_capture(stream, f"the weight is not on {device} yet")
+            held = self._loaded(device.index)
+            found = norm.ready[device.index] = parameters(norm.options, *held)
+            if self.on_device.get(device.index) is not held:  # unloaded meanwhile
+                norm.ready.pop(device.index, None)
+        return found
+
+    def _loaded(self, index: int) -> tuple[ArrayView | None, ...]:
+        """Return the arrays on a CUDA device, uploaded if need be."""
+        return made_once(self.on_device, index, lambda: self._uploaded(index))
+
+    def _uploaded(self, index: int) -> tuple[ArrayView | None, ...]:
+        weight, bias = self._arrays
+        if weight is not None:
+            # Adding an offset, though it be 0, makes 0 of -0. A kernel that adds none, and
+            # multiplies two elements at once, has to give the same bits.
+            weight = np.where(weight == 0, weight.dtype.type(0), weight)
+        return tuple(None if array is None else upload(array, index) for array in (weight, bias))
+
+    def load(self, index: int) -> None:
+        """Upload to a CUDA device, once."""
+        self._loaded(index)
+
+    def unload(self, norms: dict[int, Norm]) -> None:
+        """Wait for the work in flight and free every device copy, those of `norms` too."""
+        # An upload that another thread is at, or this one when a signal's handler came, is still
+        # put into `held`: the call that asked for it lets go of it last.
+        held, self.on_device = self.on_device, {}
+        for norm in tuple(norms.values()):
+            norm.ready.clear()
+        for index in held.copy():
+            cuda_memory.synchronize(index)
+
+
+def snapshot(array: Any, role: str) -> np.ndarray | None:
+    """Return a read-only copy of an array of any library on the host; None of None."""
+    if array is None:
+        return None
+    library = find.library_of(array, role)
+    values = np.array(library.to_host(array, role), order="C", copy=True, subok=False)
+    values.flags.writeable = False
+    return values
+
+
+def device_of(device: Any) -> Device:
+    """Read a device as torch, CuPy and people write it."""
+    if device is None:
+        return Device("cuda", environment.import_cupy().cuda.runtime.getDevice())
+    if hasattr(device, "__index__"):
+        return Device("cuda", option_rules.integer(device, "device"))
+    kind, index = getattr(device, "type", None), getattr(device, "index", None)
+    if kind is None and hasattr(device, "id"):  # cupy.cuda.Device
+        kind, index = "cuda", device.id
+    if isinstance(device, str):
+        kind, _, number = device.partition(":")
+        index = int(number) if number.isdecimal() else None
+        if number and index is None:
+            kind = None
+    if kind == "cpu":
+        return CPU
+    if kind == "cuda":
+        return device_of(None) if index is None else Device("cuda", index)
+    raise ValueError(
+        f"device is {option_rules.shown(device)}; needs an index, 'cpu', 'cuda' or 'cuda:<index>'"
+    )

@@ -1,0 +1,1 @@
+"""For each kernel its geometry, macros and parameters: one file for each ``.cu``."""

@@ -1,0 +1,145 @@
+"""What a call means: every rule on kinds, shapes, strides and dtypes, each with its error."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from cupy_headnorm._arrays.dtypes import DType
+from cupy_headnorm._arrays.layout import Layout
+from cupy_headnorm._rules import heads as head_rules
+from cupy_headnorm._rules import options
+from cupy_headnorm._rules.options import Kind, NormOptions, Rounding
+
+
+class NormSpec(NamedTuple):
+    """What one compiled kernel computes."""
+
+    kind: Kind
+    x: DType
+    weight: DType | None
+    bias: DType | None
+    head_dim: int
+    rounding: Rounding
+
+    @property
+    def name(self) -> str:
+        """The kernel's name in a profiler: ``head_norm_rms_bf16_f32_d128``."""
+        parts = ["head_norm", self.kind, self.x.short]
+        parts.append(self.weight.short if self.weight else "unweighted")
+        if self.bias:
+            parts.append(f"bias_{self.bias.short}")
+        parts.append(f"d{self.head_dim}")
+        if self.rounding != "once":
+            parts.append(self.rounding)
+        return "_".join(parts)
+
+
+class RowAxis(NamedTuple):
+    """One axis of the grid of rows: its length and each array's stride along it, in bytes."""
+
+    size: int
+    x: int
+    out: int
+    weight: int
+    bias: int
+
+
+class NormCall(NamedTuple):
+    """A validated call: which kernel, over which rows."""
+
+    spec: NormSpec
+    axes: tuple[RowAxis, ...]
+    """Outermost first, neighbours merged where every array allows it."""
+    rows: int
+    eps: float
+    weight_offset: float
+    alignments: tuple[int, int, int, int]
+    """Largest power of two, at most 16, dividing every row's address in x, out, weight, bias."""
+
+
+def _merged(axes: list[RowAxis]) -> tuple[RowAxis, ...]:
+    """Order axes as the result lies in memory and merge neighbours that step as one."""
+    merged: list[RowAxis] = []
+    for inner in sorted((a for a in axes if a.size != 1), key=lambda a: -abs(a.out)):
+        outer = merged[-1] if merged else None
+        if outer and all(o == i * inner.size for o, i in zip(outer[1:], inner[1:], strict=True)):
+            merged[-1] = RowAxis(outer.size * inner.size, *inner[1:])
+        else:
+            merged.append(inner)
+    return tuple(merged) or (RowAxis(1, 0, 0, 0, 0),)
+
+
+def describe(
+    opts: NormOptions, x: Layout, weight: Layout | None, bias: Layout | None, out: Layout
+) -> NormCall:
+    """
+    Validate a call and reduce it to rows.
+
+    Raises
+    ------
+    ValueError
+        A shape, stride or count does not fit.
+    TypeError
+        A dtype or device does not fit.
+    """
+    if not x.shape:
+        raise ValueError("x has shape (); needs (..., num_heads, head_dim)")
+    if out.shape != x.shape:
+        raise ValueError(f"out has shape {out.shape}; needs that of x, {x.shape}")
+    if out.dtype is not x.dtype:
+        raise TypeError(f"out has dtype {out.dtype}; needs that of x, {x.dtype}")
+    for name, layout in (("weight", weight), ("bias", bias), ("out", out)):
+        if layout is not None and layout.device != x.device:
+            raise TypeError(f"{name} is on {layout.device}; needs the device of x, {x.device}")
+    heads = head_rules.geometry(
+        opts.num_heads, opts.head_dim, weight and weight.shape, bias and bias.shape
+    )
+    head_dim = x.shape[-1] if heads.head_dim is None else heads.head_dim
+    if head_dim == 0:
+        raise ValueError(f"x has shape {x.shape}; needs a head_dim of 1 or more")
+    options.check_parameters(opts, weight, bias)
+    options.check_result(opts, x.dtype, weight and weight.dtype, bias and bias.dtype)
+    head_rules.check_last_stride(x, "x")
+    head_rules.check_last_stride(out, "out")
+    weight_stride = head_rules.parameter_stride(weight, "weight", head_dim)
+    bias_stride = head_rules.parameter_stride(bias, "bias", head_dim)
+
+    flat, heads_axis = head_rules.head_axis(
+        x.shape, heads.num_heads, head_dim, opts.heads_axis, read_as_flat=heads.read_as_flat
+    )
+    axes = [
+        RowAxis(n, sx, so, *((weight_stride, bias_stride) if axis == heads_axis else (0, 0)))
+        for axis, (n, sx, so) in enumerate(
+            zip(x.shape[:-1], x.strides[:-1], out.strides[:-1], strict=True)
+        )
+    ]
+    if flat:
+        step = head_dim * x.dtype.itemsize
+        axes.append(RowAxis(x.shape[-1] // head_dim, step, step, weight_stride, bias_stride))
+    rows = math.prod(axis.size for axis in axes)
+    axes_merged = _merged(axes) if rows else ()
+
+    def alignment(layout: Layout | None, strides: list[int]) -> int:
+        return math.gcd(layout.alignment, *strides) if layout else 16
+
+    return NormCall(
+        NormSpec(
+            opts.kind,
+            x.dtype,
+            weight and weight.dtype,
+            bias and bias.dtype,
+            head_dim,
+            opts.rounding,
+        ),
+        axes_merged,
+        rows,
+        opts.eps,
+        opts.weight_offset,
+        (
+            alignment(x, [axis.x for axis in axes_merged]),
+            alignment(out, [axis.out for axis in axes_merged]),
+            alignment(weight, [axis.weight for axis in axes_merged]),
+            alignment(bias, [axis.bias for axis in axes_merged]),
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Measure: our norms, their peers and a copy of the same bytes, on this machine."""

@@ -1,0 +1,297 @@
+"""What a norm costs beside device time: host time a call, first calls, imports, memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import timeit
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupy_headnorm import reference
+from cupy_headnorm._cuda import environment as cuda_environment
+from cupy_headnorm._rules.options import DEFAULT_EPS
+from cupy_headnorm.bench import clocks, providers, qk_providers, workloads
+from cupy_headnorm.bench.clocks import Timer
+from cupy_headnorm.bench.workloads import Case, Workload
+from cupy_headnorm.headnorm import HeadNorm
+
+HOST_CASE = Case(1, 32, 128, "bfloat16", "rms", "contiguous")
+"""One token of Qwen3-8B's queries: the device is done with it before the host."""
+LAUNCH = "cuLaunchKernel alone, three pointers"
+FUNCTION = "CuPy Function(...), three pointers"
+TORCH_IN_PLACE, TORCH_NEW = "ours, in place on torch", "ours, new result on torch"
+CUPY_IN_PLACE, CUPY_NEW = "ours, in place on CuPy", "ours, new result on CuPy"
+FUNCTIONAL = "F.rms_norm"
+
+_CALLS = 300
+"""Between two synchronizations: a launch queue holds about 1,000, and the host waits at its end."""
+_BATCHES = 9
+_MISSES = 200
+
+# Only the host is timed: the kernel need not do anything.
+_THREE_POINTERS = 'extern "C" __global__ void three_pointers(void*, void*, void*) {}'
+
+_FIRST_CALL = """
+import time, cupy, numpy
+cupy.zeros(1)
+x = cupy.zeros((1, 32, 128), numpy.float16)
+weight = numpy.ones(128, numpy.float16)
+cupy.cuda.Device().synchronize()
+start = time.perf_counter()
+import cupy_headnorm
+cupy_headnorm.HeadNorm(weight)(x, out=x)
+cupy.cuda.Device().synchronize()
+print((time.perf_counter() - start) * 1e3)
+"""
+
+_IMPORT = """
+import time
+start = time.perf_counter()
+import cupy_headnorm
+print((time.perf_counter() - start) * 1e3)
+"""
+
+
+def host_times(on: Timer, names: list[str]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return the host's microseconds for each kind of call; the reasons of providers that fail."""
+    failed: dict[str, str] = {}
+    with ExitStack() as contexts:
+        contexts.enter_context(on)
+        synchronize = _synchronize(on)
+        if on.name == "torch":  # its stream says nothing about CuPy's
+            contexts.enter_context(clocks.Gpu())
+        work = workloads.prepare(HOST_CASE, on, buffers=1)
+        rows = [_host_row(label, call, synchronize) for label, call in _own_calls(work)]
+        for name in names:
+            if name in providers.CEILINGS + providers.OURS + ("functional",):
+                continue
+            provider = providers.PROVIDERS[name]
+            try:
+                call = partial(provider.build(work), 0)
+                rows.append(_host_row(provider.label, call, synchronize))
+            except Exception as error:
+                failed[name] = f"{providers.one_line(error)} at a host call"
+    return rows, failed
+
+
+def _synchronize(on: Timer) -> Callable[[], None]:
+    if on.name == "numpy":
+        return lambda: None
+    synchronize: Callable[[], None] = cuda_environment.import_cupy().cuda.Device().synchronize
+    return synchronize
+
+
+def _host_row(
+    label: str, call: Callable[[], Any], synchronize: Callable[[], None]
+) -> dict[str, Any]:
+    timer = timeit.Timer(call, setup=synchronize)
+    timer.timeit(_CALLS)
+    spent = statistics.median(timer.repeat(_BATCHES, _CALLS)) / _CALLS
+    return {"call": label, "microseconds": round(spent * 1e6, 3)}
+
+
+def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield our calls, and what is below them."""
+    norm, x = work.norm, work.inputs[0]
+    if work.on.name == "numpy":
+        yield "ours, in place on NumPy", partial(norm, x, out=x)
+        yield "ours, new result on NumPy", partial(norm, x)
+        if "functional" in providers.find(work.on)[0]:
+            tensor, weight = clocks.as_torch(x), clocks.as_torch(work.weight)
+            yield "ours, new result on torch, host memory", partial(norm, tensor)
+            yield FUNCTIONAL, _functional(tensor, weight)
+        return
+    cupy = cuda_environment.import_cupy()
+    array, weight = x, work.weight
+    if work.on.name == "torch":
+        array, weight = cupy.from_dlpack(x), cupy.from_dlpack(work.weight)
+    kernel = cupy.RawKernel(_THREE_POINTERS, "three_pointers")
+    pointers = (array.data.ptr, weight.data.ptr, array.data.ptr)
+    values = (ctypes.c_void_p * 3)(*pointers)
+    addresses = (ctypes.c_void_p * 3)(*(ctypes.addressof(values) + 8 * i for i in range(3)))
+    stream, prepared = cupy.cuda.get_current_stream().ptr, ctypes.addressof(addresses)
+    launch = cupy.cuda.driver.launchKernel
+    grid, block = (1, 1, 1), (128, 1, 1)
+    yield LAUNCH, partial(launch, kernel.kernel.ptr, *grid, *block, 0, stream, prepared, 0)
+    yield FUNCTION, partial(kernel.kernel, grid, block, pointers)
+    yield CUPY_IN_PLACE, partial(norm, array, out=array)
+    yield CUPY_NEW, partial(norm, array)
+    if work.on.name == "torch":
+        from torch.utils.dlpack import from_dlpack
+
+        yield TORCH_IN_PLACE, partial(norm, x, out=x)
+        yield TORCH_NEW, partial(norm, x)
+        yield FUNCTIONAL, _functional(x, work.weight)
+
+        def through_dlpack() -> Any:
+            view = cupy.from_dlpack(x)
+            result = cupy.empty_like(view)
+            kernel((1,), (128,), (view, weight, result))
+            return from_dlpack(result)
+
+        yield "from_dlpack, RawKernel, from_dlpack", through_dlpack
+
+
+def _functional(x: Any, weight: Any) -> Callable[[], Any]:
+    from torch.nn import functional
+
+    return partial(functional.rms_norm, x, (HOST_CASE.head_dim,), weight, DEFAULT_EPS["rms"])
+
+
+def plan_misses(on: Timer) -> dict[str, float]:
+    """Return microseconds of calls in place with a new number of tokens, their kernels loaded."""
+    spent = {}
+    libraries: list[Timer] = [clocks.Gpu(), on] if on.name == "torch" else [on]
+    # Layouts are known across libraries: each has numbers of its own, which nobody else uses.
+    for library, first in zip(libraries, (1101, 1501), strict=False):
+        lengths = range(first, first + _MISSES)
+        with library:
+            case = HOST_CASE._replace(tokens=lengths.stop)
+            work = workloads.prepare(case, library, buffers=1)
+            calls = partial(_calls_of_norm, work.norm, work.inputs[0])
+            spent[library.name] = _new_lengths(calls, lengths, on)
+    with on:
+        # Two sequences each, of any such lengths.
+        case = HOST_CASE._replace(tokens=2 * lengths.stop)
+        work = workloads.prepare(case, on, buffers=1)
+        x = work.inputs[0].reshape(2 * lengths.stop * case.num_heads * case.head_dim)
+        calls = partial(_calls_of_sequences, work.norm, x, case)
+        spent["sequences"] = _new_lengths(calls, lengths, on)
+        of_both = qk_providers.CASE._replace(tokens=lengths.stop)
+        packed = qk_providers.prepare(of_both, on, buffers=1)
+        spent["q_and_k"] = _new_lengths(partial(_calls_of_both, packed), lengths, on)
+    return {f"plan_miss_{name}_microseconds": found for name, found in spent.items()}
+
+
+def _new_lengths(calls: Callable[[int], Callable[[], Any]], lengths: range, on: Timer) -> float:
+    """Return the median of microseconds of a call over each of `lengths`, after one of `stop`."""
+    synchronize, times = _synchronize(on), []
+    calls(lengths.stop)()
+    for call in [calls(length) for length in lengths]:
+        synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    synchronize()
+    return round(statistics.median(times) * 1e6, 3)
+
+
+def _calls_of_norm(norm: HeadNorm, x: Any, length: int) -> Callable[[], Any]:
+    part = x[:length]
+    return partial(norm, part, out=part)
+
+
+def _calls_of_sequences(norm: HeadNorm, x: Any, case: Case, length: int) -> Callable[[], Any]:
+    part = x[: 2 * length * case.num_heads * case.head_dim]
+    part = part.reshape(2, length, case.num_heads, case.head_dim)
+    return partial(norm, part, out=part)
+
+
+def _calls_of_both(work: qk_providers.Workload, length: int) -> Callable[[], Any]:
+    q, k = (part[:length] for part in work.inputs[0])
+    return partial(work.qk, q, k, positions=work.positions[:length], out=(q, k))
+
+
+def _in_new_process(code: str, bytecode: str, **environment: str) -> float:
+    """Return the number that `code` prints, with compiled modules kept in a folder of their own."""
+    here = str(Path(__file__).resolve().parents[2])
+    known = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([here, known] if known else [here])
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**inherited, "PYTHONPATH": path, "PYTHONPYCACHEPREFIX": bytecode, **environment},
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"a new process failed: {' '.join(done.stderr.split())[-300:]}")
+    return float(done.stdout.split()[-1])
+
+
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="cupy-headnorm-")
+
+
+def first_calls() -> dict[str, float]:
+    """Return milliseconds up to the first result, above importing CuPy and one `cupy.zeros`."""
+    cold, cached = [], []
+    with _folder() as bytecode:
+        _in_new_process(_IMPORT, bytecode)  # pip compiles the modules it installs
+        for _ in range(3):
+            with _folder() as kernels:
+                cold.append(_in_new_process(_FIRST_CALL, bytecode, CUPY_CACHE_DIR=kernels))
+                cached.append(_in_new_process(_FIRST_CALL, bytecode, CUPY_CACHE_DIR=kernels))
+    return {
+        "first_call_cold_milliseconds": round(statistics.median(cold), 1),
+        "first_call_disk_cache_milliseconds": round(statistics.median(cached), 1),
+    }
+
+
+def import_times() -> dict[str, float]:
+    """Return milliseconds of the import in a new process, with NumPy's and without."""
+    codes = {
+        "import_milliseconds": _IMPORT,
+        "import_beside_numpy_milliseconds": f"import numpy\n{_IMPORT}",
+    }
+    with _folder() as bytecode:
+        _in_new_process(_IMPORT, bytecode)
+        return {
+            name: round(statistics.median(_in_new_process(code, bytecode) for _ in range(5)), 1)
+            for name, code in codes.items()
+        }
+
+
+def reference_costs(tokens: int = 2**16) -> dict[str, float]:
+    """Return extra memory and time of the reference, and of whole arrays: by default on 1 GiB."""
+    block = np.random.default_rng(0).standard_normal((min(tokens, 1024), 32, 128), np.float32)
+    x = np.resize(block, (tokens, 32, 128))
+    weight = block[0, 0].copy()
+    tracemalloc.start()
+    result = reference.rms_norm(x, weight)
+    extra = tracemalloc.get_traced_memory()[1] - result.nbytes
+    tracemalloc.stop()
+    del result
+    milliseconds = {
+        name: 1e3 * statistics.median(timeit.repeat(call, number=1, repeat=3))
+        for name, call in (
+            ("reference", lambda: reference.rms_norm(x, weight)),
+            ("whole_array", lambda: providers.whole_array(x, weight, "rms")),
+        )
+    }
+    return {
+        "reference_extra_mebibytes": round(extra / 2**20, 2),
+        "reference_milliseconds": round(milliseconds["reference"], 1),
+        "whole_array_milliseconds": round(milliseconds["whole_array"], 1),
+    }
+
+
+def gpu_memory(on: Timer) -> dict[str, float]:
+    """Return bytes that a call on torch tensors takes beside its result."""
+    if on.name != "torch":
+        return {}
+    import torch
+
+    with on:
+        work = workloads.prepare(HOST_CASE._replace(tokens=8192), on, buffers=1)
+        (x,) = work.inputs
+        work.norm(x)
+        _synchronize(on)()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = work.norm(x)
+        peak = torch.cuda.max_memory_allocated()
+    return {"gpu_extra_bytes": peak - before - result.nbytes}
