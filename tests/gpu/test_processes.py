@@ -1,7 +1,7 @@
 """
 Processes on a GPU: what they share on disk, how they fork, leave and are interrupted.
 
-Each is started from a text. Those that need no GPU are in tests/test_faults.py.
+Each is started from a text. Those that need no GPU are in tests/gpu/test_faults.py.
 """
 
 import hashlib

@@ -35,7 +35,7 @@ from cupy_headnorm._plans.geometry import LaunchConfig
 from cupy_headnorm._rules.norm import NormSpec
 
 FOLDER = Path(__file__).parent / "host"
-CACHE = Path(__file__).parents[1] / ".pytest_cache" / "host"
+CACHE = Path(__file__).parents[2] / ".pytest_cache" / "host"
 KEPT = 32
 """Libraries that stay in the cache."""
 # Seconds to compile a kernel: -Og 0.34, -O1 0.53, -O0 0.98.

@@ -14,7 +14,7 @@ import cupy_headnorm
 from cupy_headnorm import cli, models
 from cupy_headnorm.bench import costs, report
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 

@@ -1,7 +1,7 @@
 """
 Faults around a call that need no GPU: forks, workers, interrupts, memory, and sanitize.py itself.
 
-Compilers that fail stand in for NVRTC. tests/test_endurance.py and tests/test_processes.py have the
+Compilers that fail stand in for NVRTC. tests/gpu/test_endurance.py and tests/gpu/test_processes.py have the
 same with a GPU, and what takes one.
 """
 

@@ -1,7 +1,7 @@
 """
 QKNorm beside a model's own path, on what the attention of a random Qwen3-0.6B really sees.
 
-    python tests/in_model.py [--device cpu|cuda] [--layers N]
+    python tests/helpers/in_model.py [--device cpu|cuda] [--layers N]
 
 Queries, keys, cosines, sines and positions of layer 0 are caught in a forward pass: prefill of
 4,096 tokens and decoding of 1 token in batches of 1 and 32. Times are of replayed graphs (device)

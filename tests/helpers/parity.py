@@ -1,7 +1,7 @@
 """
 Beside transformers' own modules: the share of values that differ, in tiny models of each family.
 
-``python tests/parity.py [--qk] [--device cuda] [--json] [FAMILY ...]`` prints it: of each norm, or
+``python tests/helpers/parity.py [--qk] [--device cuda] [--json] [FAMILY ...]`` prints it: of each norm, or
 of queries and keys as a layer gives them to its attention function.
 """
 

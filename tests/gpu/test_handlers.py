@@ -2,7 +2,7 @@
 Signals' handlers and finalizers that call a norm, or unload one, in the middle of another call.
 
 Python runs them between any two steps of a thread. Host memory stands in for a GPU's, as
-stand_in.py says; tests/test_processes.py has one on a GPU.
+stand_in.py says; tests/gpu/test_processes.py has one on a GPU.
 """
 
 import contextlib

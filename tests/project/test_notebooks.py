@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
-RESULTS = sorted((Path(__file__).resolve().parent.parent / "notebooks/results").glob("*.json"))
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+RESULTS = sorted((Path(__file__).resolve().parents[2] / "notebooks/results").glob("*.json"))
 
 
 @pytest.mark.slow

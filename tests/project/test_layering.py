@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "cupy_headnorm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 BENCH = ("_timing", "_providers", "_qk_providers", "_costs", "_bench_report", "bench")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pins
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 SED = "s/^[^#].*# cuda12: //"
 

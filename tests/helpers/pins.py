@@ -1,7 +1,7 @@
 """
 Write constraints.txt: the versions that the tests, their tools and notebooks take.
 
-    python tests/pins.py [--python python3.12 ...] [REQUIREMENT ...]
+    python tests/helpers/pins.py [--python python3.12 ...] [REQUIREMENT ...]
 
 Each Python resolves the extras against its index, by a pip that installs nothing. Where one has
 another version than that before it, lines have markers. A requirement holds a package back:
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = "test,notebooks,bench,hf,real"
 FOR_CUDA12 = "torch<2.11"
 """Later ones on PyPI are built for CUDA 13, and their packages exclude those of CUDA 12."""

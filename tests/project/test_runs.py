@@ -12,7 +12,7 @@ import processes
 import pytest
 from alone import turn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ROOT / "setup.cfg"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted(p.relative_to(ROOT) for p in (ROOT / "kernels").rglob("*.cu*"))
 
 pytestmark = pytest.mark.slow

@@ -1,7 +1,7 @@
 """
 What users build on: names, signatures, the command line, held against ``public_api.txt``.
 
-A change that is meant is written there by ``python tests/test_public_api.py``, and reviewed as what
+A change that is meant is written there by ``python tests/faces/test_public_api.py``, and reviewed as what
 it is: a promise kept or broken.
 """
 
@@ -23,7 +23,7 @@ import pytest
 import cupy_headnorm
 from cupy_headnorm import cli
 
-SNAPSHOT = Path(__file__).with_name("public_api.txt")
+SNAPSHOT = Path(__file__).parents[1] / "public_api.txt"
 MODULES = {
     "cupy_headnorm": cupy_headnorm.__all__,
     "cupy_headnorm.ops": ("launch",),
@@ -143,7 +143,7 @@ def test_nothing_public_has_changed():
     assert ours.keys() == promised.keys()
     for heading, part in ours.items():
         assert part.split("\n") == promised[heading].rstrip("\n").split("\n"), (
-            f"{heading} has changed; if that is meant: python tests/test_public_api.py"
+            f"{heading} has changed; if that is meant: python tests/faces/test_public_api.py"
         )
 
 

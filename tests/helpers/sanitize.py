@@ -1,7 +1,7 @@
 """
 compute-sanitizer over the tests marked ``sanitize``, in processes side by side.
 
-    python tests/sanitize.py [--tool memcheck ...] [-j 16] [--planted]
+    python tests/helpers/sanitize.py [--tool memcheck ...] [-j 16] [--planted]
 
 Only our kernels are checked, and each array has memory of its own. A run of no finding tells little
 if the tool saw nothing, so each process reports what it launched (it loads this file as a pytest
@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("head_norm", "qk_norm")
 """Each is part of the names of all kernels from one source."""
 MAX_TESTS = 150
@@ -101,8 +101,8 @@ class Tool(NamedTuple):
     """That run into it, on each of `KERNELS`."""
 
 
-NORM = "tests/test_norms.py::"
-QK = "tests/test_qknorm.py::test_matches_float64"
+NORM = "tests/faces/test_norms.py::"
+QK = "tests/faces/test_qknorm.py::test_matches_float64"
 TOOLS = {
     "memcheck": Tool(
         # Without padding an overrun may end in the next allocation. Errors of calls into CUDA are
@@ -278,7 +278,8 @@ def start(tool: str, tests: tuple[str, ...], number: int, root: Path, seconds: i
 
 def collected() -> list[str]:
     """Return the selected tests, as pytest names them."""
-    files = sorted({f"tests/{test.partition('::')[0]}" for test in SELECTED})
+    names = {test.partition("::")[0] for test in SELECTED}
+    files = sorted(str(path) for path in ROOT.glob("tests/*/test_*.py") if path.name in names)
     command = [sys.executable, "-m", "pytest", "-m", "sanitize", "--collect-only", "-q", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     tests = [line for line in done.stdout.splitlines() if "::" in line]

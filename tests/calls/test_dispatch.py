@@ -2,7 +2,7 @@
 What a second call looks at, and what it trusts: the path of a call that ran before.
 
 The path belongs to CUDA memory. Here host memory stands in for it, as stand_in.py says;
-tests/test_streams.py and tests/test_remembered.py have the real one.
+tests/gpu/test_streams.py and tests/calls/test_remembered.py have the real one.
 """
 
 import gc
