@@ -12,9 +12,10 @@ import numpy as np
 from cupy_headnorm import reference
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.torch import untraced
-from cupy_headnorm._arrays.views import AnyArray, Array, ArrayView
+from cupy_headnorm._arrays.views import AnyArray, Array
 from cupy_headnorm._calls import dispatch
-from cupy_headnorm._calls.parameters import Held, Norm, device_of, snapshot
+from cupy_headnorm._calls.operands import Given
+from cupy_headnorm._calls.parameters import Held, HeldNorm, device_of, snapshot
 from cupy_headnorm._cuda import environment
 from cupy_headnorm._plans.geometry import LaunchConfig
 from cupy_headnorm._rules import heads as head_rules
@@ -23,7 +24,6 @@ from cupy_headnorm._rules.options import Kind, NormOptions, Rounding
 from cupy_headnorm.checkpoint import tensors
 
 if TYPE_CHECKING:
-    from cupy_headnorm._rules.parts import PartNorm
     from cupy_headnorm.checkpoint.reader import ModelNorm
 
 
@@ -90,7 +90,7 @@ class HeadNorm:
         weight_offset: float = 0.0,
         rounding: Rounding = "once",
     ) -> None:
-        self._options = options.options(
+        opts = options.options(
             kind,
             eps=eps,
             num_heads=num_heads,
@@ -101,16 +101,14 @@ class HeadNorm:
         self._weight = snapshot(weight, "weight")
         self._bias = snapshot(bias, "bias")
         self._geometry = head_rules.geometry(
-            self._options.num_heads,
-            self._options.head_dim,
+            opts.num_heads,
+            opts.head_dim,
             None if self._weight is None else self._weight.shape,
             None if self._bias is None else self._bias.shape,
         )
-        options.check_parameters(self._options, weight, bias)
+        options.check_parameters(opts, weight, bias)
         self._source: Source | None = None
-        self._held = Held(self._weight, self._bias)
-        self._norm = Norm(self._options, self._held)
-        self._norms = {self._options.heads_axis: self._norm}
+        self._norm = HeldNorm(opts, Held(self._weight, self._bias))
 
     @classmethod
     def from_safetensors(
@@ -209,37 +207,11 @@ class HeadNorm:
             norm = cls(weight, bias, **overrides)
             norm._source = source
             return norm
-        return cls._of_model(described, weight, bias, source, **overrides)
+        return of_model(described, weight, bias, source, cls, **overrides)
 
-    @classmethod
-    def _of_model(
-        cls,
-        described: ModelNorm,
-        weight: Any,
-        bias: Any,
-        source: Source | None = None,
-        **overrides: Any,
-    ) -> HeadNorm:
-        """Build the norm that a model's is `described` to be."""
-        shared = described.shape in ((), (described.head_dim,))
-        arguments: dict[str, Any] = {
-            "kind": described.kind,
-            "eps": described.eps,
-            "num_heads": None if shared else described.num_heads,
-            "head_dim": described.head_dim,
-            "weight_offset": described.weight_offset if weight is not None else 0.0,
-            "rounding": described.rounding,
-        }
-        norm = cls(weight, bias, **arguments | overrides)
-        norm._source = source
-        return norm if "rounding" in overrides else norm._making(described.result)
-
-    def _making(self, result: str) -> HeadNorm:
-        """Refuse calls in which the model's own result had another dtype than x."""
-        self._options = self._options._replace(result=result)
-        self._norm = Norm(self._options, self._held)
-        self._norms = {self._options.heads_axis: self._norm}
-        return self
+    @property
+    def _options(self) -> NormOptions:
+        return self._norm.options
 
     def to_safetensors(self, path: str | os.PathLike[str], key: str) -> None:
         """Write ``<key>.weight`` and ``<key>.bias``, as they are held, to a new file."""
@@ -257,8 +229,8 @@ class HeadNorm:
         array
             Shape, dtype, device and library of `x`; `out` if it was given.
         """
-        norm = self._norm if heads_axis is _HEADS_AXIS else self._along(heads_axis)
-        result: Array = dispatch.apply(norm, x, None, None, out)
+        norm = self._norm if heads_axis is _HEADS_AXIS else self._norm.for_heads_axis(heads_axis)
+        result: Array = dispatch.lane(norm, x, out)
         return result
 
     @untraced
@@ -339,14 +311,15 @@ class HeadNorm:
         arguments = self._arguments()
         arguments.update(num_heads=stop - start, head_dim=self.head_dim)
         norm = HeadNorm(part(self._weight), part(self._bias), **arguments)
-        return norm._making(self._options.result)
+        norm._norm = norm._norm.with_result_dtype(self._options.result)
+        return norm
 
     def load(self, device: Any = None) -> None:
         """Upload to a CUDA device (an index, ``"cuda:1"``, a torch or CuPy device) and wait."""
         with environment.explained():
             place = device_of(device)
             if place.kind == "cuda":
-                self._held.load(place.index)
+                self._norm.load(place.index)
 
     def unload(self) -> None:
         """
@@ -354,7 +327,7 @@ class HeadNorm:
 
         A CUDA graph that was captured before must not be replayed any more; see `warmup`.
         """
-        self._held.unload(self._norms)
+        self._norm.unload()
 
     def warmup(self, x: AnyArray, /, *, heads_axis: int = -2, out: AnyArray | None = None) -> None:
         """
@@ -364,10 +337,11 @@ class HeadNorm:
         do not `unload` it meanwhile: the graph reads the weights on the device, which are freed
         with the norm.
         """
-        norm = self._along(heads_axis)
+        norm = self._norm.for_heads_axis(heads_axis)
         for target in (None, x) if out is None else (out,):
+            given = Given((x,), (None, None), None if target is None else (target,))
             try:
-                dispatch.step_by_step(norm, x, out=target, dry=True)
+                dispatch.step_by_step(norm, given, dry=True)
             except (TypeError, ValueError):
                 if target is not x or out is x:
                     raise
@@ -375,8 +349,7 @@ class HeadNorm:
 
     def plan(self, x: AnyArray, /, *, heads_axis: int = -2) -> LaunchConfig:
         """Return the geometry used for `x`, or for its like on an H100 if it is in host memory."""
-        norm, x_view = self._along(heads_axis), find.view(x, "x")
-        return dispatch.plan(norm.options, x_view, *self._held(norm, x_view).views)
+        return dispatch.plan(self._norm.for_heads_axis(heads_axis), x)
 
     @property
     def weight(self) -> np.ndarray | None:
@@ -449,17 +422,6 @@ class HeadNorm:
         rebuild = functools.partial(type(self), self._weight, self._bias, **self._arguments())
         return _rebuilt, (rebuild, self._options.result, self._source)
 
-    def _part(self) -> PartNorm:
-        """Describe the norm to those that run several in one launch."""
-        from cupy_headnorm._rules.parts import PartNorm  # imported with QKNorm
-
-        held = (view and view.layout for view in self._held.on_host)
-        return PartNorm(self._options, *held)
-
-    def _part_beside(self, x: ArrayView) -> tuple[NormOptions, ArrayView | None, ArrayView | None]:
-        """Return the options, and weight and bias in the memory of `x`."""
-        return self._options, *self._held(self._norm, x).views
-
     def _arguments(self) -> dict[str, Any]:
         o = self._options
         return {
@@ -470,14 +432,6 @@ class HeadNorm:
             "weight_offset": o.weight_offset,
             "rounding": o.rounding,
         }
-
-    def _along(self, heads_axis: int) -> Norm:
-        axis = options.checked_heads_axis(heads_axis)
-        norm = self._norms.get(axis)
-        if norm is None:
-            made = Norm(self._options._replace(heads_axis=axis), self._held)
-            norm = self._norms.setdefault(axis, made)
-        return norm
 
 
 class Source(NamedTuple):
@@ -500,8 +454,38 @@ class Source(NamedTuple):
 
 
 def _rebuilt(rebuild: Callable[[], HeadNorm], result: str, source: Source | None) -> HeadNorm:
-    norm = rebuild()._making(result)
+    norm = rebuild()
+    norm._norm, norm._source = norm._norm.with_result_dtype(result), source
+    return norm
+
+
+def inside(norm: HeadNorm) -> HeldNorm:
+    """Return the norm as calls meet it."""
+    return norm._norm
+
+
+def of_model(
+    described: ModelNorm,
+    weight: Any,
+    bias: Any,
+    source: Source | None = None,
+    kind: type[HeadNorm] = HeadNorm,
+    **overrides: Any,
+) -> HeadNorm:
+    """Build the norm that a model's is `described` to be; `overrides` are HeadNorm's arguments."""
+    shared = described.shape in ((), (described.head_dim,))
+    arguments: dict[str, Any] = {
+        "kind": described.kind,
+        "eps": described.eps,
+        "num_heads": None if shared else described.num_heads,
+        "head_dim": described.head_dim,
+        "weight_offset": described.weight_offset if weight is not None else 0.0,
+        "rounding": described.rounding,
+    }
+    norm = kind(weight, bias, **arguments | overrides)
     norm._source = source
+    if "rounding" not in overrides:
+        norm._norm = norm._norm.with_result_dtype(described.result)
     return norm
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._arrays.views import AnyArray, Array
 from cupy_headnorm._calls import dispatch
+from cupy_headnorm._calls.operands import Given
 from cupy_headnorm._calls.parameters import of_options
 from cupy_headnorm._plans.geometry import LaunchConfig
 from cupy_headnorm._rules.options import Kind, Rounding
@@ -120,7 +121,8 @@ def rms_norm(
         weight_offset=weight_offset,
         rounding=rounding,
     )
-    result: Array = dispatch.apply(norm, x, weight, bias, out)
+    given = Given((x,), (weight, bias), None if out is None else (out,))
+    result: Array = dispatch.run(norm, given)[0]
     return result
 
 
@@ -184,7 +186,8 @@ def layer_norm(
         weight_offset=weight_offset,
         rounding=rounding,
     )
-    result: Array = dispatch.apply(norm, x, weight, bias, out)
+    given = Given((x,), (weight, bias), None if out is None else (out,))
+    result: Array = dispatch.run(norm, given)[0]
     return result
 
 
@@ -211,5 +214,6 @@ def launch(
             "returns one"
         )
     norm = of_options(kind, **options)
-    result: Array = dispatch.step_by_step(norm, x, weight, bias, out, config=config)
+    given = Given((x,), (weight, bias), None if out is None else (out,))
+    result: Array = dispatch.step_by_step(norm, given, config=config)[0]
     return result

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from cupy_headnorm.checkpoint import survey as checkpoint_survey
 from cupy_headnorm.checkpoint.reader import ModelNorm, Refused
-from cupy_headnorm.headnorm import HeadNorm, Source
+from cupy_headnorm.headnorm import HeadNorm, Source, of_model
 
 
 class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
@@ -60,7 +60,7 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
             described = checkpoint_survey.serve(self._keyed[key])
             weight, bias = checkpoint_survey.load(self._where, described)
             source = Source("from_pretrained", self._folder, described.name, {}, self._variant)
-            made = HeadNorm._of_model(described, weight, bias, source)
+            made = of_model(described, weight, bias, source)
             # Another thread may have been faster: all shall hold one norm.
             norm = self._loaded.setdefault(key, made)
         return norm

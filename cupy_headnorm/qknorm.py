@@ -9,13 +9,14 @@ from typing import Any
 from cupy_headnorm._arrays import dtypes, find, layout
 from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._arrays.views import ArrayView
-from cupy_headnorm._calls.qk_dispatch import step_by_step
-from cupy_headnorm._calls.qk_known import Arrays, known
+from cupy_headnorm._calls import dispatch
+from cupy_headnorm._calls.operands import Given
+from cupy_headnorm._calls.parts import Parts
 from cupy_headnorm._calls.tables import Tables
 from cupy_headnorm._rules import heads as head_rules
 from cupy_headnorm._rules import options
 from cupy_headnorm._rules import parts as part_rules
-from cupy_headnorm.headnorm import HeadNorm
+from cupy_headnorm.headnorm import HeadNorm, inside
 from cupy_headnorm.rope import Rope, config
 
 _NAMES = ("q", "k", "v")
@@ -87,12 +88,14 @@ class QKNorm:
         if rope is not None and not isinstance(rope, Rope):
             raise TypeError(f"rope is a {type(rope).__name__}; needs a cupy_headnorm.Rope")
         self._norms = dict(zip(_NAMES, given.values(), strict=False))
-        part_rules.check_norms({name: norm._part() for name, norm in self._norms.items()})
+        inner = {name: inside(norm) for name, norm in self._norms.items()}
+        part_rules.check_norms({name: norm.part for name, norm in inner.items()})
         dims = (norm.head_dim for norm in given.values() if norm.head_dim is not None)
         self._head_dim = next(dims, None)
         if rope is not None and self._head_dim is not None:
             rope.check(self._head_dim)
         self._tables = Tables(rope)
+        self._operations = {_HEADS_AXIS: Parts(inner, self._tables, _HEADS_AXIS)}
 
     @classmethod
     def from_pretrained(
@@ -200,17 +203,28 @@ class QKNorm:
         tuple of arrays
             As many as were given.
         """
-        parts = (q, k) if v is None else (q, k, v)
-        if out is not None:
-            out = self._checked_out(out)
-        if type(heads_axis) is not int:  # -2.0 would find the calls remembered for -2
-            heads_axis = options.integer(heads_axis, "heads_axis")
-        arrays = Arrays(parts, positions, cos, sin, out)
-        if len(parts) == len(self._norms):
-            results = known(self._norms, self._tables, arrays, heads_axis)
-            if results is not None:
-                return results
-        return step_by_step(self._norms, self._tables, arrays, heads_axis)
+        given = self._given((q, k, v), (positions, cos, sin), out)
+        return dispatch.run(self._operation(heads_axis), given)
+
+    def _operation(self, heads_axis: int) -> Parts:
+        """Return what a call does to heads on an axis."""
+        # By its type too, or -2.0 would pass for -2.
+        found = self._operations.get(heads_axis) if type(heads_axis) is int else None
+        if found is None:
+            axis = options.checked_heads_axis(heads_axis)
+            norms = {name: inside(norm) for name, norm in self._norms.items()}
+            found = self._operations.setdefault(axis, Parts(norms, self._tables, axis))
+        return found
+
+    def _given(self, qkv: tuple[Any, Any, Any], beside: tuple[Any, Any, Any], out: Any) -> Given:
+        parts = qkv if qkv[2] is not None else qkv[:2]
+        if len(parts) != len(self._norms):
+            raise TypeError(
+                "v is given and there is no v_norm; needs q and k only"
+                if len(parts) > len(self._norms)
+                else "no v is given; needs one for v_norm"
+            )
+        return Given(parts, beside, None if out is None else self._checked_out(out))
 
     @untraced
     def forward_reference(
@@ -292,11 +306,12 @@ class QKNorm:
         parts = [by_head[..., :num_heads, :], by_head[..., num_heads:first_v, :]]
         if "v" in self._norms:
             parts.append(by_head[..., first_v:, :])
-        arrays = Arrays(tuple(parts), positions, cos, sin, tuple(parts))
-        if not quick or known(self._norms, self._tables, arrays, _HEADS_AXIS) is None:
+        operation = self._operation(_HEADS_AXIS)
+        given = Given(tuple(parts), (positions, cos, sin), tuple(parts))
+        if not quick or dispatch.hit(operation, given) is None:
             if quick:
                 _check_buffer(library.view(qkv, "qkv"))
-            step_by_step(self._norms, self._tables, arrays, _HEADS_AXIS)
+            dispatch.step_by_step(operation, given)
         return qkv
 
     def load(self, device: Any = None) -> None:
@@ -339,12 +354,13 @@ class QKNorm:
         the device, which are freed with them.
         """
         parts = (q, k) if v is None else (q, k, v)
-        for target in (None, parts) if out is None else (self._checked_out(out),):
-            arrays = Arrays(parts, positions, cos, sin, target)
+        operation = self._operation(heads_axis)
+        for target in (None, parts) if out is None else (out,):
+            given = self._given((q, k, v), (positions, cos, sin), target)
             try:
-                step_by_step(self._norms, self._tables, arrays, heads_axis, dry=True)
+                dispatch.step_by_step(operation, given, dry=True)
             except (TypeError, ValueError):
-                if target is not parts:
+                if target is not parts or out is parts:
                     raise
                 # Parts may be arrays that cannot be written; then there is nothing to prepare.
 

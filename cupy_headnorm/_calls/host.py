@@ -8,11 +8,12 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from cupy_headnorm._rules.norm import NormCall, RowAxis
+from cupy_headnorm._rules.norm import NormCall, NormSpec, RowAxis
+from cupy_headnorm._rules.parts import Part, PartsCall
 
 _CHUNK_BYTES = 1024 * 1024
 """Of widened values a chunk, beside as much scratch. 1 GiB of float32, head_dim 128, one core of a
@@ -114,6 +115,83 @@ def _helped(work: Callable[[], None], helpers: int, stop: Callable[[], None]) ->
         wait()
     if failures:
         raise failures.pop()
+
+
+def apply_parts(
+    call: PartsCall,
+    xs: Sequence[np.ndarray],
+    parameters: Sequence[Sequence[np.ndarray | None]],
+    outs: Sequence[np.ndarray],
+    rotate: Callable[[np.ndarray], np.ndarray] | None,
+) -> None:
+    """
+    Run a validated call on q, k and v.
+
+    `rotate` takes heads of shape ``(*tokens, num_heads, head_dim)``, the tokens' axes being those
+    of the call.
+    """
+    for i, part in enumerate(call.parts):
+        sizes = [*(axis.size for axis in call.axes), part.num_heads]
+        x_steps = [*(axis.x[i] for axis in call.axes), part.x]
+        out_steps = [*(axis.out[i] for axis in call.axes), part.out]
+        source = x = _rows(xs[i], list(zip(sizes, x_steps, strict=True)), call.spec.head_dim)
+        target = out = _rows(outs[i], list(zip(sizes, out_steps, strict=True)), call.spec.head_dim)
+        if rotate is not None and part.turned and call.spec.rope is not None:
+            if call.spec.rope.first:
+                source = rotate(x)
+            else:
+                target = np.empty(x.shape, x.dtype)
+        weight, bias = parameters[i]
+        apply(_of_part(call, part, source, target, weight, bias), source, weight, bias, target)
+        if rotate is not None and target is not out:
+            out[...] = rotate(target)
+
+
+def _of_part(
+    call: PartsCall,
+    part: Part,
+    x: np.ndarray,
+    out: np.ndarray,
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+) -> NormCall:
+    """Return the call of one part's norm on heads of shape ``(*tokens, num_heads, head_dim)``."""
+    spec = call.spec
+    axes = [
+        RowAxis(n, of_x, of_out, 0, 0)
+        for n, of_x, of_out in zip(x.shape[:-1], x.strides[:-1], out.strides[:-1], strict=True)
+    ]
+    axes[-1] = axes[-1]._replace(weight=part.weight, bias=part.bias)
+    norm = NormSpec(
+        spec.kind,
+        spec.x,
+        None if weight is None else spec.weight,
+        None if bias is None else spec.bias,
+        spec.head_dim,
+        spec.rounding,
+    )
+    rows = call.tokens * part.num_heads
+    return NormCall(norm, tuple(axes), rows, part.eps, part.weight_offset, _ANY_ALIGNMENT)
+
+
+_ANY_ALIGNMENT = (1, 1, 1, 1)
+"""NumPy's loops take arrays as they lie."""
+
+
+def grid(array: np.ndarray, sizes: Sequence[int], steps: Sequence[int], own: int) -> np.ndarray:
+    """
+    Return a view of `array` over axes of these sizes and strides, and its own last axes.
+
+    An axis along which it does not move is 1 long: it broadcasts.
+    """
+    axes = [(n if step else 1, step) for n, step in zip(sizes, steps, strict=True)]
+    last = array.ndim - own
+    return np.lib.stride_tricks.as_strided(
+        array,
+        (*(n for n, _ in axes), *array.shape[last:]),
+        (*(step for _, step in axes), *array.strides[last:]),
+        writeable=False,
+    )
 
 
 def _once(size: int, stride: int) -> tuple[int, int]:

@@ -5,22 +5,29 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupy_headnorm._arrays import find
-from cupy_headnorm._arrays.layout import CPU, Device
+from cupy_headnorm._arrays.layout import CPU, Device, Layout
 from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._arrays.views import ArrayView
-from cupy_headnorm._cuda import driver, environment
-from cupy_headnorm._cuda import memory as cuda_memory
+from cupy_headnorm._calls import host, lengths
+from cupy_headnorm._calls.lengths import Role
+from cupy_headnorm._calls.operands import GIVEN, Beside, Given, Operation, Words
+from cupy_headnorm._cuda import driver, environment, memory
+from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._cuda.memory import Owner
 from cupy_headnorm._cuda.once import made_once
+from cupy_headnorm._plans import head_norm
+from cupy_headnorm._rules import heads as head_rules
+from cupy_headnorm._rules import norm as norm_rules
 from cupy_headnorm._rules import options as option_rules
+from cupy_headnorm._rules.norm import NormCall
 from cupy_headnorm._rules.options import Kind, NormOptions
+from cupy_headnorm._rules.parts import PartNorm
 
 
 def upload(values: np.ndarray, index: int) -> ArrayView:
@@ -28,7 +35,7 @@ def upload(values: np.ndarray, index: int) -> ArrayView:
     cupy = environment.import_cupy()
     with driver.beside_captures(), cupy.cuda.Device(index):
         copy = _allocated(cupy, values.shape, values.dtype, index)
-        stream = cuda_memory.side_stream()
+        stream = memory.side_stream()
         copy.set(values, stream=stream)
         stream.synchronize()
     return find.view(copy, "parameter")
@@ -48,7 +55,7 @@ def upload_pieces(
     cupy = environment.import_cupy()
     with driver.beside_captures(), cupy.cuda.Device(index):
         first, second = (_allocated(cupy, shape, dtype, index) for _ in range(2))
-        stream = cuda_memory.side_stream()
+        stream = memory.side_stream()
         for start, *piece in pieces:
             for copy, values in zip((first, second), piece, strict=True):
                 copy[start : start + len(values)].set(values, stream=stream)
@@ -65,20 +72,26 @@ def _allocated(cupy: Any, shape: tuple[int, ...], dtype: np.dtype, index: int) -
     """
     size = max(math.prod(shape) * dtype.itemsize, 1)
     owner, address = Owner(), cupy.cuda.runtime.malloc(size)
-    weakref.finalize(owner, cuda_memory.free, address).atexit = False
-    memory = cupy.cuda.UnownedMemory(address, size, owner, index)
-    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+    weakref.finalize(owner, memory.free, address).atexit = False
+    pointer = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(address, size, owner, index), 0)
+    return cupy.ndarray(shape, dtype, pointer)
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+View = ArrayView | None
+Layouts = tuple[Layout, ...]
+Arrays = tuple[np.ndarray, ...]
+
+
+class Parameters(NamedTuple):
     """Weight and bias in one memory."""
 
     identity: object
     """Of options and layouts: equal for all parameters that share their plans."""
-    weight_address: int
-    bias_address: int
+    addresses: tuple[int, ...]
+    """Of weight and bias, 0 where there is none; empty where a call brings its own."""
     views: tuple[ArrayView | None, ArrayView | None] = (None, None)
+    loaded: object = None
+    """Of what is held on a device: one for each time that it was looked up after an upload."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -87,30 +100,142 @@ def identity(*_: Any) -> object:
     return object()
 
 
-def parameters(
-    options: NormOptions, weight: ArrayView | None, bias: ArrayView | None
-) -> Parameters:
+def _bound(options: NormOptions, views: tuple[ArrayView | None, ArrayView | None]) -> Parameters:
     """Bind views of a weight and a bias to the options they are used with."""
-    return Parameters(
-        identity(options, weight and weight.layout, bias and bias.layout),
-        weight.pointer if weight else 0,
-        bias.pointer if bias else 0,
-        (weight, bias),
-    )
+    layouts = (view and view.layout for view in views)
+    addresses = tuple(view.pointer if view else 0 for view in views)
+    return Parameters(identity(options, *layouts), addresses, views, object())
 
 
-class Norm:
-    """Checked options and, for a norm that holds its parameters, the way to them."""
+class Norm(Operation):
+    """
+    A norm whose weight and bias come with each call: the operation of one array.
 
-    __slots__ = ("held", "options", "ready")
+    See `operands.Operation` for what its methods do.
+    """
 
-    def __init__(
-        self, options: NormOptions, held: Callable[[Norm, ArrayView], Parameters] | None = None
-    ) -> None:
+    names = ("x",)
+    beside = ("weight", "bias")
+
+    def __init__(self, options: NormOptions) -> None:
         self.options = options
-        self.held = held
+        self._parameters = Parameters(identity(options), ())
+
+    def bind(self, given: Given, key: tuple[Any, ...]) -> Parameters | None:
+        return self._parameters
+
+    def roles(self, given: Given) -> list[Role]:
+        beside = [lengths.PARAMETER for array in given.beside if array is not None]
+        return [_X, *beside, *([_X] if given.results == GIVEN else ())]
+
+    def out_of(self, name: str) -> str:
+        return "out"
+
+    def lying_beside(self, first: ArrayView, given: Given, stream: int) -> Beside:
+        weight, bias = (
+            None if array is None else find.view_beside(first, array, name)
+            for array, name in zip(given.beside, self.beside, strict=True)
+        )
+        return self._lying(weight, bias, tuple(v for v in (weight, bias) if v is not None), ())
+
+    def _lying(self, weight: View, bias: View, given: Any, held: Any) -> Beside:
+        arguments = (self.options, weight and weight.layout, bias and bias.layout)
+        return Beside(arguments, {"weight": weight, "bias": bias}, given, held)
+
+    def describe(self, beside: Beside, parts: Layouts, results: Layouts) -> NormCall:
+        options, weight, bias = beside.arguments
+        return norm_rules.describe(options, parts[0], weight, bias, results[0])
+
+    def axes_before_heads(self, beside: Beside, x: Layout) -> int | None:
+        options, weight, bias = beside.arguments
+        return head_rules.axes_before_heads(options, weight, bias, x)
+
+    def prepare(self, call: NormCall, index: int, stream: int, config: Any) -> Launch | None:
+        return head_norm.prepare(call, index, stream, config) if call.rows else None
+
+    def over(self, launch: Launch, before: int, after: int) -> Launch | None:
+        return head_norm.over(launch, before, after)
+
+    def words(self, given: Given) -> Words:
+        parameters = zip(given.beside, (head_norm.WEIGHT, head_norm.BIAS), strict=True)
+        there = tuple(word for array, word in parameters if array is not None)
+        return Words((head_norm.X,), (head_norm.OUT,), there, ())
+
+    def on_host(self, call: NormCall, beside: Beside, parts: Arrays, outs: Arrays) -> None:
+        weight, bias = (view and view.as_numpy() for view in beside.views.values())
+        host.apply(call, parts[0], weight, bias, outs[0])
+
+
+class HeldNorm(Norm):
+    """A norm that holds its weight and bias, in each memory where they were needed."""
+
+    def __init__(self, options: NormOptions, held: Held) -> None:
+        super().__init__(options)
+        self._held = held
+        self._others: dict[int, HeldNorm] = {}
         self.ready: dict[int, Parameters] = {}
-        """Those on CUDA devices, by index. `held` fills it."""
+        """What is held on CUDA devices, by index."""
+
+    def for_heads_axis(self, heads_axis: Any) -> HeldNorm:
+        """Return the same norm for heads on another axis."""
+        axis = option_rules.checked_heads_axis(heads_axis)
+        if axis == self.options.heads_axis:
+            return self
+        found = self._others.get(axis)
+        if found is None:
+            made = HeldNorm(self.options._replace(heads_axis=axis), self._held)
+            found = self._others.setdefault(axis, made)
+        return found
+
+    def with_result_dtype(self, result: str) -> HeldNorm:
+        """Return the same norm, which refuses x whose dtype is not the model's own result's."""
+        return HeldNorm(self.options._replace(result=result), self._held)
+
+    @property
+    def devices(self) -> set[int]:
+        """Indices of the CUDA devices that weight and bias were uploaded to."""
+        return set(self._held.on_device)
+
+    @property
+    def part(self) -> PartNorm:
+        """The norm as one of several, as it lies in host memory."""
+        weight, bias = self._held.on_host
+        return PartNorm(self.options, weight and weight.layout, bias and bias.layout)
+
+    def in_memory_of(self, x: ArrayView) -> Parameters:
+        """Return weight and bias in the memory of `x`, uploaded if need be."""
+        device = x.layout.device
+        if device.kind == "cpu":
+            return _bound(self.options, self._held.on_host)
+        found = self.ready.get(device.index)
+        if found is None:
+            self._held.refuse_capture(x)
+            views = self._held.on(device.index)
+            found = self.ready[device.index] = _bound(self.options, views)
+            if self._held.on_device.get(device.index) is not views:  # unloaded meanwhile
+                self.ready.pop(device.index, None)
+        return found
+
+    def load(self, index: int) -> None:
+        """Upload to a CUDA device, once."""
+        self._held.on(index)
+
+    def unload(self) -> None:
+        """Wait for the work in flight and free every device copy."""
+        self._held.unload([self, *self._others.values()])
+
+    def bind(self, given: Given, key: tuple[Any, ...]) -> Parameters | None:
+        return self.ready.get(key[0])
+
+    def lying_beside(self, first: ArrayView, given: Given, stream: int) -> Beside:
+        weight, bias = self.in_memory_of(first).views
+        return self._lying(weight, bias, (), (weight, bias))
+
+    def words(self, given: Given) -> Words:
+        return Words((head_norm.X,), (head_norm.OUT,), (), (head_norm.WEIGHT, head_norm.BIAS))
+
+
+_X = Role((-1,), 1, broadcasts=False)
 
 
 @functools.lru_cache(maxsize=256, typed=True)
@@ -139,52 +264,42 @@ class Held:
 
     def __init__(self, weight: np.ndarray | None, bias: np.ndarray | None) -> None:
         self._arrays = (weight, bias)
-        self.on_host = tuple(
-            None if array is None else find.view(array, name)
-            for array, name in ((weight, "weight"), (bias, "bias"))
-        )
-        self.on_device: dict[int, tuple[ArrayView | None, ...]] = {}
+        self.on_host: tuple[View, View] = (_viewed(weight, "weight"), _viewed(bias, "bias"))
+        self.on_device: dict[int, tuple[View, View]] = {}
 
-    def __call__(self, norm: Norm, x: ArrayView) -> Parameters:
+    def refuse_capture(self, x: ArrayView) -> None:
+        """Raise CaptureError where the first upload to the device of `x` would be captured."""
         device = x.layout.device
-        if device.kind == "cpu":
-            return parameters(norm.options, *self.on_host)
-        found = norm.ready.get(device.index)
-        if found is None:
-            if device.index not in self.on_device:
-                stream = x.library.stream(device.index)
-                cuda_memory.refuse_capture(stream, f"the weight is not on {device} yet")
-            held = self._loaded(device.index)
-            found = norm.ready[device.index] = parameters(norm.options, *held)
-            if self.on_device.get(device.index) is not held:  # unloaded meanwhile
-                norm.ready.pop(device.index, None)
-        return found
+        if device.index not in self.on_device:
+            stream = x.library.stream(device.index)
+            memory.refuse_capture(stream, f"the weight is not on {device} yet")
 
-    def _loaded(self, index: int) -> tuple[ArrayView | None, ...]:
-        """Return the arrays on a CUDA device, uploaded if need be."""
+    def on(self, index: int) -> tuple[View, View]:
+        """Return both on a CUDA device, uploaded if need be."""
         return made_once(self.on_device, index, lambda: self._uploaded(index))
 
-    def _uploaded(self, index: int) -> tuple[ArrayView | None, ...]:
+    def _uploaded(self, index: int) -> tuple[View, View]:
         weight, bias = self._arrays
         if weight is not None:
             # Adding an offset, though it be 0, makes 0 of -0. A kernel that adds none, and
             # multiplies two elements at once, has to give the same bits.
             weight = np.where(weight == 0, weight.dtype.type(0), weight)
-        return tuple(None if array is None else upload(array, index) for array in (weight, bias))
+        on_device = (None if array is None else upload(array, index) for array in (weight, bias))
+        return next(on_device), next(on_device)
 
-    def load(self, index: int) -> None:
-        """Upload to a CUDA device, once."""
-        self._loaded(index)
-
-    def unload(self, norms: dict[int, Norm]) -> None:
+    def unload(self, norms: Sequence[HeldNorm]) -> None:
         """Wait for the work in flight and free every device copy, those of `norms` too."""
         # An upload that another thread is at, or this one when a signal's handler came, is still
-        # put into `held`: the call that asked for it lets go of it last.
-        held, self.on_device = self.on_device, {}
-        for norm in tuple(norms.values()):
+        # put into `loaded`: the call that asked for it lets go of it last.
+        loaded, self.on_device = self.on_device, {}
+        for norm in norms:
             norm.ready.clear()
-        for index in held.copy():
-            cuda_memory.synchronize(index)
+        for index in loaded.copy():
+            memory.synchronize(index)
+
+
+def _viewed(array: np.ndarray | None, name: str) -> View:
+    return None if array is None else find.view(array, name)
 
 
 def snapshot(array: Any, role: str) -> np.ndarray | None:

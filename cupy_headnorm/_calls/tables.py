@@ -9,10 +9,11 @@ import numpy as np
 
 from cupy_headnorm._arrays import dtypes, find
 from cupy_headnorm._arrays.views import ArrayView
-from cupy_headnorm._calls import parameters
+from cupy_headnorm._calls import host, parameters
 from cupy_headnorm._calls.parameters import identity
 from cupy_headnorm._cuda import memory
 from cupy_headnorm._cuda.once import made_once
+from cupy_headnorm._rules.parts import PartsCall
 from cupy_headnorm._rules.rotary import Turning
 from cupy_headnorm.rope import Rope
 from cupy_headnorm.rope import numpy as rope_numpy
@@ -34,27 +35,41 @@ class RopeCall(NamedTuple):
         positions = {} if self.positions is None else {"positions": self.positions}
         return {"cos": self.cos, "sin": self.sin, **positions}
 
-    @property
-    def addresses(self) -> tuple[int, int, int]:
-        """Those of cosines, sines and positions, as the kernel takes them."""
-        return self.cos.pointer, self.sin.pointer, self.positions.pointer if self.positions else 0
+    def in_numpy(self, call: PartsCall) -> Callable[[np.ndarray], np.ndarray]:
+        """Return what rotates heads that lie as `call.axes` and one axis of heads say."""
+        rope, sizes = self.rope, [axis.size for axis in call.axes]
+        if self.positions is None:
+            steps = [axis.table for axis in call.axes]
+            cos, sin = (host.grid(t.as_numpy(), sizes, steps, 1) for t in (self.cos, self.sin))
+        else:
+            positions = self.positions.as_numpy()
+            steps = [axis.position for axis in call.axes]
+            if rope.sections:
+                positions = np.stack([host.grid(row, sizes, steps, 0) for row in positions])
+            else:
+                positions = host.grid(positions, sizes, steps, 0)
+            cos, sin = rope.at(positions, self.cos.layout.dtype.numpy)
 
-    def in_numpy(self, axes: int, heads_axis: int) -> Callable[[np.ndarray], np.ndarray]:
-        """Return what turns host arrays of so many axes."""
-        rope, cos, sin = self.rope, self.cos.as_numpy(), self.sin.as_numpy()
-        if self.positions is not None:
-            cos, sin = rope.at(self.positions.as_numpy(), cos.dtype)
-        at = heads_axis if heads_axis < 0 else heads_axis - axes
-        cos, sin = (
-            np.expand_dims(t.reshape((1,) * (axes - 1 - t.ndim) + t.shape), at) for t in (cos, sin)
-        )
-
-        def turn(x: np.ndarray) -> np.ndarray:
+        def rotate(x: np.ndarray) -> np.ndarray:
             return rope_numpy.apply(
-                x, cos, sin, style=rope.style, rounding=rope.rounding, rotary_dim=rope.rotary_dim
+                x,
+                cos[..., np.newaxis, :],
+                sin[..., np.newaxis, :],
+                style=rope.style,
+                rounding=rope.rounding,
+                rotary_dim=rope.rotary_dim,
             )
 
-        return turn
+        return rotate
+
+
+class Pair(NamedTuple):
+    """Tables of cosines and sines in one memory."""
+
+    cos: ArrayView
+    sin: ArrayView
+    loaded: object = None
+    """One for each upload."""
 
 
 class Tables:
@@ -64,9 +79,9 @@ class Tables:
         self.rope = rope
         self.identity = identity(rope)
         """Stands for `rope`, or for none, in the keys of remembered calls."""
-        self.ready: dict[tuple[int, str], tuple[ArrayView, ArrayView]] = {}
+        self.ready: dict[tuple[int, str], Pair] = {}
         """By CUDA device's index and their dtype."""
-        self.seen: dict[tuple[int, Any], tuple[ArrayView, ArrayView]] = {}
+        self.seen: dict[tuple[int, Any], Pair] = {}
         """The same by the library's own dtype of q."""
 
     def describe(
@@ -100,7 +115,10 @@ class Tables:
             sin_view = find.view_beside(q, sin, "sin", of="q")
         else:
             seen = find.view_beside(q, positions, "positions", dtypes.POSITIONS, of="q")
-            cos_view, sin_view = self._beside(rope, q, stream)
+            tables = self._beside(rope, q, stream)
+            cos_view, sin_view = tables.cos, tables.sin
+            if find.quick.get(type(q.owner)) is q.library:
+                self.saw(q.owner.dtype, tables)
         turning = Turning(
             rope.style,
             rope.order == "before norm",
@@ -115,7 +133,7 @@ class Tables:
         )
         return RopeCall(rope, turning, cos_view, sin_view, seen)
 
-    def _beside(self, rope: Rope, q: ArrayView, stream: int) -> tuple[ArrayView, ArrayView]:
+    def _beside(self, rope: Rope, q: ArrayView, stream: int) -> Pair:
         """Return views of both tables for arrays like `q`; on the host shapes and dtypes alone."""
         device, dtype = q.layout.device, q.layout.dtype
         if rope.table == "float32" and dtype.name != "float64":
@@ -125,26 +143,28 @@ class Tables:
             half = rope.rotary_dim // 2
             rows = np.broadcast_to(np.zeros(half, dtype.numpy), (rope.max_position, half))
             unread = find.view(rows, "table")
-            return unread, unread
+            return Pair(unread, unread)
         key = (device.index, dtype.name)
         found = self.ready.get(key)
         if found is None:
             memory.refuse_capture(stream, f"the tables are not on {device} yet")
 
-            def make() -> tuple[ArrayView, ArrayView]:
+            def make() -> Pair:
                 shape, pieces = rope._shape, rope._pieces(dtype.numpy)
-                cos, sin = parameters.upload_pieces(shape, dtype.numpy, pieces, device.index)
-                return cos, sin
+                return Pair(
+                    *parameters.upload_pieces(shape, dtype.numpy, pieces, device.index), object()
+                )
 
             found = made_once(self.ready, key, make)
         return found
 
-    def saw(self, dtype: Any, cos: ArrayView, sin: ArrayView) -> None:
-        """Let calls on parts of a library's `dtype` find the tables that one was made with."""
-        index = cos.layout.device.index
-        self.seen[index, dtype] = (cos, sin)
-        ready = self.ready.get((index, cos.layout.dtype.name))
-        if ready is None or ready[0] is not cos:  # unloaded meanwhile
+    def saw(self, dtype: Any, tables: Pair) -> None:
+        """Let calls on parts of a library's `dtype` find their tables."""
+        index = tables.cos.layout.device.index
+        self.seen[index, dtype] = tables
+        if (
+            self.ready.get((index, tables.cos.layout.dtype.name)) is not tables
+        ):  # unloaded meanwhile
             self.seen.pop((index, dtype), None)
 
     def unload(self) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cupy_headnorm._cuda import compiler, launcher
+from cupy_headnorm._cuda import compiler
 from cupy_headnorm._cuda.compiler import DeviceLimits
+from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._plans import geometry
 from cupy_headnorm._plans.geometry import (
     FEW_AXES,
@@ -244,20 +244,10 @@ def _params(call: NormCall, config: LaunchConfig, axes: int) -> Any:
     return params
 
 
-_ADDRESSES = struct.Struct("4Q")
-"""Of x, out, weight and bias: the first fields of ``headnorm::Params``."""
-
-
-class Launch(NamedTuple):
-    """A kernel with everything but its addresses: `runner` adds those."""
-
-    function: int
-    """CUfunction, loaded on `device`."""
-    blocks: int
-    threads: int
-    device: int
-    params: Any
-    config: LaunchConfig
+_WORDS = struct.Struct("4Q")
+"""The addresses of x, out, weight and bias: the first fields of ``headnorm::Params``."""
+X, OUT, WEIGHT, BIAS = range(4)
+"""Places among the words of a launch."""
 
 
 def prepare(call: NormCall, index: int, stream: int, config: LaunchConfig | None = None) -> Launch:
@@ -276,14 +266,9 @@ def prepare(call: NormCall, index: int, stream: int, config: LaunchConfig | None
         check_call(call, config)
     memory = memory_of(call, config)
     function = _function(call.spec, config, memory, index, stream)
-    return Launch(
-        function.ptr,
-        config.blocks(call.rows),
-        config.threads,
-        index,
-        _params(call, config, memory.axes),
-        config,
-    )
+    params = _params(call, config, memory.axes)
+    blocks = config.blocks(call.rows)
+    return Launch(function.ptr, blocks, config.threads, index, params, _WORDS, 0, config, call.spec)
 
 
 def _function(spec: NormSpec, config: LaunchConfig, memory: Memory, index: int, stream: int) -> Any:
@@ -302,45 +287,16 @@ def _function(spec: NormSpec, config: LaunchConfig, memory: Memory, index: int, 
     return compiler.loaded((*key, memory, index), stream, make)
 
 
-def over_rows(launch: Launch, rows: int) -> Launch | None:
+def over(launch: Launch, before: int, after: int) -> Launch | None:
     """
-    Return `launch` over another number of rows, its outermost axis being longer or shorter.
+    Return `launch` with `after` tokens for every `before`, its outermost axis being longer.
 
     None where that takes another kernel.
     """
+    rows = launch.params.rows // before * after
     if len(launch.params.axis) == geometry.FEW_AXES and rows > geometry.MAX_FEW_ROWS:
         return None
     check_rows(rows, launch.config)
     params = type(launch.params).from_buffer_copy(launch.params)
     params.rows = rows
     return launch._replace(blocks=launch.config.blocks(rows), params=params)
-
-
-def runner(launch: Launch) -> Callable[[int, int, int, int, int], None]:
-    """
-    Return a function that queues `launch`, for the thread that asks for it.
-
-    Its arguments are the addresses of the first elements of x, out, weight and bias, and a stream.
-    The parameters are packed here, once; a call writes the addresses over the last call's.
-    """
-    params, arguments, start = launcher.packed(launch)
-    write, address = _ADDRESSES.pack_into, ctypes.addressof(arguments)
-    function, blocks, threads, device = launch[:4]
-    in_use = False
-
-    def launch_here(x: int, out: int, weight: int, bias: int, stream: int) -> None:
-        nonlocal in_use
-        if in_use:
-            # Between any two steps Python may run a signal's handler or a finalizer: this is in
-            # one, and the parameters are those of the call below it.
-            runner(launch)(x, out, weight, bias, stream)
-            return
-        in_use = True
-        try:
-            write(params, 0, x, out, weight, bias)
-            start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
-        finally:
-            in_use = False
-
-    vars(launch_here).update(keeps=arguments)  # their address is in use
-    return launcher.on_its_device(launch_here, device)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from cupy_headnorm._cuda import compiler, launcher
+from cupy_headnorm._cuda import compiler
+from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._plans import geometry
 from cupy_headnorm._plans.geometry import WARP
 from cupy_headnorm._rules.parts import PARTS, PartsCall, PartsSpec, TokenAxis
@@ -230,10 +230,11 @@ def compile_options(spec: PartsSpec, config: PartsConfig) -> tuple[str, ...]:
 
 
 _NAMES = ("x", "out", "weight", "bias")
-_WORDS = 2 * len(_NAMES)
-"""Of 8 bytes: a part's addresses, then its strides."""
-_ARRAYS = struct.Struct("4Q4q" * PARTS + "3Q")
+_WORDS = struct.Struct("4Q4q" * PARTS + "3Q")
 """``headnorm::PartsParams`` from its parts up to the addresses of cosines, sines and positions."""
+PART_WORDS = tuple(range(8 * part, 8 * part + 4) for part in range(PARTS))
+"""Places of each part's x, out, weight and bias among the words of a launch; its strides follow."""
+COS, SIN, POSITIONS = range(8 * PARTS, 8 * PARTS + 3)
 
 
 class _Part(ctypes.Structure):
@@ -319,22 +320,7 @@ def _params(call: PartsCall, config: PartsConfig) -> Any:
     return params
 
 
-class PartsLaunch(NamedTuple):
-    """A kernel with everything but its addresses: `runner` adds those."""
-
-    function: int
-    """CUfunction, loaded on `device`."""
-    blocks: int
-    threads: int
-    device: int
-    params: Any
-    config: PartsConfig
-    spec: PartsSpec
-
-
-def prepare(
-    call: PartsCall, index: int, stream: int, config: PartsConfig | None = None
-) -> PartsLaunch:
+def prepare(call: PartsCall, index: int, stream: int, config: PartsConfig | None = None) -> Launch:
     """
     Plan `call` on CUDA device `index`, and compile and load its kernel where that is new.
 
@@ -355,10 +341,13 @@ def prepare(
     function = compiler.loaded((call.spec, options, index), stream, make)
     params = _params(call, config)
     blocks = -(-params.groups // config.groups_per_block)
-    return PartsLaunch(function.ptr, blocks, config.threads, index, params, config, call.spec)
+    at = type(params).part.offset
+    return Launch(
+        function.ptr, blocks, config.threads, index, params, _WORDS, at, config, call.spec
+    )
 
 
-def over_tokens(launch: PartsLaunch, before: int, after: int) -> PartsLaunch | None:
+def over(launch: Launch, before: int, after: int) -> Launch | None:
     """
     Return `launch` with `after` tokens for every `before`, its outermost axis being longer.
 
@@ -371,44 +360,3 @@ def over_tokens(launch: PartsLaunch, before: int, after: int) -> PartsLaunch | N
         return None
     params.groups = groups
     return launch._replace(blocks=-(-groups // config.groups_per_block), params=params)
-
-
-def runner(launch: PartsLaunch) -> Callable[..., None]:
-    """
-    Return a function that queues `launch`, for the thread that asks for it.
-
-    Its arguments are a stream, and addresses: of each part's x, of each part's out, of the weight
-    and bias of each part in turn, and of cosines, sines and positions.
-    """
-    params, arguments, start = launcher.packed(launch)
-    at = type(params).part.offset
-    write, packed_once = _ARRAYS.pack_into, list(_ARRAYS.unpack_from(params, at))
-    address = ctypes.addressof(arguments)
-    function, blocks, threads, device = launch[:4]
-    in_use = False
-
-    def launch_here(
-        stream: int,
-        x: Sequence[int],
-        out: Sequence[int],
-        parameters: Sequence[int],
-        tables: Sequence[int],
-    ) -> None:
-        nonlocal in_use
-        words = packed_once.copy()
-        end = len(x) * _WORDS
-        words[0:end:_WORDS], words[1:end:_WORDS] = x, out
-        words[2:end:_WORDS], words[3:end:_WORDS] = parameters[::2], parameters[1::2]
-        words[-3:] = tables
-        if in_use:  # as in _kernels.runner
-            runner(launch)(stream, x, out, parameters, tables)
-            return
-        in_use = True
-        try:
-            write(params, at, *words)
-            start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
-        finally:
-            in_use = False
-
-    vars(launch_here).update(keeps=arguments)  # their address is in use
-    return launcher.on_its_device(launch_here, device)

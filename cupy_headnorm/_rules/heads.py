@@ -6,6 +6,7 @@ import functools
 from typing import NamedTuple
 
 from cupy_headnorm._arrays.layout import Layout
+from cupy_headnorm._rules.options import NormOptions
 
 Shape = tuple[int, ...]
 
@@ -135,3 +136,14 @@ def parameter_stride(layout: Layout | None, name: str, head_dim: int) -> int:
     if len(layout.shape) == 2:
         return layout.strides[0]
     return 0 if layout.shape[0] == head_dim else head_dim * layout.dtype.itemsize
+
+
+def axes_before_heads(
+    opts: NormOptions, weight: Layout | None, bias: Layout | None, x: Layout
+) -> int | None:
+    """Return the number of axes before the heads'; None where it does not matter which they are."""
+    heads = geometry(opts.num_heads, opts.head_dim, weight and weight.shape, bias and bias.shape)
+    flat = heads.head_dim is not None and x.shape[-1] != heads.head_dim
+    if heads.num_heads in (None, 1) or flat:
+        return None
+    return opts.heads_axis % len(x.shape)

@@ -148,7 +148,7 @@ def describe(
         for axis, size in enumerate(tokens_shape)
     ]
     tokens = math.prod(tokens_shape)
-    merged = _merged(axes) if tokens else ()
+    merged = _merged(axes, len(x)) if tokens else ()
     strides = [s for axis in merged for s in (*axis.x, *axis.out)]
     # The stride of one head says nothing: NumPy makes it an element's where x's is 0.
     strides += [s for part in parts if part.num_heads > 1 for s in (part.x, part.out)]
@@ -307,7 +307,7 @@ def _part(
     )
 
 
-def _merged(axes: list[TokenAxis]) -> tuple[TokenAxis, ...]:
+def _merged(axes: list[TokenAxis], parts: int) -> tuple[TokenAxis, ...]:
     """Order axes as q's result lies in memory and merge neighbours that step as one."""
     merged: list[TokenAxis] = []
     for inner in sorted((a for a in axes if a.size != 1), key=lambda a: -abs(a.out[0])):
@@ -323,5 +323,5 @@ def _merged(axes: list[TokenAxis]) -> tuple[TokenAxis, ...]:
             merged[-1] = inner._replace(size=outer.size * inner.size)
         else:
             merged.append(inner)
-    none = (0,) * len(axes[0].x) if axes else (0,)
+    none = (0,) * parts
     return tuple(merged) or (TokenAxis(1, none, none, 0, 0),)

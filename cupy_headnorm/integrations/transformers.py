@@ -16,11 +16,12 @@ import torch
 from cupy_headnorm._arrays import dtypes
 from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._calls import dispatch
+from cupy_headnorm._calls.operands import Given
 from cupy_headnorm._calls.parameters import Norm
 from cupy_headnorm._cuda.memory import CaptureError
 from cupy_headnorm.checkpoint import survey
 from cupy_headnorm.checkpoint.reader import ModelNorm
-from cupy_headnorm.headnorm import HeadNorm
+from cupy_headnorm.headnorm import HeadNorm, inside, of_model
 
 __all__ = ["SwappedNorms", "use_head_norms"]
 
@@ -202,7 +203,7 @@ class _Forward:
         self.described = described
         self._weights = _getters(described, described.weights)
         self._biases = _getters(described, described.biases)
-        self.of_options = Norm(self.norm()._along(described.heads_axis).options)
+        self.of_options = Norm(inside(self.norm()).for_heads_axis(described.heads_axis).options)
         self.active = True
         self.calls = 0
         self.fallbacks: Counter[str] = Counter()
@@ -239,7 +240,7 @@ class _Forward:
                     )
         if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
             raise ValueError("autocast is on; needs a call outside of it")
-        return dispatch.apply(self.of_options, x, weight, bias)
+        return dispatch.run(self.of_options, Given((x,), (weight, bias), None))[0]
 
     def parameters(
         self, module: torch.nn.Module
@@ -255,7 +256,7 @@ class _Forward:
         """Return the norm with a copy of the module's weights."""
         module = self._owner()
         with torch.no_grad():
-            return HeadNorm._of_model(self.described, *self.parameters(module))
+            return of_model(self.described, *self.parameters(module))
 
     def on_instance(self) -> dict[str, Any]:
         """Return the attributes that the module has for as long as it is swapped."""
@@ -354,7 +355,8 @@ def _check_agrees(module: torch.nn.Module, forward: _Forward, like: torch.Tensor
             "the shape of x"
         )
     theirs = theirs.double()
-    ours = dispatch.apply(forward.of_options, x, *forward.parameters(module)).double()
+    given = Given((x,), forward.parameters(module), None)
+    ours = dispatch.run(forward.of_options, given)[0].double()
     bound = theirs.abs().amax(-1, keepdim=True) * (4 * torch.finfo(x.dtype).eps + 1e-5)
     apart = (ours - theirs).abs()
     if not (apart <= bound).all():

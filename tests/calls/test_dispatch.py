@@ -21,8 +21,9 @@ from stand_in import expected, tensor
 
 from cupy_headnorm import HeadNorm, layer_norm, reference, rms_norm
 from cupy_headnorm._arrays import find
-from cupy_headnorm._calls import dispatch, parameters
-from cupy_headnorm._plans import head_norm
+from cupy_headnorm._calls import dispatch, parameters, remembered
+from cupy_headnorm._cuda import launcher
+from cupy_headnorm.headnorm import inside
 
 torch = pytest.importorskip("torch")
 slow = stand_in.slow
@@ -123,8 +124,8 @@ def test_no_result_has_an_odd_stride(slow, rng):
 
     plain = [(2, 7, False), (1, 7, True), (1, 5, True), (2, 3, False), (1, 1, True), (1, 7, True)]
     for calls in (plain, plain[1:], plain[::-1]):
-        dispatch._thread.calls.clear()
-        dispatch._thread.families.clear()
+        remembered.thread.calls.clear()
+        remembered.thread.lengths.clear()
         slow.clear()
         for sequences, tokens, odd in calls * 2:
             assert strides(sequences, tokens, odd) == (tokens * 256, 256, 64, 1)
@@ -222,8 +223,8 @@ def test_norms_that_agree_share_their_plans_and_keep_their_weights(slow, rng):
         weight = tensor(rng, 64)
         np.testing.assert_array_equal(HeadNorm(weight)(x), expected(x, weight))
     # A norm's first call uploads its weight; the plan is there.
-    assert len(dispatch._plans) == 1
-    assert len(dispatch._thread.calls) == 1
+    assert len(dispatch.plans) == 1
+    assert len(remembered.thread.calls) == 1
 
 
 def test_unload_and_load_again(slow, rng):
@@ -233,7 +234,7 @@ def test_unload_and_load_again(slow, rng):
         for _ in range(2):
             np.testing.assert_array_equal(norm(x), expected(x, weight))
         norm.unload()
-        assert not norm._norm.ready
+        assert not inside(norm).ready
 
 
 def test_a_warmed_call_only_looks(slow, rng):
@@ -248,25 +249,25 @@ def test_a_warmed_call_only_looks(slow, rng):
 
 
 def test_the_cache_is_bounded(slow, rng, monkeypatch):
-    monkeypatch.setattr(dispatch, "_MAX_CALLS", 4)
+    monkeypatch.setattr(remembered, "MAX_CALLS", 4)
     norm = HeadNorm()
     for heads in range(1, 12):
         x = tensor(rng, 1, heads, 3, 64)
         np.testing.assert_array_equal(norm(x), expected(x))
-        sizes = [len(dispatch._thread.calls), len(dispatch._thread.families)]
-        assert max(*sizes, len(dispatch._plans)) <= 4
+        sizes = [len(remembered.thread.calls), len(remembered.thread.lengths)]
+        assert max(*sizes, len(dispatch.plans)) <= 4
 
 
 def test_threads_have_parameters_of_their_own(slow, rng):
     """A call writes addresses into its parameters; two threads in one call must not share them."""
     norm, x = HeadNorm(), tensor(rng, 5, 4, 64)
     norm(x)
-    here = dispatch._thread.calls
+    here = remembered.thread.calls
     there = []
 
     def other():
         norm(x)
-        there.append(dispatch._thread.calls)
+        there.append(remembered.thread.calls)
 
     thread = threading.Thread(target=other)
     thread.start()
@@ -278,9 +279,7 @@ def test_threads_have_parameters_of_their_own(slow, rng):
 def test_every_path_asks_for_the_stream_of_now(slow, rng, monkeypatch):
     streams = []
     monkeypatch.setattr(
-        head_norm,
-        "runner",
-        lambda launch: lambda x, out, weight, bias, stream: streams.append(stream),
+        launcher, "runner", lambda *_: lambda stream, addresses: streams.append(stream)
     )
     now = iter(range(100, 200))
     monkeypatch.setattr(find.quick[torch.Tensor], "stream", lambda index: next(now))
@@ -315,14 +314,14 @@ def test_calls_go_with_their_thread(slow, rng):
 
     def other():
         norm(x)
-        return [weakref.ref(call.run) for call in dispatch._thread.calls.values()]
+        return [weakref.ref(call.run) for call in remembered.thread.calls.values()]
 
     for _ in range(3):
         with ThreadPoolExecutor(1) as pool:
             (run,) = pool.submit(other).result()
         gc.collect()
         assert run() is None
-    assert len(dispatch._plans) == 1
+    assert len(dispatch.plans) == 1
 
 
 def test_an_argument_that_changes_is_read_at_every_call(slow, rng):

@@ -14,7 +14,7 @@ import qk_stand_in
 import stand_in
 
 from cupy_headnorm import HeadNorm, QKNorm, Rope
-from cupy_headnorm._calls import dispatch, qk_known
+from cupy_headnorm._calls import remembered
 
 torch = pytest.importorskip("torch")
 slow = stand_in.slow
@@ -27,16 +27,15 @@ def derived(monkeypatch, slow):
     """Stand in for the GPU, of QKNorm too, and list the calls that are derived."""
     found = []
     qk_stand_in.take_for_kernel(monkeypatch)
-    for module in (dispatch, qk_known):
-        derive = module._of_other_length
+    derive = remembered.derive
 
-        def listing(*arguments, derive=derive):
-            call, result = derive(*arguments)
-            if call is not None:
-                found.append(call)
-            return call, result
+    def listing(*arguments):
+        call, result = derive(*arguments)
+        if call is not None:
+            found.append(call)
+        return call, result
 
-        monkeypatch.setattr(module, "_of_other_length", listing)
+    monkeypatch.setattr(remembered, "derive", listing)
     return found
 
 
@@ -134,8 +133,7 @@ def outcome(call, arrays):
 def same_as_alone(call, arrays, monkeypatch):
     found = outcome(call, arrays)
     with monkeypatch.context() as patch:
-        for module in (dispatch, qk_known):
-            patch.setattr(module, "_thread", module._Thread())
+        patch.setattr(remembered, "thread", remembered._Thread())
         alone = outcome(call, arrays)
     assert found == alone
     return isinstance(alone[0], str)

@@ -81,7 +81,8 @@ def test_the_second_call_only_looks(device, slow, way, rng):
         results = qk(*parts, **beside, out=tuple(parts))
         assert results[0] is parts[0]
         same(parts, expected)
-        assert len(slow) == (0 if calls else 3)
+        # In place is known from out of place: only addresses differ.
+        assert len(slow) == (0 if calls else 2)
 
 
 @pytest.mark.parametrize("way", WAYS)

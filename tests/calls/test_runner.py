@@ -1,4 +1,4 @@
-"""What `_kernels.runner` launches, and on which device."""
+"""What `launcher.runner` launches, and on which device."""
 
 import ctypes
 import threading
@@ -8,11 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cupy_headnorm._cuda import launcher
+from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._plans import head_norm
+
+WORDS = dict(enumerate(range(4)))
 
 
 class Launches:
-    """CUDA for `_kernels.runner`: two devices, 1 current, and what is launched on which."""
+    """CUDA for `launcher.runner`: two devices, 1 current, and what is launched on which."""
 
     def __init__(self, monkeypatch, count=2):
         cupy = pytest.importorskip("cupy", exc_type=ImportError)
@@ -38,20 +41,20 @@ class Launches:
     @staticmethod
     def on(device):
         params = head_norm._PARAMS["float32", 1](rows=3)
-        return head_norm.Launch(1, 2, 32, device, params, None)
+        return Launch(1, 2, 32, device, params, head_norm._WORDS, 0, None, None)
 
 
 @pytest.mark.parametrize("device", [0, 1])
 def test_the_device_of_the_arrays_is_current_while_launching(device, monkeypatch):
     cuda = Launches(monkeypatch)
-    run = head_norm.runner(cuda.on(device))
+    run = launcher.runner(cuda.on(device), WORDS)
     assert cuda.current == 1
-    run(10, 20, 30, 40, 7)
+    run(7, (10, 20, 30, 40))
     assert cuda.found == [(device, 7, (10, 20, 30, 40))]
     assert cuda.current == 1
     cuda.broken = True
     with pytest.raises(RuntimeError, match="the launch failed"):
-        run(10, 20, 30, 40, 7)
+        run(7, (10, 20, 30, 40))
     assert cuda.current == 1
 
 
@@ -62,10 +65,10 @@ def test_a_threads_first_launch_makes_the_context_current(monkeypatch):
     chosen = []
     monkeypatch.setattr(cuda_runtime(), "setDevice", chosen.append)
     launch = cuda.on(0)
-    head_norm.runner(launch), head_norm.runner(launch)
+    launcher.runner(launch, WORDS), launcher.runner(launch, WORDS)
     assert chosen == [0]
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(head_norm.runner, launch).result()(1, 2, 3, 4, 7)
+        pool.submit(launcher.runner, launch, WORDS).result()(7, (1, 2, 3, 4))
     assert chosen == [0, 0]
 
 
@@ -80,9 +83,9 @@ def test_runners_of_one_launch_share_nothing(monkeypatch):
     launch = cuda.on(1)
 
     def work(number):
-        run = head_norm.runner(launch)
+        run = launcher.runner(launch, WORDS)
         for n in range(20):
-            run(number, n, number, n, number)
+            run(number, (number, n, number, n))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))

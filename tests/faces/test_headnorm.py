@@ -17,6 +17,7 @@ from cupy_headnorm._arrays.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from cupy_headnorm._arrays.layout import Device
 from cupy_headnorm._calls.parameters import device_of
 from cupy_headnorm.checkpoint.reader import ModelNorm
+from cupy_headnorm.headnorm import inside, of_model
 from cupy_headnorm.models import records
 
 
@@ -203,10 +204,10 @@ def test_load_unload_and_use_again(library, parameters, rng):
     x = library.array(random(rng, (5, 3, 64), FLOAT32))
     expected = library.host(norm(x))
     norm.unload()
-    assert norm._held.on_device == {}
+    assert not inside(norm).devices
     np.testing.assert_array_equal(library.host(norm(x)), expected)
     norm.load("cuda" if library.on_gpu else "cpu")
-    assert bool(norm._held.on_device) == library.on_gpu
+    assert bool(inside(norm).devices) == library.on_gpu
     norm.unload()
     norm.unload()
 
@@ -215,7 +216,7 @@ def test_load_without_a_gpu_says_what_is_missing():
     if not cupy_headnorm.environment().reason:
         norm = HeadNorm(np.ones(64, np.float32))
         norm.load(np.int64(0))
-        assert 0 in norm._held.on_device
+        assert 0 in inside(norm).devices
         return
     for device in (None, 0, "cuda", "cuda:0"):
         with pytest.raises(cupy_headnorm.GPUUnavailableError, match=r"; needs: "):
@@ -282,13 +283,13 @@ def test_default_case_is_qwen3s():
     assert (DEFAULT.kind, DEFAULT.head_dim, DEFAULT.eps) == ("rms", 128, HeadNorm().eps)
 
 
-def of_model(weight, own_rounding, result, **overrides):
+def made_of_model(weight, own_rounding, result, **overrides):
     described = ModelNorm(
         name="q_norm", tower="text", layer=0, role="q", weights=(), biases=(), kind="rms", eps=1e-6,
         weight_offset=0.0, rounding=own_rounding, result=result, num_heads=3, head_dim=64,
         heads_axis=-2, shape=(64,), dtype="F32", rope=records.ModelRope(), notes=(),
     )  # fmt: skip
-    return HeadNorm._of_model(described, weight, None, **overrides)
+    return of_model(described, weight, None, **overrides)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +303,7 @@ def of_model(weight, own_rounding, result, **overrides):
 )
 def test_a_models_own_result_dtype_is_not_changed_in_silence(x, weight, result, own, library, rng):
     values, w = random(rng, (5, 3, 64), x), random(rng, (64,), weight)
-    norm = of_model(w, "before_weight", result)
+    norm = made_of_model(w, "before_weight", result)
     for refusing in (norm, norm.heads(0, 3), pickle.loads(pickle.dumps(norm))):
         for axis in (-2, -3):
             with pytest.raises(
@@ -311,7 +312,7 @@ def test_a_models_own_result_dtype_is_not_changed_in_silence(x, weight, result, 
                 rf"{own}; needs x of {own}, or rounding='before_weight' given explicitly",
             ):
                 refusing(library.array(values[:, :, None]), heads_axis=axis)
-    chosen = of_model(w, "before_weight", result, rounding="before_weight")
+    chosen = made_of_model(w, "before_weight", result, rounding="before_weight")
     assert library.host(chosen(library.array(values))).dtype == x.numpy
     same = values.astype(w.dtype)
     assert library.host(norm(library.array(same))).dtype == w.dtype

@@ -28,6 +28,7 @@ from cupy_headnorm._arrays import libraries
 from cupy_headnorm._calls import (
     dispatch,
     host,
+    remembered,
 )
 from cupy_headnorm._calls import (
     parameters as norm_parameters,
@@ -382,7 +383,7 @@ def test_calls_from_finalizers_of_forgotten_calls(slow, monkeypatch, rng):
     assert not more
     for y, x in results:
         np.testing.assert_array_equal(y, expected(x))
-    assert max(map(len, (dispatch._plans, dispatch._thread.calls))) <= 3
+    assert max(map(len, (dispatch.plans, remembered.thread.calls))) <= 3
 
 
 class Events:

@@ -27,8 +27,9 @@ from tolerances import assert_alike
 
 from cupy_headnorm import HeadNorm, reference
 from cupy_headnorm._arrays import find
-from cupy_headnorm._calls import dispatch
+from cupy_headnorm._calls import dispatch, remembered
 from cupy_headnorm._plans import head_norm
+from cupy_headnorm.headnorm import inside
 
 pytestmark = pytest.mark.gpu
 cupy = pytest.importorskip("cupy", exc_type=ImportError)
@@ -107,7 +108,7 @@ def test_threads_leave_nothing_behind(library, taken):
     def work():
         for norm, tokens in itertools.product(norms, (TOKENS, OTHER_TOKENS, 5)):
             norm(norm(zeros(library, tokens)), out=zeros(library, tokens))
-        return [weakref.ref(call.run) for call in dispatch._thread.calls.values()]
+        return [weakref.ref(call.run) for call in remembered.thread.calls.values()]
 
     def sizes():
         return {
@@ -156,4 +157,4 @@ def test_unloading_under_calls_of_other_threads(rng):
         assert all(done.result() > 4 for done in working)
     for norm in norms:
         norm.unload()
-        assert norm._held.on_device == {}
+        assert not inside(norm).devices

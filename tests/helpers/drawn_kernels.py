@@ -17,6 +17,7 @@ from cupy_headnorm._plans.head_norm import AXES
 from cupy_headnorm._rules import parts
 from cupy_headnorm._rules.norm import NormCall, NormSpec, RowAxis
 from cupy_headnorm._rules.rotary import Turning
+from cupy_headnorm.headnorm import inside
 
 KEYS = {"head_norm.cu": NORM_KEYS, "qk_norm_rope.cu": QK_KEYS}
 """By the file of their kernels."""
@@ -45,7 +46,7 @@ def dense(shape, dtype, alignment):
 def _parts_calls(key):
     case = key.case
     qk, _ = qk_norm(case, np.random.default_rng(0), (1, 1), (1e-5, 1e-5))
-    norms = {name: norm._part() for name, norm in qk.norms.items()}
+    norms = {name: inside(norm).part for name, norm in qk.norms.items()}
     layouts = dict.fromkeys(norms, dense((2, 1, case.head_dim), case.dtype, key.alignment))
     turning = None
     if qk.rope is not None:

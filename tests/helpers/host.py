@@ -25,7 +25,9 @@ from stand_in import forget_calls, on_cuda, take_for_gpu
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.dtypes import DTYPES, INT32, INT64
 from cupy_headnorm._cuda import compiler, launcher
+from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._plans import geometry, head_norm, qk_norm_rope
+from cupy_headnorm._rules.norm import NormSpec
 
 ITEMSIZE = {dtype.cuda: dtype.itemsize for dtype in (*DTYPES, INT32, INT64)}
 
@@ -187,9 +189,9 @@ class _Device:
         few_rows = call.rows <= geometry.MAX_FEW_ROWS
         found = self.find("head_norm.cu", macros, few_rows=few_rows)
         params = head_norm._params(call, config, int(dict(found.macros)["HN_AXES"]))
-        return head_norm.Launch(
-            found, config.blocks(call.rows), config.threads, index, params, config
-        )
+        blocks = config.blocks(call.rows)
+        words = head_norm._WORDS, 0
+        return Launch(found, blocks, config.threads, index, params, *words, config, call.spec)
 
     def prepare_parts(self, call, index, stream, config=None):
         config = qk_norm_rope.plan(call) if config is None else config
@@ -197,14 +199,13 @@ class _Device:
         config = config._replace(axes=int(dict(found.macros)["HN_AXES"]))
         params = qk_norm_rope._params(call, config)
         blocks = -(-params.groups // config.groups_per_block)
-        return qk_norm_rope.PartsLaunch(
-            found, blocks, config.threads, index, params, config, call.spec
-        )
+        words = qk_norm_rope._WORDS, type(params).part.offset
+        return Launch(found, blocks, config.threads, index, params, *words, config, call.spec)
 
     def packed(self, launch):
         params = type(launch.params).from_buffer_copy(launch.params)
         blocks = range(launch.blocks) if self.blocks is None else self.blocks
-        uses = _norm_uses if isinstance(launch, head_norm.Launch) else _parts_uses
+        uses = _norm_uses if isinstance(launch.spec, NormSpec) else _parts_uses
 
         def start(*_):
             found = uses(dict(launch.function.macros), params, blocks)

@@ -26,7 +26,7 @@ import qk_cases
 
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-from cupy_headnorm._calls import qk_dispatch
+from cupy_headnorm._calls import dispatch
 from cupy_headnorm._calls import tables as rope_tables
 from cupy_headnorm._cuda import source as kernel_source
 from cupy_headnorm._plans import geometry as row_geometries
@@ -159,10 +159,12 @@ def _call_of(case):
     qk, plans = qk_cases.qk_norm(case, norms), {}
 
     def tables(*_):
-        return [find.view(t, "table") for t in qk.rope.tables(case.of_table.numpy)]
+        return rope_tables.Pair(
+            *(find.view(t, "table") for t in qk.rope.tables(case.of_table.numpy))
+        )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qk_dispatch, "_plans", plans)
+        patch.setattr(dispatch, "plans", plans)
         patch.setattr(rope_tables.Tables, "_beside", tables)
         qk(*parts, **beside)
     (plan,) = plans.values()

@@ -1,26 +1,27 @@
 """The same as stand_in.py for q, k and v."""
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from cases import random
 from qk_cases import MAX_POSITION, D
-from stand_in import STREAM, forget_calls, take_for_gpu, torch_adapter
+from stand_in import forget_calls, list_steps, take_for_gpu, take_for_runner, torch_adapter
 
-from cupy_headnorm import HeadNorm, QKNorm, Rope, qknorm, reference
+from cupy_headnorm import HeadNorm, QKNorm, Rope, reference
 from cupy_headnorm._arrays import layout as layouts
 from cupy_headnorm._arrays.dtypes import FLOAT32, INT64
-from cupy_headnorm._calls import qk_dispatch
 from cupy_headnorm._plans import qk_norm_rope
+from cupy_headnorm._plans.qk_norm_rope import COS, PART_WORDS, POSITIONS, SIN
+from cupy_headnorm._rules.parts import PartsCall
 from cupy_headnorm.rope import numpy as rope_numpy
 
 
-class Runner:
+class Launch(NamedTuple):
     """Does what the kernel does with the same addresses and strides."""
 
-    def __init__(self, call):
-        self.call = call
+    call: PartsCall
 
     def laid(self, address, shape, strides, dtype):
         strides = (*strides, dtype.itemsize)
@@ -40,17 +41,16 @@ class Runner:
                 shape = (*sizes, rope.rotary_dim)
                 yield self.laid(address, shape, [a.table for a in call.axes], rope.table)
 
-    def __call__(self, stream, xs, outs, parameters, tables):
-        assert stream == STREAM
+    def run(self, words):
         call, spec = self.call, self.call.spec
-        cos, sin, positions = tables
+        cos, sin, positions = (words.get(word, 0) for word in (COS, SIN, POSITIONS))
         tables = list(self.tables(positions, (cos, sin))) if spec.rope else []
         for i, part in enumerate(call.parts):
+            address_of_x, address_of_out, weight, _ = (words[word] for word in PART_WORDS[i])
             shape = (*(axis.size for axis in call.axes), part.num_heads, spec.head_dim)
-            weight = parameters[2 * i]
-            x = self.laid(xs[i], shape, (*(axis.x[i] for axis in call.axes), part.x), spec.x)
+            x = self.laid(address_of_x, shape, (*(a.x[i] for a in call.axes), part.x), spec.x)
             out = self.laid(
-                outs[i], shape, (*(axis.out[i] for axis in call.axes), part.out), spec.x
+                address_of_out, shape, (*(a.out[i] for a in call.axes), part.out), spec.x
             )
             weight = self.laid(weight, shape[-2:], (part.weight,), spec.weight)
             y = reference.rms_norm(x, weight, eps=part.eps, rounding=spec.rounding)
@@ -59,18 +59,19 @@ class Runner:
             )
 
 
-def over_tokens(call, before, after):
+def over(launch, before, after):
     """As the kernel does: it meets the outermost length in the number of tokens alone."""
+    call = launch.call
     outermost, *inner = call.axes
     outermost = outermost._replace(size=outermost.size // before * after)
-    return call._replace(axes=(outermost, *inner), tokens=call.tokens // before * after)
+    return Launch(call._replace(axes=(outermost, *inner), tokens=call.tokens // before * after))
 
 
 def take_for_kernel(patch):
     """Let NumPy do what the kernel for q, k and v does."""
-    patch.setattr(qk_norm_rope, "prepare", lambda call, *_: call)
-    patch.setattr(qk_norm_rope, "over_tokens", over_tokens)
-    patch.setattr(qk_norm_rope, "runner", Runner)
+    patch.setattr(qk_norm_rope, "prepare", lambda call, *_: Launch(call))
+    patch.setattr(qk_norm_rope, "over", over)
+    take_for_runner(patch)
 
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -89,15 +90,7 @@ def device(request, monkeypatch):
 def slow(monkeypatch):
     """Forget all calls, and list those that go step by step."""
     forget_calls(monkeypatch)
-    seen = []
-    step_by_step = qk_dispatch.step_by_step
-
-    def listing(norms, tables, arrays, *rest, **options):
-        seen.append(arrays)
-        return step_by_step(norms, tables, arrays, *rest, **options)
-
-    monkeypatch.setattr(qknorm, "step_by_step", listing)
-    return seen
+    return list_steps(monkeypatch, lambda given: given)
 
 
 def made(rng, *, theta=1e4, eps=1e-6, max_position=MAX_POSITION, turns=True):

@@ -14,16 +14,9 @@ import pytest
 from cupy_headnorm import reference
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.layout import Device, as_numpy
-from cupy_headnorm._calls import (
-    dispatch,
-    host,
-    qk_dispatch,
-    qk_known,
-)
-from cupy_headnorm._calls import (
-    parameters as norm_parameters,
-)
-from cupy_headnorm._cuda import environment, memory
+from cupy_headnorm._calls import dispatch, host, remembered
+from cupy_headnorm._calls import parameters as norm_parameters
+from cupy_headnorm._cuda import environment, launcher, memory
 from cupy_headnorm._plans import head_norm
 from cupy_headnorm._rules.norm import NormCall
 
@@ -61,10 +54,34 @@ def take_for_gpu(patch, adapter, *kinds):
 
 def forget_calls(patch):
     """Let nobody know a call, here and for as long as the patch lasts."""
-    for module in (dispatch, qk_known):
-        patch.setattr(module, "_thread", module._Thread())
-    for module in (dispatch, qk_dispatch):
-        patch.setattr(module, "_plans", {})
+    patch.setattr(remembered, "thread", remembered._Thread())
+    patch.setattr(dispatch, "plans", {})
+
+
+def list_steps(patch, of_given):
+    """Return a list that fills with what `of_given` makes of each call that goes step by step."""
+    seen = []
+    step_by_step = dispatch.step_by_step
+
+    def listing(operation, given, **options):
+        seen.append(of_given(given))
+        return step_by_step(operation, given, **options)
+
+    patch.setattr(dispatch, "step_by_step", listing)
+    return seen
+
+
+def take_for_runner(patch):
+    """Let launches that stand in for a kernel's run themselves."""
+
+    def runner(launch, sources):
+        def run(stream, addresses):
+            assert stream == STREAM
+            launch.run({word: addresses[place] for word, place in sources.items()})
+
+        return run
+
+    patch.setattr(launcher, "runner", runner)
 
 
 def torch_adapter():
@@ -106,44 +123,32 @@ def slow(monkeypatch):
     import torch
 
     take_for_gpu(monkeypatch, torch_adapter(), torch.Tensor, torch.nn.Parameter)
-    monkeypatch.setattr(
-        head_norm, "prepare", lambda call, *_: Launch(SimpleNamespace(rows=call.rows), call)
-    )
-    monkeypatch.setattr(head_norm, "over_rows", over_rows)
-    monkeypatch.setattr(head_norm, "runner", lambda launch: Runner(launch.call))
+    take_for_kernel(monkeypatch)
     forget_calls(monkeypatch)
-    shapes = []
-    step_by_step = dispatch.step_by_step
+    return list_steps(monkeypatch, lambda given: tuple(given.parts[0].shape))
 
-    def listing(norm, x, *arguments, **options):
-        shapes.append(tuple(x.shape))
-        return step_by_step(norm, x, *arguments, **options)
 
-    monkeypatch.setattr(dispatch, "step_by_step", listing)
-    return shapes
+def take_for_kernel(patch):
+    """Let NumPy do what the kernel for one norm does."""
+    patch.setattr(head_norm, "prepare", lambda call, *_: Launch(call))
+    patch.setattr(head_norm, "over", over)
+    take_for_runner(patch)
+
+
+def over(launch, before, after):
+    """As the kernel does: it meets the outermost length in the number of rows alone."""
+    outermost, *inner = launch.call.axes
+    rows = launch.call.rows // before * after
+    outermost = outermost._replace(size=outermost.size * rows // launch.call.rows)
+    return Launch(launch.call._replace(axes=(outermost, *inner), rows=rows))
 
 
 class Launch(NamedTuple):
-    params: SimpleNamespace
-    call: NormCall
-
-
-def over_rows(launch, rows):
-    """As the kernel does: it meets the outermost length in the number of rows alone."""
-    outermost, *inner = launch.call.axes
-    outermost = outermost._replace(size=outermost.size * rows // launch.call.rows)
-    call = launch.call._replace(axes=(outermost, *inner), rows=rows)
-    return Launch(SimpleNamespace(rows=rows), call)
-
-
-class Runner:
     """Does what the kernel does with the same addresses and the same grid of rows."""
 
-    def __init__(self, call):
-        self.call = call
+    call: NormCall
 
-    def __call__(self, x, out, weight, bias, stream):
-        assert stream == STREAM
+    def run(self, words):
         spec = self.call.spec
 
         def rows(address, dtype, strides):
@@ -157,17 +162,17 @@ class Runner:
 
         axes = self.call.axes
         parameters = [
-            rows(address, dtype, [getattr(axis, name) for axis in axes]) if dtype else None
-            for name, address, dtype in (
-                ("weight", weight, spec.weight),
-                ("bias", bias, spec.bias),
+            rows(words[word], dtype, [getattr(axis, name) for axis in axes]) if dtype else None
+            for name, word, dtype in (
+                ("weight", head_norm.WEIGHT, spec.weight),
+                ("bias", head_norm.BIAS, spec.bias),
             )
         ]
         host.apply(
             self.call,
-            rows(x, spec.x, [axis.x for axis in axes]),
+            rows(words[head_norm.X], spec.x, [axis.x for axis in axes]),
             *parameters,
-            rows(out, spec.x, [axis.out for axis in axes]),
+            rows(words[head_norm.OUT], spec.x, [axis.out for axis in axes]),
         )
 
 

@@ -15,8 +15,8 @@ import pytest
 from libraries import CuPyLibrary, TorchLibrary
 from stand_in import forget_calls
 
-from cupy_headnorm import HeadNorm, qknorm, reference, rms_norm
-from cupy_headnorm._calls import dispatch, qk_dispatch, qk_known
+from cupy_headnorm import HeadNorm, reference, rms_norm
+from cupy_headnorm._calls import dispatch, remembered
 from cupy_headnorm._plans import head_norm, qk_norm_rope
 
 torch = pytest.importorskip("torch")
@@ -211,21 +211,18 @@ def taken(monkeypatch):
         monkeypatch.setattr(module, name, listed)
 
     forget_calls(monkeypatch)
-    for module in (dispatch, qknorm):
-        listing(module, "step_by_step", "step by step")
-    listing(head_norm, "over_rows", "derived")
-    listing(qk_norm_rope, "over_tokens", "derived")
+    listing(dispatch, "step_by_step", "step by step")
+    listing(head_norm, "over", "derived")
+    listing(qk_norm_rope, "over", "derived")
     return ways
 
 
 def forget(*, plans=True):
     """Forget this thread's calls, and the plans of all."""
-    for module in (dispatch, qk_known):
-        module._thread.calls.clear()
-        module._thread.families.clear()
+    remembered.thread.calls.clear()
+    remembered.thread.lengths.clear()
     if plans:
-        for module in (dispatch, qk_dispatch):
-            module._plans.clear()
+        dispatch.plans.clear()
 
 
 @pytest.fixture(params=["norm", "function"])

@@ -10,6 +10,7 @@ from tolerances import FLIPS_FEW, mismatch
 
 from cupy_headnorm._arrays import find
 from cupy_headnorm._calls import tables as rope_tables
+from cupy_headnorm._cuda import launcher
 from cupy_headnorm._plans import qk_norm_rope
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -100,13 +101,13 @@ def test_parts_may_have_a_weight_or_a_bias_alone(rng):
 def test_parts_of_another_number_of_tokens(kernel, rng, monkeypatch):
     """Derived from a call of 2 sequences: of one, and of one token."""
     case, (parts, _, beside), qk = parts_of(kernel, rng)
-    derived, over_tokens = [], qk_norm_rope.over_tokens
+    derived, over = [], qk_norm_rope.over
 
     def listing(*arguments):
-        derived.append(over_tokens(*arguments))
+        derived.append(over(*arguments))
         return derived[-1]
 
-    monkeypatch.setattr(qk_norm_rope, "over_tokens", listing)
+    monkeypatch.setattr(qk_norm_rope, "over", listing)
 
     def call(sequences, length):
         # Axes of what turns a part, from its end: positions have none of head_dim.
@@ -143,7 +144,7 @@ def test_no_token_after_some_is_no_launch(rng, monkeypatch):
         right = qk(*parts)
         outs = tuple(map(np.empty_like, right))
         qk(*parts, out=outs)
-        monkeypatch.setattr(qk_norm_rope, "runner", None)
+        monkeypatch.setattr(launcher, "runner", None)
         none = [part[:0] for part in parts]
         for out in (None, tuple(y[:0] for y in outs)):
             for y, expected in zip(qk(*none, out=out), right, strict=True):
@@ -206,7 +207,7 @@ def test_rows_may_lie_further_apart_than_32_bits_count(kernel, step, rng, monkey
     tables = [] if case.by is None else [t[:4] for t in qk.rope.tables(case.of_table.numpy)]
 
     def looked_up(*_):
-        return [find.view(table, "table") for table in tables]
+        return rope_tables.Pair(*(find.view(table, "table") for table in tables))
 
     monkeypatch.setattr(rope_tables.Tables, "_beside", looked_up)
     with running(kernel):

@@ -211,7 +211,7 @@ def test_a_launch_over_other_tokens_is_the_one_that_is_planned(before, turned, m
 
     known, derived = planned_over(before), []
     for after in (2, 3, 2500, 2534, 2535, 2600, 2**20, 2**26, 2**28, 2**34, 2**36):
-        found = qk_norm_rope.over_tokens(known, before, after)
+        found = qk_norm_rope.over(known, before, after)
         try:
             planned = planned_over(after)
         except ValueError:

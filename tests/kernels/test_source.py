@@ -107,8 +107,8 @@ def test_a_launch_holds_its_axes_and_any_number_of_rows(monkeypatch):
     assert axes == [(1, 0, 0, 0, 0), (3, 256, 256, 256, 0), (4, 1280, 768, 0, 0)]
     for axis in params.axis:
         assert (axis.multiplier, axis.shift) == geometry.division(axis.size)
-    longer = head_norm.over_rows(launch, 3000)
+    longer = head_norm.over(launch, 4, 1000)
     assert (longer.params.rows, longer.blocks) == (3000, config.blocks(3000))
     assert (params.rows, launch.blocks) == (12, config.blocks(12))
     # With few axes the kernel counts rows in 32 bits.
-    assert head_norm.over_rows(launch, 3 * 2**30) is None
+    assert head_norm.over(launch, 4, 2**30) is None

@@ -29,12 +29,13 @@ from norm_strategies import drawn_norm_case
 from properties import holds_for_norm, holds_for_qk
 from qk_strategies import drawn_qk_case, qk_norm
 
-from cupy_headnorm._calls import dispatch, qk_dispatch
+from cupy_headnorm._calls import dispatch
 from cupy_headnorm._cuda import compiler as cuda_compiler
 from cupy_headnorm._cuda import source
 from cupy_headnorm._plans import head_norm, qk_norm_rope
 from cupy_headnorm._rules import norm as norm_rules
 from cupy_headnorm._rules import parts
+from cupy_headnorm.headnorm import inside
 
 CASES = 250
 """Drawn for each library and each of the two kernels."""
@@ -97,8 +98,7 @@ def only_these_kernels(kernel, monkeypatch):
 
         return described
 
-    monkeypatch.setattr(dispatch, "_plans", {})
-    monkeypatch.setattr(qk_dispatch, "_plans", {})
+    monkeypatch.setattr(dispatch, "plans", {})
     module = norm_rules if kernel == "head_norm" else parts
     monkeypatch.setattr(module, "describe", looking(module.describe))
 
@@ -147,7 +147,7 @@ def test_the_stride_of_a_single_head_says_nothing():
     """
     case = qk_cases.DEFAULT._replace(by=None, weight="own x", v=True)
     qk, _ = qk_norm(case, np.random.default_rng(0), (2, 1), (1e-5, 1e-5))
-    norms = {name: norm._part() for name, norm in qk.norms.items()}
+    norms = {name: inside(norm).part for name, norm in qk.norms.items()}
     q, k = (dense((3, n, 128), case.dtype, 16) for n in (2, 1))
     x = {"q": q, "k": k._replace(strides=(256, 0, 2)), "v": k._replace(strides=(256, 0, 2))}
     out = {"q": q, "k": k._replace(strides=(256, 2, 2)), "v": k._replace(strides=(256, 2, 2))}

@@ -1,0 +1,188 @@
+"""The arrays of a call, as the caller gave them, and what a glance tells of them."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from cupy_headnorm._arrays.find import quick
+from cupy_headnorm._arrays.layout import Layout
+from cupy_headnorm._arrays.views import ArrayView, Library
+from cupy_headnorm._calls.lengths import Role
+from cupy_headnorm._cuda.launcher import Launch
+
+NEW, GIVEN, IN_PLACE = 0, 1, 2
+"""Where results go: to new arrays, to others than the parts, or to the parts themselves."""
+
+
+class Given:
+    """
+    What a caller gave: the parts, what lies beside them, and where results go.
+
+    Attributes
+    ----------
+    parts : tuple of arrays
+        ``(x,)``, or q, k and v.
+    beside : tuple
+        As many entries as the operation has names for; None for an array that is not there.
+    out : tuple of arrays or None
+    results : int
+        `NEW`, `GIVEN` or `IN_PLACE`.
+    arrays : tuple of arrays
+        All that are there: parts, what lies beside, and `out` where it is others.
+    form : tuple
+        Which those are: part of the key of a remembered call.
+    """
+
+    __slots__ = ("arrays", "beside", "form", "out", "parts", "results")
+
+    def __init__(
+        self, parts: tuple[Any, ...], beside: tuple[Any, ...], out: tuple[Any, ...] | None
+    ) -> None:
+        self.parts, self.beside, self.out = parts, beside, out
+        there = [array is not None for array in beside]
+        arrays = (*parts, *[array for array in beside if array is not None])
+        if out is None:
+            self.results = NEW
+        elif all(map(operator.is_, out, parts)):
+            self.results = IN_PLACE
+        else:
+            self.results = GIVEN
+            arrays = (*arrays, *out)
+        self.arrays = arrays
+        self.form = (self.results, *there)
+
+
+class Bound(Protocol):
+    """What an operation holds on one device: weights, biases and tables."""
+
+    @property
+    def identity(self) -> object:
+        """Stands for the operation's options and all layouts of what it holds."""
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Of what it holds, for the words that `Operation.held_words` names."""
+
+
+class Beside(NamedTuple):
+    """What lies beside the parts of a call, given or held, in their memory."""
+
+    arguments: tuple[Any, ...]
+    """All that `Operation.describe` needs to know: hashable, since plans go by it."""
+    views: dict[str, ArrayView | None]
+    """By the name that errors have; no result may share bytes with one."""
+    given: tuple[ArrayView, ...]
+    """Those that the caller gave, in the order of `Given.beside`."""
+    held: tuple[ArrayView | None, ...]
+    """The others, in the order of `Bound.addresses`."""
+    rope: Any = None
+    """The rotary embedding, as `tables.Tables.describe` gives it."""
+
+
+class Seen(NamedTuple):
+    """What a glance tells of a call."""
+
+    key: tuple[Any, ...]
+    """All that its plan depends on. The last entries are those of `Given.arrays`."""
+    device: int
+    """Index of the CUDA device."""
+    addresses: tuple[int, ...]
+    """Of `Given.arrays`."""
+    bound: Bound
+    """Keeps what is held until the launch, whoever unloads it meanwhile."""
+
+
+class Operation(Protocol):
+    """What a call computes: of one norm, or of queries, keys and values."""
+
+    names: tuple[str, ...]
+    """Of the parts."""
+    beside: tuple[str, ...]
+    """Of what may lie beside them."""
+
+    def bind(self, given: Given, key: tuple[Any, ...]) -> Bound | None:
+        """
+        Return what is held on the device of the first part, of which a glance told `key`.
+
+        None where it is not there yet.
+        """
+
+    def roles(self, given: Given) -> list[Role]:
+        """Return what each of `Given.arrays` is."""
+
+    def out_of(self, name: str) -> str:
+        """Return what errors call the result of a part."""
+
+    def lying_beside(self, first: ArrayView, given: Given, stream: int) -> Beside:
+        """View what lies beside the parts, given or held, in the memory of the first one."""
+
+    def describe(
+        self, beside: Beside, parts: tuple[Layout, ...], results: tuple[Layout, ...]
+    ) -> Any:
+        """Validate a call and reduce it to rows or tokens."""
+
+    def prepare(self, call: Any, index: int, stream: int, config: Any) -> Launch | None:
+        """Plan a call on a device, and load its kernel; None where there is nothing to do."""
+
+    def over(self, launch: Launch, before: int, after: int) -> Launch | None:
+        """Return a launch with `after` tokens for every `before`; None where it is another."""
+
+    def words(self, given: Given) -> Words:
+        """Return where a launch takes the addresses."""
+
+    def axes_before_heads(self, beside: Beside, first: Layout) -> int | None:
+        """Return how many axes come before the heads', where a role has that with the tokens'."""
+
+    def on_host(
+        self, call: Any, beside: Beside, parts: tuple[np.ndarray, ...], outs: tuple[np.ndarray, ...]
+    ) -> None:
+        """Run a validated call in NumPy."""
+
+
+class Words(NamedTuple):
+    """Places of addresses among the words of a launch."""
+
+    parts: tuple[int, ...]
+    results: tuple[int, ...]
+    given: tuple[int, ...]
+    """Of what the caller gave beside the parts."""
+    held: tuple[int, ...]
+    """Of what `Bound.addresses` has."""
+
+    def sources(self, given: Given) -> dict[int, int]:
+        """Return them as `launcher.runner` takes them: arrays, new results, what is held."""
+        beside = (*self.parts, *self.given)
+        found = {word: place for place, word in enumerate(beside)}
+        if given.results == IN_PLACE:
+            found |= {word: place for place, word in enumerate(self.results)}
+            after = len(beside)
+        else:
+            found |= {word: len(beside) + place for place, word in enumerate(self.results)}
+            after = len(beside) + len(self.results)
+        return found | {word: after + place for place, word in enumerate(self.held)}
+
+
+def glance(operation: Operation, library: Library, given: Given) -> Seen | None:
+    """Look at a call's arrays; None where they need more than a look."""
+    look = library.glance
+    addresses, keys = [], []
+    for array in given.arrays:
+        seen = look(array) if quick.get(type(array)) is library else None
+        if seen is None:
+            return None
+        addresses.append(seen[0])
+        keys.append(seen[1])
+    bound = operation.bind(given, keys[0])
+    if bound is None:
+        return None
+    key = (bound.identity, given.form, *keys)
+    return Seen(key, keys[0][0], tuple(addresses), bound)
+
+
+def keys_of(library: Library, arrays: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Return what a glance tells of arrays; none where they need more than a look."""
+    seen = [library.glance(array) for array in arrays]
+    return [] if None in seen else [found[1] for found in seen if found is not None]

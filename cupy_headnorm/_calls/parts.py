@@ -1,0 +1,151 @@
+"""The operation of a call on queries, keys and values: each has its norm, all share tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from cupy_headnorm._arrays.layout import Layout
+from cupy_headnorm._arrays.views import ArrayView
+from cupy_headnorm._calls import host, lengths
+from cupy_headnorm._calls.lengths import Role
+from cupy_headnorm._calls.operands import GIVEN, Beside, Given, Operation, Words
+from cupy_headnorm._calls.parameters import Arrays, HeldNorm, Layouts, Parameters, identity
+from cupy_headnorm._calls.tables import Pair, RopeCall, Tables
+from cupy_headnorm._cuda.launcher import Launch
+from cupy_headnorm._plans import qk_norm_rope
+from cupy_headnorm._plans.qk_norm_rope import COS, PART_WORDS, POSITIONS, SIN
+from cupy_headnorm._rules import options as option_rules
+from cupy_headnorm._rules import parts as part_rules
+from cupy_headnorm._rules.parts import PartNorm, PartsCall
+
+
+class _Bound(NamedTuple):
+    """What the norms and tables hold on one device, kept in memory by being here."""
+
+    identity: object
+    addresses: tuple[int, ...]
+    parameters: list[Parameters]
+    tables: Pair | None
+
+
+class _Known(NamedTuple):
+    """The same without the memory, which a norm may unload: good while all are `loaded` as then."""
+
+    identity: object
+    addresses: tuple[int, ...]
+    loaded: list[object]
+
+
+class Parts(Operation):
+    """
+    What `QKNorm` does to heads on one axis.
+
+    See `operands.Operation` for what its methods do.
+    """
+
+    beside = ("positions", "cos", "sin")
+
+    def __init__(self, norms: Mapping[str, HeldNorm], tables: Tables, heads_axis: int) -> None:
+        self._heads_axis = option_rules.checked_heads_axis(heads_axis)
+        self.names = tuple(norms)
+        self._norms = dict(norms)
+        self._tables = tables
+        self._part = Role((self._heads_axis, -1), 2, broadcasts=False)
+        self._known: dict[tuple[Any, ...], _Known] = {}
+
+    def bind(self, given: Given, key: tuple[Any, ...]) -> _Bound | None:
+        index, dtype, by_position = key[0], key[3], given.beside[0] is not None
+        parameters, loaded = [], []
+        for norm in self._norms.values():
+            found = norm.ready.get(index)
+            if found is None:
+                return None
+            parameters.append(found)
+            loaded.append(found.loaded)
+        tables = None
+        if by_position:
+            tables = self._tables.seen.get((index, dtype))
+            if tables is None:
+                return None
+            loaded.append(tables.loaded)
+        place = (index, dtype, by_position)
+        known = self._known.get(place)
+        if known is None or known.loaded != loaded:
+            addresses: tuple[int, ...] = sum((p.addresses for p in parameters), ())
+            if tables is not None:
+                addresses = (*addresses, tables.cos.pointer, tables.sin.pointer)
+            of_norms = (p.identity for p in parameters)
+            stands_for = identity(*of_norms, self._tables.identity, self._heads_axis)
+            known = self._known[place] = _Known(stands_for, addresses, loaded)
+        return _Bound(known.identity, known.addresses, parameters, tables)
+
+    def roles(self, given: Given) -> list[Role]:
+        rope = self._tables.rope
+        in_rows = rope is not None and rope.sections
+        positions = lengths.ROWS_OF_POSITIONS if in_rows else lengths.POSITIONS
+        of_beside = zip(given.beside, (positions, lengths.TABLE, lengths.TABLE), strict=True)
+        parts = [self._part] * len(given.parts)
+        beside = [role for array, role in of_beside if array is not None]
+        return [*parts, *beside, *(parts if given.results == GIVEN else ())]
+
+    def out_of(self, name: str) -> str:
+        return f"out of {name}"
+
+    def lying_beside(self, first: ArrayView, given: Given, stream: int) -> Beside:
+        bound = {name: norm.in_memory_of(first) for name, norm in self._norms.items()}
+        positions, cos, sin = given.beside
+        rope = self._tables.describe(self.names, first, positions, cos, sin, stream)
+        norms = tuple(
+            PartNorm(norm.options, *(view and view.layout for view in found.views))
+            for norm, found in zip(self._norms.values(), bound.values(), strict=True)
+        )
+        views: dict[str, ArrayView | None] = {} if rope is None else {**rope.views}
+        for name, found in bound.items():
+            weight, bias = found.views
+            views |= {f"the weight of {name}": weight, f"the bias of {name}": bias}
+        held = sum((found.views for found in bound.values()), ())
+        of_caller: tuple[ArrayView, ...] = ()
+        if rope is not None and rope.positions is not None:
+            of_caller, held = (rope.positions,), (*held, rope.cos, rope.sin)
+        elif rope is not None:
+            of_caller = (rope.cos, rope.sin)
+        arguments = (norms, None if rope is None else rope.turning, self._heads_axis)
+        return Beside(arguments, views, of_caller, held, rope)
+
+    def describe(self, beside: Beside, parts: Layouts, results: Layouts) -> PartsCall:
+        norms, turning, heads_axis = beside.arguments
+        of_norms, xs, outs = (
+            dict(zip(self.names, of_all, strict=True)) for of_all in (norms, parts, results)
+        )
+        return part_rules.describe(of_norms, xs, outs, turning, heads_axis)
+
+    def axes_before_heads(self, beside: Beside, q: Layout) -> int | None:
+        return None  # a part's role sets the heads' axis apart
+
+    def prepare(self, call: PartsCall, index: int, stream: int, config: Any) -> Launch | None:
+        if not call.tokens or not any(part.num_heads for part in call.parts):
+            return None
+        return qk_norm_rope.prepare(call, index, stream, config)
+
+    def over(self, launch: Launch, before: int, after: int) -> Launch | None:
+        return qk_norm_rope.over(launch, before, after)
+
+    def words(self, given: Given) -> Words:
+        of_parts = PART_WORDS[: len(self.names)]
+        there = zip(given.beside, (POSITIONS, COS, SIN), strict=True)
+        of_caller = tuple(word for array, word in there if array is not None)
+        held = tuple(word for part in of_parts for word in part[2:])
+        if given.beside[0] is not None:
+            held = (*held, COS, SIN)
+        parts, results = (tuple(part[i] for part in of_parts) for i in range(2))
+        return Words(parts, results, of_caller, held)
+
+    def on_host(self, call: PartsCall, beside: Beside, parts: Arrays, outs: Arrays) -> None:
+        if call.tokens == 0:
+            return
+        rope: RopeCall | None = beside.rope
+        rotate = None if rope is None else rope.in_numpy(call)
+        views = [None if view is None else view.as_numpy() for view in beside.held]
+        parameters = [tuple(views[2 * i : 2 * i + 2]) for i in range(len(parts))]
+        host.apply_parts(call, parts, parameters, outs, rotate)

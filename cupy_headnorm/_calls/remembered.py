@@ -1,0 +1,264 @@
+"""
+Calls that this thread has run before, and what is derived from them: the same over other tokens.
+
+A remembered call is found by the key of what a glance tells of its arrays. Their addresses may be
+others each time; where results go to arrays of the caller, those must not share bytes with any
+other array of the call.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from cupy_headnorm._arrays.layout import is_dense
+from cupy_headnorm._arrays.views import ArrayView, Library
+from cupy_headnorm._calls import lengths, operands
+from cupy_headnorm._calls.lengths import Role
+from cupy_headnorm._calls.operands import GIVEN, IN_PLACE, NEW, Given, Operation, Seen
+from cupy_headnorm._cuda import launcher
+from cupy_headnorm._cuda.launcher import Launch, Run
+
+
+class Call(NamedTuple):
+    """A call that this thread has run before."""
+
+    run: Run
+    makes: tuple[Any, ...]
+    """Make the results from the parts, where none are given."""
+    alignments: tuple[int, ...]
+    """That the results' addresses need, where none are given."""
+    reach: tuple[tuple[int, int], ...]
+    """Of each array of the caller: first byte and byte after the last, from its address."""
+    places: tuple[int, ...]
+    """Of each array of the caller, from the first one: these were seen not to overlap."""
+    steps: tuple[int, ...]
+    """Bytes from one token to the next in each array, over the axes that step as one; 0 where
+    there are none."""
+    length: int
+    """Of those axes together."""
+
+
+class Lengths(NamedTuple):
+    """A call from which its like over any other number of tokens can be derived."""
+
+    call: Call
+    launch: Launch
+    results: tuple[Any, ...]
+    """What `lengths.but_for_lengths` says of them, where none are given."""
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.calls: dict[tuple[Any, ...], Call] = {}
+        self.lengths: dict[tuple[Any, ...], Lengths] = {}
+
+
+thread = _Thread()
+MAX_CALLS = 1024
+"""In each cache, which starts over when it meets more. One takes 2 KiB: 2 MiB a thread. A server
+that decodes batches of 1 to 256 in two layouts has half as many."""
+
+
+def store(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
+    """Keep a value in a bounded cache."""
+    if len(cache) >= MAX_CALLS:
+        cache.clear()
+    cache[key] = value
+
+
+def may_overlap(call: Call, seen: Seen, given: Given) -> bool:
+    """Tell whether what is written may share bytes with another array of the call."""
+    addresses, reach = seen.addresses, call.reach
+    first, last = addresses[0], len(addresses)
+    if call.places == tuple([address - first for address in addresses]):
+        return False
+    count = len(given.parts)
+    outs = range(count) if given.results == IN_PLACE else range(last - count, last)
+    for part, i in enumerate(outs):
+        low, high = addresses[i] + reach[i][0], addresses[i] + reach[i][1]
+        for j in range(last):
+            if (
+                addresses[j] + reach[j][0] < high
+                and low < addresses[j] + reach[j][1]
+                and j != i
+                and not (j == part and _is_in_place(seen, i, j))
+                and not _as_before(call, addresses, i, j)
+                and not _side_by_side(call, addresses, i, j)
+            ):
+                return True
+    return False
+
+
+def _is_in_place(seen: Seen, i: int, j: int) -> bool:
+    """Tell whether two arrays are one, under two names."""
+    keys = seen.key[-len(seen.addresses) :]
+    return seen.addresses[i] == seen.addresses[j] and bool(keys[i] == keys[j])
+
+
+def _as_before(call: Call, addresses: tuple[int, ...], i: int, j: int) -> bool:
+    """Tell whether two arrays lie as far apart as when they were seen not to overlap."""
+    places = call.places
+    return bool(places) and addresses[j] - addresses[i] == places[j] - places[i]
+
+
+def _side_by_side(call: Call, addresses: tuple[int, ...], i: int, j: int) -> bool:
+    """
+    Tell whether two arrays are slices of one buffer, of which each token has a piece.
+
+    With the step from token to token as wide as the buffer's rows::
+
+        token 0   | i i i i . j j . |
+        token 1   | i i i i . j j . |     no piece reaches into the next token's
+    """
+    step = call.steps[i]
+    if step != call.steps[j]:
+        return False
+    more = (call.length - 1) * abs(step)
+    pieces = sorted(
+        (addresses[k] + call.reach[k][0], addresses[k] + call.reach[k][1] - more) for k in (i, j)
+    )
+    (first, end), (later_first, later_end) = pieces
+    return end <= later_first and later_end - first <= abs(step)
+
+
+def derive(
+    operation: Operation, library: Library, given: Given, seen: Seen
+) -> tuple[Call | None, tuple[Any, ...] | None]:
+    """
+    Derive a call from one that differs in the number of tokens alone, and remember it.
+
+    Returns it, and the results that were made on the way where none are given.
+    """
+    key, roles = seen.key, _apart(given, operation.roles(given))
+    strides = lengths.token_strides(_apart(given, key[2:]), roles)
+    for lead in lengths.leads(strides):
+        known = thread.lengths.get(_key_of_lengths(key, strides, lead))
+        if known is not None:
+            break
+    else:
+        return None, None
+    length = math.prod(strides[0].lengths[: lead + 1])
+    launch = operation.over(known.launch, known.call.length, length) if length else None
+    if launch is None:
+        return None, None
+    results = None
+    if given.results == NEW:
+        # What their library makes decides the strides: look, before they are relied on.
+        results = made(known.call, given)
+        of_results = _strides_of(library, results, roles, new=True)
+        if (
+            not of_results
+            or lead not in lengths.leads([strides[0], *of_results])
+            or lengths.but_for_lengths(of_results, lead) != known.results
+        ):
+            return None, None
+    run = launcher.runner(launch, operation.words(given).sources(given))
+    call = _over_length(known.call, run, length, len(given.arrays))
+    if given.results != NEW:
+        if may_overlap(call, seen, given):
+            return None, None
+        call = call._replace(places=tuple([a - seen.addresses[0] for a in seen.addresses]))
+    store(thread.calls, key, call)
+    return call, results
+
+
+def _apart(given: Given, of_arrays: Sequence[Any]) -> Sequence[Any]:
+    """
+    Return an entry for each array and result: one in place has that of its part.
+
+    A call in place is derived from one whose results lie apart in the same layout, and that from
+    the former: a kernel meets no difference.
+    """
+    in_place = given.results == IN_PLACE
+    return (*of_arrays, *of_arrays[: len(given.parts)]) if in_place else of_arrays
+
+
+def _key_of_lengths(
+    key: tuple[Any, ...], strides: Sequence[lengths.TokenStrides], lead: int
+) -> tuple[Any, ...]:
+    identity, (results, *form) = key[:2]
+    where = GIVEN if results == IN_PLACE else results
+    return (identity, where, *form, *lengths.but_for_lengths(strides, lead))
+
+
+def _over_length(call: Call, run: Run, length: int, count: int) -> Call:
+    """Return a call over another number of tokens, with the reach of its first `count` arrays."""
+    more = length - call.length
+    reach = tuple(
+        (first + more * min(step, 0), end + more * max(step, 0))
+        for (first, end), step in zip(call.reach[:count], call.steps, strict=False)
+    )
+    steps = call.steps[:count]
+    return call._replace(run=run, reach=reach, places=(), steps=steps, length=length)
+
+
+def made(call: Call, given: Given) -> tuple[Any, ...]:
+    """Return new results."""
+    return tuple([make(x) for make, x in zip(call.makes, given.parts, strict=True)])
+
+
+def _strides_of(
+    library: Library, results: tuple[Any, ...], roles: Sequence[Role], *, new: bool = False
+) -> list[lengths.TokenStrides]:
+    """Look at results; none where they need more than a look, or new ones are not dense."""
+    keys = operands.keys_of(library, results)
+    # What made them may be of parts without the odd stride along an axis of length 1 of these.
+    if new and not all(is_dense(*key[1:3]) for key in keys):
+        return []
+    return lengths.token_strides(keys, roles[: len(keys)]) if keys else []
+
+
+class Planned(NamedTuple):
+    """A call that went step by step, for `remember`."""
+
+    launch: Launch
+    run: Run
+    makes: tuple[Any, ...]
+    views: tuple[ArrayView, ...]
+    """Of `Given.arrays`."""
+    results: tuple[ArrayView, ...]
+    axes_before_heads: int | None
+    """Of the tokens' axes, where one of them is the heads'; None where none is."""
+
+
+def remember(
+    operation: Operation, library: Library, given: Given, seen: Seen, planned: Planned
+) -> None:
+    """Let a call be found again, and derived over other numbers of tokens where layouts allow."""
+    key, outs, roles = seen.key, planned.results, _apart(given, operation.roles(given))
+    strides = lengths.token_strides(_apart(given, key[2:]), roles)
+    of_results = _strides_of(library, tuple(view.owner for view in outs), roles)
+    leads = lengths.leads([*strides, *of_results]) if strides and of_results else []
+    of_parts = lengths.in_bytes(outs, roles[: len(outs)]) if leads else []
+    most = planned.axes_before_heads
+    fits = (
+        lead
+        for lead in leads
+        if (most is None or lead < most) and lengths.is_outermost(lead, outs, of_parts)
+    )
+    lead = next(fits, None)
+    views = _apart(given, planned.views)
+    steps, length = (0,) * len(views), 1
+    if lead is not None:
+        steps = tuple(s.strides[lead] for s in lengths.in_bytes(views, roles))
+        length = math.prod(strides[0].lengths[: lead + 1])
+    call = Call(
+        planned.run,
+        planned.makes,
+        tuple(view.layout.alignment for view in outs),
+        tuple(view.layout.extent(0) for view in views),
+        tuple(view.pointer - planned.views[0].pointer for view in planned.views),
+        steps,
+        length,
+    )
+    store(thread.calls, key, call)
+    if lead is not None:
+        results = lengths.but_for_lengths(of_results, lead)
+        store(
+            thread.lengths,
+            _key_of_lengths(key, strides, lead),
+            Lengths(call, planned.launch, results),
+        )
