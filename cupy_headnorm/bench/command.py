@@ -15,10 +15,10 @@ import math
 import platform
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cupy_headnorm._arrays import dtypes as dtype_table
 from cupy_headnorm._cuda import environment
@@ -28,6 +28,7 @@ from cupy_headnorm.bench import (
     costs,
     qk_providers,
     report,
+    workloads,
 )
 from cupy_headnorm.bench import (
     providers as bench_providers,
@@ -36,11 +37,20 @@ from cupy_headnorm.bench import (
     suite as bench_suite,
 )
 from cupy_headnorm.bench.clocks import Timer, timer
-from cupy_headnorm.bench.providers import CEILINGS, PROVIDERS
+from cupy_headnorm.bench.providers import CEILINGS, PROVIDERS, Provider
 from cupy_headnorm.bench.suite import Results, suite
 from cupy_headnorm.bench.workloads import LAYOUTS, Case, cases
 
-_OPS = {"norm": bench_providers, qk_providers.KIND: qk_providers}
+
+class _Op(NamedTuple):
+    prepare: Callable[[Case, Timer], Any]
+    providers: Mapping[str, Provider]
+
+
+_OPS = {
+    "norm": _Op(workloads.prepare, bench_providers.PROVIDERS),
+    qk_providers.KIND: _Op(qk_providers.prepare, qk_providers.PROVIDERS),
+}
 
 
 def count(text: str) -> int:
@@ -266,14 +276,14 @@ def _found(
     on: Timer, ops: list[str], wanted: list[str] | None
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Return the providers of each op that can be measured, and the reasons of the others."""
-    known = list(dict.fromkeys(name for op in ops for name in _OPS[op].PROVIDERS))
+    known = list(dict.fromkeys(name for op in ops for name in _OPS[op].providers))
     for name in wanted or ():
         if name not in known:
             raise ValueError(f"provider {name!r} is not known; needs one of {', '.join(known)}")
     names: dict[str, list[str]] = {}
     unavailable: dict[str, str] = {}
     for op in ops:
-        names[op], reasons = bench_providers.find(on, wanted, _OPS[op].PROVIDERS)
+        names[op], reasons = bench_providers.find(on, wanted, _OPS[op].providers)
         unavailable |= reasons
     return names, unavailable
 

@@ -5,8 +5,8 @@ import pytest
 from oracle import norm as oracle
 from tolerances import assert_close
 
-import cupy_headnorm
 from cupy_headnorm import CheckpointError, HeadNorm, layer_norm, rms_norm
+from cupy_headnorm._arrays import dtypes
 
 
 def test_1_the_kind_is_rms_unless_asked_for(library, rng):
@@ -23,7 +23,7 @@ def test_1_the_kind_is_rms_unless_asked_for(library, rng):
 def test_2_every_dtype_of_every_operand(library, rng, dtype):
     x = rng.standard_normal((7, 3, 64)).astype(dtype.numpy)
     for other in ("float16", "bfloat16", "float32", "float64"):
-        weight = rng.standard_normal(64).astype(cupy_headnorm._dtypes.from_name(other, "w").numpy)
+        weight = rng.standard_normal(64).astype(dtypes.from_name(other, "w").numpy)
         y = library.host(rms_norm(library.array(x), library.array(weight)))
         exact, slack, _ = oracle("rms", x, weight, eps=1e-6)
         assert_close(y, exact, slack, dtype.name)

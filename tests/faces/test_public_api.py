@@ -1,8 +1,8 @@
 """
 What users build on: names, signatures, the command line, held against ``public_api.txt``.
 
-A change that is meant is written there by ``python tests/faces/test_public_api.py``, and reviewed as what
-it is: a promise kept or broken.
+A change that is meant is written there by ``python tests/faces/test_public_api.py``, and reviewed
+as what it is: a promise kept or broken.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODULES = {
     "cupy_headnorm.pretrained": ("HeadNorms",),
     "cupy_headnorm.rope": ("apply",),
     "cupy_headnorm.integrations.transformers": ("SwappedNorms", "use_head_norms"),
-    "cupy_headnorm._kernels": ("Environment",),  # what `environment` returns
+    "cupy_headnorm._cuda.environment": ("Environment",),  # what `environment` returns
 }
 """By module, each name once."""
 SPECIAL = ("__call__", "__enter__", "__exit__", "__getitem__", "__iter__", "__len__")

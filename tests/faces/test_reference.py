@@ -147,7 +147,7 @@ def test_threads_give_the_same_bits(kind, rng, monkeypatch):
     norm = {"rms": reference.rms_norm, "layer": reference.layer_norm}[kind]
     alone = norm(x, weight, bias)
     monkeypatch.setattr(host, "_CHUNK_BYTES", 4096)
-    monkeypatch.setattr(reference.os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: range(4))
     normalize, together, here = host._normalize, threading.Barrier(2), threading.local()
 
     def meeting(*arguments):

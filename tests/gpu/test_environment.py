@@ -12,7 +12,7 @@ from cupy_headnorm._cuda import driver as cuda_driver
 from cupy_headnorm._cuda import environment as cuda_environment
 
 DRIVER = Path(cuda_driver.__file__)
-ROOT = DRIVER.resolve().parent.parent
+ROOT = DRIVER.resolve().parents[2]
 EMPTY = cuda_environment.Environment("", "", "14.2.0", "13.0", "CUDA 13.0", ("a GPU",), "/cache")
 
 
@@ -25,7 +25,7 @@ def test_the_extra_is_that_of_the_drivers_cuda(version, extra, monkeypatch):
     assert cuda_driver.extra() == extra
     # From a checkout pip installs the checkout, from elsewhere the release.
     assert cuda_driver.install_command() == f"pip install -e '{ROOT}[{extra}]'"
-    monkeypatch.setattr(cuda_driver, "__file__", "/usr/lib/python3/cupy_headnorm/_driver.py")
+    monkeypatch.setattr(cuda_driver, "__file__", "/usr/lib/python3/cupy_headnorm/_cuda/driver.py")
     assert cuda_driver.install_command() == f"pip install 'cupy-headnorm[{extra}]'"
 
 
@@ -161,8 +161,9 @@ def run(code, **environment):
 def test_a_cache_folder_that_cannot_be_made(cupy, tmp_path):
     (tmp_path / "file").write_text("")
     code = (
-        "from cupy_headnorm import _interop, GPUUnavailableError\n"
-        "try: _interop.import_cupy()\n"
+        "from cupy_headnorm import GPUUnavailableError\n"
+        "from cupy_headnorm._cuda import environment\n"
+        "try: environment.import_cupy()\n"
         "except GPUUnavailableError as error: print(error)"
     )
     done = run(code, CUPY_CACHE_DIR=str(tmp_path / "file" / "cache"))

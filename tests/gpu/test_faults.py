@@ -1,8 +1,8 @@
 """
 Faults around a call that need no GPU: forks, workers, interrupts, memory, and sanitize.py itself.
 
-Compilers that fail stand in for NVRTC. tests/gpu/test_endurance.py and tests/gpu/test_processes.py have the
-same with a GPU, and what takes one.
+Compilers that fail stand in for NVRTC. tests/gpu/test_endurance.py and tests/gpu/test_processes.py
+have the same with a GPU, and what takes one.
 """
 
 import _thread
@@ -80,7 +80,9 @@ def test_forks_beside_threads_that_call():
 FORK_AFTER_CUDA = """
 import os, sys, types
 import numpy as np
-from cupy_headnorm import GPUUnavailableError, HeadNorm, _interop
+from cupy_headnorm import GPUUnavailableError, HeadNorm
+from cupy_headnorm._arrays import find
+from cupy_headnorm._cuda import environment
 
 parent, survives = os.getpid(), False
 
@@ -92,19 +94,19 @@ sys.modules["cupy"] = cupy = types.ModuleType("cupy")
 runtime = types.SimpleNamespace(getDeviceCount=lambda: 1, getDevice=device)
 cupy.cuda = types.SimpleNamespace(runtime=runtime)
 seen = dict.fromkeys((int, str), "library")
-_interop.quick.update(seen)
+find.quick.update(seen)
 
 def told():
     try:
-        return f"{_interop.import_cupy() is cupy}, {_interop.quick == seen}"
+        return f"{environment.import_cupy() is cupy}, {find.quick == seen}"
     except GPUUnavailableError as error:
-        return f"{error}, {_interop.quick}"
+        return f"{error}, {find.quick}"
 
 for survives in (False, True):
     child = os.fork()
     if not child:
         sum_of_four = HeadNorm()(np.ones((1, 1, 4))).sum()
-        print(len(_interop.quick), told(), told(), round(sum_of_four), sep="|")
+        print(len(find.quick), told(), told(), round(sum_of_four), sep="|")
         sys.stdout.flush()
         os._exit(0)
     os.waitpid(child, 0)
@@ -129,7 +131,8 @@ def test_cuda_is_looked_at_after_a_fork():
 
 ONE_LIBRARY_AFTER_A_FORK = """
 import os, torch
-from cupy_headnorm import _interop
+from cupy_headnorm._arrays import find
+from cupy_headnorm._cuda import environment
 from cupy_headnorm.ops import rms_norm
 
 x, weight = torch.ones(3, 2, 8), torch.nn.Parameter(torch.ones(8), requires_grad=False)
@@ -137,8 +140,8 @@ for first in x, weight:
     child = os.fork()
     if not child:
         rms_norm(first)
-        _interop._forked()
-        print(rms_norm(x, weight).shape == x.shape, _interop.quick, flush=True)
+        environment._forked()
+        print(rms_norm(x, weight).shape == x.shape, find.quick, flush=True)
         os._exit(0)
     os.waitpid(child, 0)
 """
@@ -417,7 +420,7 @@ def test_a_planted_fault_is_planted(tool, tmp_path):
 
 def test_a_copy_of_the_checkout_runs_its_own_kernels(tmp_path):
     root = sanitize.plant("memcheck", tmp_path)
-    asked = "from cupy_headnorm import _source; print(_source.kernels_folder())"
+    asked = "from cupy_headnorm._cuda import source; print(source.kernels_folder())"
     done = subprocess.run([sys.executable, "-c", asked], cwd=root, capture_output=True, text=True)
     assert done.stdout.strip() == str(root.resolve() / "kernels")
 

@@ -38,6 +38,7 @@ from cupy_headnorm._calls import (
 )
 from cupy_headnorm._cuda import compiler, environment, once
 from cupy_headnorm._plans import head_norm
+from cupy_headnorm.headnorm import inside
 
 torch = pytest.importorskip("torch")
 slow = stand_in.slow
@@ -147,8 +148,8 @@ def test_a_call_while_its_weight_is_uploaded(uploads, struck, rng):
     uploads.during, struck.work = struck.strike, lambda: norm(inner)
     np.testing.assert_array_equal(norm(x), expected(x, weight))
     np.testing.assert_array_equal(struck.results, [expected(inner, weight)])
-    (kept,) = norm._held.on_device.values()
-    assert norm._norm.ready[0].views[0] is kept[0]
+    (kept,) = inside(norm)._held.on_device.values()
+    assert inside(norm).ready[0].views[0] is kept[0]
     assert len(uploads.alive()) == 1, "of two copies one is let go"
 
 
@@ -162,7 +163,8 @@ def test_unloading_while_the_weight_is_uploaded(first, uploads, struck, rng):
     else:
         norm.load(0)
     assert struck.results == [None]
-    assert norm._held.on_device == norm._norm.ready == {}
+    assert not inside(norm).devices
+    assert not inside(norm).ready
     assert not uploads.alive()
     np.testing.assert_array_equal(norm(x), expected(x, weight))
     assert len(uploads.alive()) == 1
@@ -170,17 +172,18 @@ def test_unloading_while_the_weight_is_uploaded(first, uploads, struck, rng):
 
 def test_unloading_between_an_upload_and_its_use(uploads, struck, monkeypatch, rng):
     weight, x = tensor(rng, 64), tensor(rng, 5, 4, 64)
-    norm, parameters = HeadNorm(weight), norm_parameters.parameters
+    norm, parameters = HeadNorm(weight), norm_parameters._bound
 
     def later(*arguments):
         struck.strike()
         return parameters(*arguments)
 
-    monkeypatch.setattr(norm_parameters, "parameters", later)
+    monkeypatch.setattr(norm_parameters, "_bound", later)
     struck.work = norm.unload
     np.testing.assert_array_equal(norm(x), expected(x, weight))
     assert struck.results == [None]
-    assert norm._held.on_device == norm._norm.ready == {}
+    assert not inside(norm).devices
+    assert not inside(norm).ready
     assert not uploads.alive()
 
 
@@ -284,13 +287,14 @@ def test_at_each_step_of_a_call(work, compiled, uploads, monkeypatch, rng):
             for y in results:
                 np.testing.assert_array_equal(y, right)
             assert len(results) == (2 if work == "call" else 1)
-            held, ready = norm._held.on_device, norm._norm.ready
+            held, ready = inside(norm)._held.on_device, inside(norm).ready
             assert len(held) <= 1
             for index, parameters in ready.items():
                 assert parameters.views[0] is held[index][0]
             np.testing.assert_array_equal(norm(x), right)
             norm.unload()
-            assert norm._held.on_device == norm._norm.ready == {}
+            assert not inside(norm).devices
+            assert not inside(norm).ready
 
         interrupt = {"call": call, "unload": norm.unload, "load": lambda: norm.load(0)}[work]
         return call, interrupt, check

@@ -29,7 +29,8 @@ RESULT = """
 import hashlib, json, os, signal, sys, threading, time
 import cupy
 import numpy as np
-from cupy_headnorm import GPUUnavailableError, HeadNorm, QKNorm, _kernels, _once, rms_norm
+from cupy_headnorm import GPUUnavailableError, HeadNorm, QKNorm, rms_norm
+from cupy_headnorm._cuda import compiler, once
 HEAD_DIMS = (64, 96, 128, 160, 192)
 
 def values(head_dim):
@@ -308,9 +309,9 @@ def test_leaving_with_work_in_flight(producer):
 
 ANOTHER_MAKES = """
 def another_makes():
-    if not _once._making.acquire(blocking=False):
+    if not once._making.acquire(blocking=False):
         return True
-    _once._making.release()
+    once._making.release()
     return False
 """
 
@@ -320,7 +321,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 struck = []
 for n in range({INTERRUPTS}):
     head_dim = 200 + 8 * n
-    before = len(_kernels._functions)
+    before = len(compiler._functions)
 
     def strike():
         while not another_makes():
@@ -337,7 +338,7 @@ for n in range({INTERRUPTS}):
     except KeyboardInterrupt:
         pass
     striking.join()
-    struck.append(len(_kernels._functions) == before)
+    struck.append(len(compiler._functions) == before)
     asked = []
     asking = threading.Thread(target=lambda: asked.append(another_makes()))
     asking.start()
@@ -368,7 +369,7 @@ for n in range(8):
 
     def handler(*_):
         global struck
-        struck += head_dim not in {key[0].head_dim for key in _kernels._functions}
+        struck += head_dim not in {key[0].head_dim for key in compiler._functions}
         found.append([inside, digest([inside])])
 
     def strike():

@@ -129,7 +129,7 @@ def served_by(kernels, source, macros, architecture, few_rows=True):
     """
     Return the specialisation that serves what `macros` ask for, itself or the next best one.
 
-    `few_rows` says that 32 bits count the rows: kernels of `_launch.FEW_AXES` do no more.
+    `few_rows` says that 32 bits count the rows: kernels of `geometry.FEW_AXES` do no more.
     """
 
     def accesses(of):

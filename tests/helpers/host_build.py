@@ -88,7 +88,7 @@ class Norm(NamedTuple):
     how: str | int
     """`WHOLE`, `ANY`, or the bytes moved at once."""
     axes: int
-    """Of the grid of rows: one of `_launch.AXES`. A kernel serves calls of fewer too."""
+    """Of the grid of rows: one of `_plans.head_norm.AXES`. A kernel serves calls of fewer too."""
     config: LaunchConfig | None = None
     """None for the geometry that the package chooses."""
 
@@ -178,7 +178,7 @@ class Parts(NamedTuple):
     how: str
     """`WHOLE` or `ANY`."""
     axes: int
-    """Of the grid of tokens and groups of heads: one of `_parts_launch.AXES`."""
+    """Of the grid of tokens and groups of heads: one of `_plans.qk_norm_rope.AXES`."""
     architecture: int = 900
 
     def __str__(self):

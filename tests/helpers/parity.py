@@ -1,8 +1,8 @@
 """
 Beside transformers' own modules: the share of values that differ, in tiny models of each family.
 
-``python tests/helpers/parity.py [--qk] [--device cuda] [--json] [FAMILY ...]`` prints it: of each norm, or
-of queries and keys as a layer gives them to its attention function.
+``python tests/helpers/parity.py [--qk] [--device cuda] [--json] [FAMILY ...]`` prints it: of each
+norm, or of queries and keys as a layer gives them to its attention function.
 """
 
 import argparse

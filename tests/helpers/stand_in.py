@@ -31,7 +31,7 @@ def on_cuda(view):
 
 
 def assembled(shape, dtype, pieces, _):
-    """Do what `_interop.upload_pieces` does."""
+    """Do what `parameters.upload_pieces` does."""
     whole = np.empty((2, *shape), dtype)
     for start, *piece in pieces:
         whole[:, start : start + len(piece[0])] = piece

@@ -11,23 +11,36 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "cupy_headnorm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-BENCH = ("_timing", "_providers", "_qk_providers", "_costs", "_bench_report", "bench")
-REPORTS = (*BENCH, "_inspect_report")
+BENCH = ("bench.clocks", "bench.providers", "bench.qk_providers", "bench.costs", "bench.report",
+         "bench.command", "bench.workloads", "bench.suite")  # fmt: skip
+REPORTS = (*BENCH, "_commands.inspect")
 
 
-def floors():
-    table = re.search(r"```\n(F0 .*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    found, floor = {}, None
-    for line in table.group(1).splitlines():
-        match = re.match(r"(?:F(\d+) *| +)([\w/]+)\.py", line)
-        floor = int(match.group(1)) if match.group(1) else floor
-        found[match.group(2).replace("/", ".")] = floor
+def allowed():
+    """Return by wing those that it may import, as CONTRIBUTING's table has them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = re.search(r"^\| wing \|.*?\n\n", text, re.DOTALL | re.MULTILINE).group(0)
+    found = {}
+    for line in table.splitlines()[2:]:
+        wings, _, below, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+        for wing in re.findall(r"`([\w.]+)`", wings):
+            found[wing] = set(re.findall(r"`([\w.]+)`", below))
     return found
+
+
+def wing_of(name):
+    """Return the wing of a dotted module of the package; a face is a wing of its own."""
+    top = name.partition(".")[0]
+    return "faces" if top in FACES else top
+
+
+FACES = {"__init__", "headnorm", "ops", "qknorm", "reference", "pretrained"}
 
 
 def dotted(path):
     """Return a module's name within the package: ``integrations.transformers``."""
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name.removesuffix(".__init__")
 
 
 def imported(path):
@@ -52,19 +65,54 @@ def imported(path):
             yield name, id(node) in inside
 
 
-def test_every_module_has_a_floor():
-    assert set(floors()) == {dotted(path) for path in MODULES}
+def modules_of(name):
+    """Return the module that an imported name is, or is in; None where it is no package's."""
+    known = {dotted(path) for path in MODULES}
+    name = name.removeprefix("cupy_headnorm").lstrip(".")
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_imports_point_down(path):
-    known, own = floors(), dotted(path)
-    for name, _ in imported(path):
-        if name.startswith("cupy_headnorm."):
-            other = name.removeprefix("cupy_headnorm.")
-            # What is imported from a module may be one of its names.
-            other = other if other in known else other.rpartition(".")[0]
-            assert known[other] < known[own], f"{own} imports {other}"
+def arrows():
+    """Yield (importing module, imported module) within the package."""
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cupy_headnorm"):
+                for alias in node.names:
+                    other = modules_of(f"{node.module}.{alias.name}")
+                    if other and other != dotted(path):
+                        yield dotted(path), other
+
+
+def test_every_wing_is_in_the_table():
+    assert {wing_of(dotted(path)) for path in MODULES} <= set(allowed())
+
+
+def test_imports_point_down():
+    may = allowed()
+    for own, other in arrows():
+        wing, below = wing_of(own), wing_of(other)
+        assert below == wing or below in may[wing], f"{own} imports {other}"
+
+
+def test_no_module_is_in_a_circle():
+    graph = {}
+    for own, other in arrows():
+        graph.setdefault(own, set()).add(other)
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, f"a circle: {' -> '.join([*path[path.index(name) :], name])}"
+        if name not in done:
+            path.append(name)
+            for other in sorted(graph.get(name, ())):
+                visit(other)
+            done.add(path.pop())
+
+    for name in sorted(graph):
+        visit(name)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
@@ -72,7 +120,7 @@ def test_cupy_and_torch_are_imported_where_allowed(path):
     for name, inside_function in imported(path):
         top = name.split(".")[0]
         if top == "cupy":
-            assert dotted(path) in ("_interop", "_kernels", *BENCH)
+            assert dotted(path).startswith("_cuda.") or dotted(path) in BENCH
             assert inside_function
         if top in ("torch", "transformers") and dotted(path) == "integrations.transformers":
             continue

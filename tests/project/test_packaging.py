@@ -83,7 +83,7 @@ def test_wheel_runs_from_another_folder(dist, tmp_path):
     assert done.returncode == 0, done.stderr
     done = run(site, tmp_path, "-m", "cupy_headnorm", "demo", "--tokens", "4")
     assert (done.returncode, done.stderr) == (0, "")
-    where = "import cupy_headnorm._source as s; print(s.kernels_folder())"
+    where = "import cupy_headnorm._cuda.source as s; print(s.kernels_folder())"
     assert run(site, tmp_path, "-c", where).stdout.strip() == str(site / "cupy_headnorm/kernels")
 
 
@@ -92,5 +92,5 @@ def test_unpacked_sdist_runs(dist, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
-    where = "import cupy_headnorm._source as s; print(s.kernels_folder())"
+    where = "import cupy_headnorm._cuda.source as s; print(s.kernels_folder())"
     assert run(source, tmp_path, "-c", where).stdout.strip() == str(source / "kernels")
