@@ -45,11 +45,12 @@ from cupy_headnorm.bench.workloads import LAYOUTS, Case, cases
 class _Op(NamedTuple):
     prepare: Callable[[Case, Timer], Any]
     providers: Mapping[str, Provider]
+    ours: tuple[str, ...]
 
 
 _OPS = {
-    "norm": _Op(workloads.prepare, bench_providers.PROVIDERS),
-    qk_providers.KIND: _Op(qk_providers.prepare, qk_providers.PROVIDERS),
+    "norm": _Op(workloads.prepare, bench_providers.PROVIDERS, bench_providers.OURS),
+    qk_providers.KIND: _Op(qk_providers.prepare, qk_providers.PROVIDERS, qk_providers.OURS),
 }
 
 
@@ -318,10 +319,10 @@ def measure(
     with on:
         work = op.prepare(case, on)
         buffers = len(work.plain)
-        calls = {name: op.PROVIDERS[name].build(work) for name in CEILINGS}
+        calls = {name: op.providers[name].build(work) for name in CEILINGS}
         times = {name: [on.microseconds(call, buffers)] for name, call in calls.items()}
         for name in names:
-            provider = op.PROVIDERS[name]
+            provider = op.providers[name]
             if name not in CEILINGS and (provider.in_place or not case.in_place):
                 try:
                     call = provider.build(work)
@@ -332,7 +333,7 @@ def measure(
                         times[name] = [on.microseconds(call, buffers)]
                         calls[name] = call
                 except Exception as error:
-                    if name in op.OURS:
+                    if name in op.ours:
                         raise
                     reason = f"{bench_providers.one_line(error)} at {case}"
                     unavailable.setdefault(name, reason)
