@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "a sharded one like Qwen3's is written first",
     )
     demo.add_argument("--key", help="the norm's name in the checkpoint, without .weight")
-    demo.add_argument("--kind", choices=tuple(options.DEFAULT_EPS))
+    demo.add_argument("--kind", choices=tuple(options.DEFAULT_EPS), help="default: rms")
     demo.add_argument("--eps", type=float, help="default: 1e-6 for rms, 1e-5 for layer")
     demo.add_argument("--rounding", choices=options.ROUNDINGS)
     demo.add_argument("--weight-offset", type=float, help="1 for Gemma 3")
