@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from cupy_headnorm import reference
+from cupy_headnorm import _sources, reference
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._arrays.views import AnyArray, Array
@@ -17,21 +15,17 @@ from cupy_headnorm._calls import dispatch
 from cupy_headnorm._calls.operands import Given
 from cupy_headnorm._calls.parameters import Held, HeldNorm, device_of, snapshot
 from cupy_headnorm._cuda import environment
+from cupy_headnorm._described import Described
 from cupy_headnorm._plans.geometry import LaunchConfig
 from cupy_headnorm._rules import heads as head_rules
 from cupy_headnorm._rules import options
-from cupy_headnorm._rules.options import Kind, NormOptions, Rounding
-from cupy_headnorm.checkpoint import tensors
-
-if TYPE_CHECKING:
-    from cupy_headnorm.checkpoint.reader import ModelNorm
-
+from cupy_headnorm._rules.options import Kind, Rounding
 
 _HEADS_AXIS = -2
 """The default: a call that leaves it checks nothing. Told by `is`, or -2.0 would pass for it."""
 
 
-class HeadNorm:
+class HeadNorm(Described):
     """
     Normalize each attention head on its own: RMSNorm or LayerNorm, with a copy of the weight.
 
@@ -107,7 +101,7 @@ class HeadNorm:
             None if self._bias is None else self._bias.shape,
         )
         options.check_parameters(opts, weight, bias)
-        self._source: Source | None = None
+        self._source = None
         self._norm = HeldNorm(opts, Held(self._weight, self._bias))
 
     @classmethod
@@ -128,19 +122,15 @@ class HeadNorm:
 
         See `cupy_headnorm.checkpoint.read_norm` for what `path` may be and for the errors.
         """
-        weight, bias = tensors.read_norm(path, key)
-        norm = cls(
-            weight,
-            bias,
-            kind=kind,
-            eps=eps,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            weight_offset=weight_offset,
-            rounding=rounding,
-        )
-        norm._source = Source("from_safetensors", os.fspath(path), key)
-        return norm
+        given = {
+            "kind": kind,
+            "eps": eps,
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+            "weight_offset": weight_offset,
+            "rounding": rounding,
+        }
+        return built(_sources.from_safetensors(path, key, given), cls)
 
     @classmethod
     def from_pretrained(
@@ -184,9 +174,7 @@ class HeadNorm:
         Where the model's own result has another dtype than `x` (a float32 weight times a bfloat16
         value under ``"before_weight"``), a call raises TypeError, unless `rounding` was given.
         """
-        from cupy_headnorm.checkpoint import survey  # the registry: only checkpoints need it
-
-        given: dict[str, Any] = {
+        given = {
             "num_heads": num_heads,
             "head_dim": head_dim,
             "kind": kind,
@@ -194,27 +182,12 @@ class HeadNorm:
             "weight_offset": weight_offset,
             "rounding": rounding,
         }
-        overrides = {name: value for name, value in given.items() if value is not None}
-        source = Source("from_pretrained", os.fspath(model_dir), key, overrides, variant)
-        try:
-            described, weight, bias = survey.read(
-                model_dir, key, variant=variant, full_width=num_heads == 1
-            )
-        except survey.UnknownModelError:
-            if not {"kind", "eps", "rounding"} <= overrides.keys():
-                raise
-            weight, bias = tensors.read_norm(model_dir, key, variant=variant)
-            norm = cls(weight, bias, **overrides)
-            norm._source = source
-            return norm
-        return of_model(described, weight, bias, source, cls, **overrides)
-
-    @property
-    def _options(self) -> NormOptions:
-        return self._norm.options
+        return built(_sources.from_pretrained(model_dir, key, variant, given), cls)
 
     def to_safetensors(self, path: str | os.PathLike[str], key: str) -> None:
         """Write ``<key>.weight`` and ``<key>.bias``, as they are held, to a new file."""
+        from cupy_headnorm.checkpoint import tensors
+
         tensors.write_norm(path, key, self._weight, self._bias)
 
     @untraced
@@ -294,25 +267,16 @@ class HeadNorm:
         ValueError
             The range is empty or leaves the norm's heads.
         """
-        start, stop = options.integer(start, "start"), options.integer(stop, "stop")
-        most = self.num_heads
-        if not 0 <= start < stop or (most is not None and stop > most):
-            raise ValueError(
-                f"heads {start} to {stop} of a norm of "
-                f"{'any number of' if most is None else most} heads; needs "
-                f"0 <= start < stop{'' if most is None else f' <= {most}'}"
-            )
+        start, stop = head_rules.checked_range(start, stop, self.num_heads)
+        arguments = self._arguments() | {"num_heads": stop - start, "head_dim": self.head_dim}
+        weight, bias = (self._part(values, start, stop) for values in (self._weight, self._bias))
+        return built(_sources.Read(weight, bias, arguments, None, self._options.result))
 
-        def part(values: np.ndarray | None) -> np.ndarray | None:
-            if values is None or most is None or values.shape == (self.head_dim,):
-                return values
-            return values.reshape(most, -1)[start:stop]
-
-        arguments = self._arguments()
-        arguments.update(num_heads=stop - start, head_dim=self.head_dim)
-        norm = HeadNorm(part(self._weight), part(self._bias), **arguments)
-        norm._norm = norm._norm.with_result_dtype(self._options.result)
-        return norm
+    def _part(self, values: np.ndarray | None, start: int, stop: int) -> np.ndarray | None:
+        """Return what belongs to some heads: all of it where they share it."""
+        if values is None or self.num_heads is None or values.shape == (self.head_dim,):
+            return values
+        return values.reshape(self.num_heads, -1)[start:stop]
 
     def load(self, device: Any = None) -> None:
         """Upload to a CUDA device (an index, ``"cuda:1"``, a torch or CuPy device) and wait."""
@@ -351,142 +315,23 @@ class HeadNorm:
         """Return the geometry used for `x`, or for its like on an H100 if it is in host memory."""
         return dispatch.plan(self._norm.for_heads_axis(heads_axis), x)
 
-    @property
-    def weight(self) -> np.ndarray | None:
-        """The weight as it was given or stored, without the offset; read-only."""
-        return self._weight
-
-    @property
-    def bias(self) -> np.ndarray | None:
-        """The bias as it was given or stored; read-only."""
-        return self._bias
-
-    @property
-    def kind(self) -> Kind:
-        """``"rms"`` or ``"layer"``."""
-        return self._options.kind
-
-    @property
-    def eps(self) -> float:
-        """Added to the mean square or variance."""
-        return self._options.eps
-
-    @property
-    def num_heads(self) -> int | None:
-        """Heads, where the arguments tell; None for a norm of any number."""
-        return self._geometry.num_heads
-
-    @property
-    def head_dim(self) -> int | None:
-        """Elements a head, where the arguments tell; None if x decides."""
-        return self._geometry.head_dim
-
-    @property
-    def weight_offset(self) -> float:
-        """Added to the weight in float32."""
-        return self._options.weight_offset
-
-    @property
-    def rounding(self) -> Rounding:
-        """Where results are rounded."""
-        return self._options.rounding
-
-    @property
-    def size(self) -> int:
-        """Number of elements of weight and bias."""
-        return sum(array.size for array in (self._weight, self._bias) if array is not None)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of weight and bias: what each loaded device holds."""
-        return sum(array.nbytes for array in (self._weight, self._bias) if array is not None)
-
-    def __repr__(self) -> str:
-        defaults = options.options(self.kind)
-        shown: dict[str, Any] = {} if self.kind == "rms" else {"kind": self.kind}
-        shown["eps"] = self.eps
-        for name in ("num_heads", "head_dim", "weight_offset", "rounding"):
-            value = getattr(self._options, name)
-            if value != getattr(defaults, name):
-                shown[name] = value
-        words = [f"{name}={value!r}" for name, value in shown.items()]
-        if self._source is not None:
-            return self._source.told(words)
-        for name, array in (("bias", self._bias), ("weight", self._weight)):
-            if array is not None:
-                told = f"<{array.dtype} {array.shape}>"
-                words.insert(0, told if name == "weight" else f"bias={told}")
-        return f"HeadNorm({', '.join(words)})"
-
     def __reduce__(self) -> tuple[Any, ...]:
-        rebuild = functools.partial(type(self), self._weight, self._bias, **self._arguments())
-        return _rebuilt, (rebuild, self._options.result, self._source)
-
-    def _arguments(self) -> dict[str, Any]:
-        o = self._options
-        return {
-            "kind": o.kind,
-            "eps": o.eps,
-            "num_heads": o.num_heads,
-            "head_dim": o.head_dim,
-            "weight_offset": o.weight_offset,
-            "rounding": o.rounding,
-        }
-
-
-class Source(NamedTuple):
-    """The constructor that read a norm from a file, and what it was given."""
-
-    constructor: str
-    path: str
-    key: str
-    overrides: Mapping[str, Any] | None = None
-    variant: str | None = None
-
-    def told(self, words: list[str]) -> str:
-        """Write the call; `words` are the arguments where `overrides` are not kept."""
-        if self.overrides is not None:
-            given = {} if self.variant is None else {"variant": self.variant}
-            words = [f"{name}={value!r}" for name, value in (given | dict(self.overrides)).items()]
-        return (
-            f"HeadNorm.{self.constructor}({', '.join([repr(self.path), repr(self.key), *words])})"
+        read = _sources.Read(
+            self._weight, self._bias, self._arguments(), self._source, self._options.result
         )
+        return built, (read, type(self))
 
 
-def _rebuilt(rebuild: Callable[[], HeadNorm], result: str, source: Source | None) -> HeadNorm:
-    norm = rebuild()
-    norm._norm, norm._source = norm._norm.with_result_dtype(result), source
+def built(read: _sources.Read, kind: type[HeadNorm] = HeadNorm) -> HeadNorm:
+    """Build a norm from what was read of it."""
+    norm = kind(read.weight, read.bias, **read.arguments)
+    norm._norm, norm._source = norm._norm.with_result_dtype(read.result), read.source
     return norm
 
 
 def inside(norm: HeadNorm) -> HeldNorm:
     """Return the norm as calls meet it."""
     return norm._norm
-
-
-def of_model(
-    described: ModelNorm,
-    weight: Any,
-    bias: Any,
-    source: Source | None = None,
-    kind: type[HeadNorm] = HeadNorm,
-    **overrides: Any,
-) -> HeadNorm:
-    """Build the norm that a model's is `described` to be; `overrides` are HeadNorm's arguments."""
-    shared = described.shape in ((), (described.head_dim,))
-    arguments: dict[str, Any] = {
-        "kind": described.kind,
-        "eps": described.eps,
-        "num_heads": None if shared else described.num_heads,
-        "head_dim": described.head_dim,
-        "weight_offset": described.weight_offset if weight is not None else 0.0,
-        "rounding": described.rounding,
-    }
-    norm = kind(weight, bias, **arguments | overrides)
-    norm._source = source
-    if "rounding" not in overrides:
-        norm._norm = norm._norm.with_result_dtype(described.result)
-    return norm
 
 
 def _refuse_new_names(ignored: dict[str, Any]) -> None:

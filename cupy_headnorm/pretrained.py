@@ -6,9 +6,13 @@ import os
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
+from cupy_headnorm._rules import options
+from cupy_headnorm._sources import Source, of_model
+from cupy_headnorm.checkpoint import CheckpointError
 from cupy_headnorm.checkpoint import survey as checkpoint_survey
 from cupy_headnorm.checkpoint.reader import ModelNorm, Refused
-from cupy_headnorm.headnorm import HeadNorm, Source, of_model
+from cupy_headnorm.headnorm import HeadNorm, built
+from cupy_headnorm.rope import Rope, config
 
 
 class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
@@ -60,7 +64,7 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
             described = checkpoint_survey.serve(self._keyed[key])
             weight, bias = checkpoint_survey.load(self._where, described)
             source = Source("from_pretrained", self._folder, described.name, {}, self._variant)
-            made = of_model(described, weight, bias, source)
+            made = built(of_model(described, weight, bias, source))
             # Another thread may have been faster: all shall hold one norm.
             norm = self._loaded.setdefault(key, made)
         return norm
@@ -102,3 +106,30 @@ def head_norms(model_dir: str | os.PathLike[str], *, variant: str | None = None)
         the model and it has tensors that look like head norms; the message says what was found.
     """
     return HeadNorms(os.fspath(model_dir), variant)
+
+
+def of_layer(
+    model_dir: str | os.PathLike[str],
+    layer: int,
+    variant: str | None = None,
+    max_position: int | None = None,
+) -> tuple[list[HeadNorm], Rope | None]:
+    """Return the norms of q, k and, if there is one, v of a layer, and its rotary embedding."""
+    norms = head_norms(model_dir, variant=variant)
+    layer = options.integer(layer, "layer")
+    for name in "qk":
+        try:
+            norms[layer, name]
+        except KeyError:
+            raise CheckpointError(
+                f"{model_dir} has no norm of {name} in layer {layer}; needs one of its keys, "
+                f"{', '.join(map(str, list(norms)[:4])) or 'of which there are none'}"
+            ) from None
+    found = [norms[layer, name] for name in "qkv" if (layer, name) in norms]
+    described = norms.described[layer, "q"]
+    if described.rope.order == "none" or not config.turns(norms.config, layer):
+        return found, None
+    rope = Rope.from_config(
+        norms.config, layer, head_dim=described.head_dim, max_position=max_position
+    )
+    return found, rope

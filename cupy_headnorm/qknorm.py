@@ -6,18 +6,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from cupy_headnorm._arrays import dtypes, find, layout
+from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.torch import untraced
-from cupy_headnorm._arrays.views import ArrayView
-from cupy_headnorm._calls import dispatch
+from cupy_headnorm._calls import dispatch, packed
 from cupy_headnorm._calls.operands import Given
 from cupy_headnorm._calls.parts import Parts
 from cupy_headnorm._calls.tables import Tables
-from cupy_headnorm._rules import heads as head_rules
 from cupy_headnorm._rules import options
 from cupy_headnorm._rules import parts as part_rules
 from cupy_headnorm.headnorm import HeadNorm, inside
-from cupy_headnorm.rope import Rope, config
+from cupy_headnorm.rope import Rope
 
 _NAMES = ("q", "k", "v")
 _HEADS_AXIS = -2
@@ -120,26 +118,9 @@ class QKNorm:
             The rotary embedding is not served (`cupy_headnorm.rope.Rope.from_config`).
         """
         from cupy_headnorm import pretrained
-        from cupy_headnorm.checkpoint import CheckpointError
 
-        norms = pretrained.head_norms(model_dir, variant=variant)
-        layer = options.integer(layer, "layer")
-        for name in "qk":
-            try:
-                norms[layer, name]
-            except KeyError:
-                raise CheckpointError(
-                    f"{model_dir} has no norm of {name} in layer {layer}; needs one of its keys, "
-                    f"{', '.join(map(str, list(norms)[:4])) or 'of which there are none'}"
-                ) from None
-        found = [norms[layer, name] for name in _NAMES if (layer, name) in norms]
-        described = norms.described[layer, "q"]
-        embedding = None
-        if described.rope.order != "none" and config.turns(norms.config, layer):
-            embedding = Rope.from_config(
-                norms.config, layer, head_dim=described.head_dim, max_position=max_position
-            )
-        return cls(*found, rope=embedding)
+        norms, rope = pretrained.of_layer(model_dir, layer, variant, max_position)
+        return cls(*norms, rope=rope)
 
     @property
     def rope(self) -> Rope | None:
@@ -203,8 +184,8 @@ class QKNorm:
         tuple of arrays
             As many as were given.
         """
-        given = self._given((q, k, v), (positions, cos, sin), out)
-        return dispatch.run(self._operation(heads_axis), given)
+        operation = self._operation(heads_axis)
+        return dispatch.run(operation, operation.given((q, k, v), (positions, cos, sin), out))
 
     def _operation(self, heads_axis: int) -> Parts:
         """Return what a call does to heads on an axis."""
@@ -215,16 +196,6 @@ class QKNorm:
             norms = {name: inside(norm) for name, norm in self._norms.items()}
             found = self._operations.setdefault(axis, Parts(norms, self._tables, axis))
         return found
-
-    def _given(self, qkv: tuple[Any, Any, Any], beside: tuple[Any, Any, Any], out: Any) -> Given:
-        parts = qkv if qkv[2] is not None else qkv[:2]
-        if len(parts) != len(self._norms):
-            raise TypeError(
-                "v is given and there is no v_norm; needs q and k only"
-                if len(parts) > len(self._norms)
-                else "no v is given; needs one for v_norm"
-            )
-        return Given(parts, beside, None if out is None else self._checked_out(out))
 
     @untraced
     def forward_reference(
@@ -248,10 +219,7 @@ class QKNorm:
         arrays = {"q": q, "k": k, "v": v, "positions": positions, "cos": cos, "sin": sin}
         given = {name: array for name, array in arrays.items() if array is not None}
         views = [find.view(given[name], name) for name in _NAMES if name in given]
-        on_host = {}
-        for name, array in given.items():
-            rows = dtypes.POSITIONS if name == "positions" else dtypes.NUMBERS
-            on_host[name] = find.library_of(array, name).to_host(array, name, rows)
+        on_host = {name: find.to_host(array, name) for name, array in given.items()}
         parts = [on_host.pop(name) for name in _NAMES if name in given]
         results = self(*parts, **on_host, heads_axis=heads_axis)
         return tuple(
@@ -275,42 +243,12 @@ class QKNorm:
 
         Queries come first, then keys, then values, which only a `v_norm` touches. Returns `qkv`.
         """
-        library = find.library_of(qkv, "qkv")
-        if not library.takes_out:
-            raise TypeError(
-                f"qkv is a {type(qkv).__name__}, which may forbid writing; needs a NumPy, CuPy or "
-                "torch array"
-            )
-        quick = (
-            find.quick.get(type(qkv)) is library
-            and library.glance(qkv) is not None
-            # CuPy's reshape copies where the last axis has gaps, torch's unflatten never does.
-            and (hasattr(qkv, "unflatten") or qkv.strides[-1:] == (qkv.itemsize,))
-        )
-        if not quick:
-            _check_buffer(library.view(qkv, "qkv"))
-        num_heads = _count(num_heads, "num_heads")
-        num_kv_heads = _count(num_kv_heads, "num_kv_heads")
-        heads = num_heads + 2 * num_kv_heads
-        shape = tuple(qkv.shape)
-        width = shape[-1] if shape else 0
-        head_dim = self._head_dim or width // heads
-        if width != heads * head_dim or not head_dim:
-            wanted = f"{heads * head_dim}" if self._head_dim else f"a multiple of {heads}"
-            raise ValueError(
-                f"qkv has shape {shape}; needs a last axis of {wanted}, "
-                f"{num_heads} + 2 * {num_kv_heads} heads of {self._head_dim or 'one length'}"
-            )
-        by_head = _split_last(qkv, (*shape[:-1], heads, head_dim))
-        first_v = num_heads + num_kv_heads
-        parts = [by_head[..., :num_heads, :], by_head[..., num_heads:first_v, :]]
-        if "v" in self._norms:
-            parts.append(by_head[..., first_v:, :])
+        shape = packed.Packed(num_heads, num_kv_heads, self._head_dim, len(self._norms))
+        buffer, parts = packed.split(qkv, shape)
         operation = self._operation(_HEADS_AXIS)
-        given = Given(tuple(parts), (positions, cos, sin), tuple(parts))
-        if not quick or dispatch.hit(operation, given) is None:
-            if quick:
-                _check_buffer(library.view(qkv, "qkv"))
+        given = Given(parts, (positions, cos, sin), parts)
+        if buffer.is_checked or dispatch.hit(operation, given) is None:
+            buffer.check()
             dispatch.step_by_step(operation, given)
         return qkv
 
@@ -356,45 +294,13 @@ class QKNorm:
         parts = (q, k) if v is None else (q, k, v)
         operation = self._operation(heads_axis)
         for target in (None, parts) if out is None else (out,):
-            given = self._given((q, k, v), (positions, cos, sin), target)
+            given = operation.given((q, k, v), (positions, cos, sin), target)
             try:
                 dispatch.step_by_step(operation, given, dry=True)
             except (TypeError, ValueError):
                 if target is not parts or out is parts:
                     raise
                 # Parts may be arrays that cannot be written; then there is nothing to prepare.
-
-    def _checked_out(self, out: Any) -> tuple[Any, ...]:
-        count = len(self._norms)
-        if not isinstance(out, (tuple, list)) or len(out) != count:
-            found = f", not of {len(out)}" if isinstance(out, (tuple, list)) else ""
-            raise TypeError(
-                f"out is a {type(out).__name__}; needs a tuple of {count} arrays{found}"
-            )
-        return tuple(out)
-
-
-def _count(value: Any, name: str) -> int:
-    """Check a number of heads that must be given."""
-    number = options.integer(value, name)
-    options.count(number, name)
-    return number
-
-
-def _check_buffer(qkv: ArrayView) -> None:
-    """Refuse a packed buffer by its own name, where its parts would be refused by theirs."""
-    if qkv.layout.shape:
-        head_rules.check_last_stride(qkv.layout, "qkv")
-    if not qkv.writeable:
-        raise ValueError("qkv is read-only; needs a writeable array")
-    layout.check_out_layout(qkv.layout, "qkv")
-
-
-def _split_last(qkv: Any, shape: tuple[int, ...]) -> Any:
-    """Return a view of `qkv`, whose last axis has no gaps, with that axis split."""
-    if hasattr(qkv, "unflatten"):
-        return qkv.unflatten(-1, shape[-2:])
-    return qkv.reshape(shape)
 
 
 def _rebuilt(norms: tuple[Any, ...], rope: Rope | None) -> QKNorm:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_headnorm._arrays.dtypes import NUMBERS, Rows
+from cupy_headnorm._arrays.dtypes import NUMBERS, POSITIONS, Rows
 from cupy_headnorm._arrays.libraries import JAX, CuPy, DLPack, NumPy
 from cupy_headnorm._arrays.torch import Torch, untraced
 from cupy_headnorm._arrays.views import ArrayView, Library
@@ -93,6 +93,12 @@ def view_beside(
             f"needs the library of {of}, {x.library.name}"
         )
     return library.view(array, role, rows)
+
+
+def to_host(array: Any, role: str) -> np.ndarray:
+    """Return an array's values in host memory, copied from a device."""
+    rows = POSITIONS if role == "positions" else NUMBERS
+    return library_of(array, role).to_host(array, role, rows)
 
 
 _hidden: dict[type, Library] | None = None

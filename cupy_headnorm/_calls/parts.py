@@ -54,6 +54,24 @@ class Parts(Operation):
         self._part = Role((self._heads_axis, -1), 2, broadcasts=False)
         self._known: dict[tuple[Any, ...], _Known] = {}
 
+    def given(self, qkv: tuple[Any, ...], beside: tuple[Any, ...], out: Any) -> Given:
+        """Check how many arrays a caller gave, v being None where there is none."""
+        parts, count = qkv if qkv[2] is not None else qkv[:2], len(self.names)
+        if len(parts) != count:
+            raise TypeError(
+                "v is given and there is no v_norm; needs q and k only"
+                if len(parts) > count
+                else "no v is given; needs one for v_norm"
+            )
+        if out is None:
+            return Given(parts, beside, None)
+        if not isinstance(out, (tuple, list)) or len(out) != count:
+            found = f", not of {len(out)}" if isinstance(out, (tuple, list)) else ""
+            raise TypeError(
+                f"out is a {type(out).__name__}; needs a tuple of {count} arrays{found}"
+            )
+        return Given(parts, beside, tuple(out))
+
     def bind(self, given: Given, key: tuple[Any, ...]) -> _Bound | None:
         index, dtype, by_position = key[0], key[3], given.beside[0] is not None
         parameters, loaded = [], []

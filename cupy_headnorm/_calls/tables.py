@@ -9,7 +9,7 @@ import numpy as np
 
 from cupy_headnorm._arrays import dtypes, find
 from cupy_headnorm._arrays.views import ArrayView
-from cupy_headnorm._calls import host, parameters
+from cupy_headnorm._calls import host, uploads
 from cupy_headnorm._calls.parameters import identity
 from cupy_headnorm._cuda import memory
 from cupy_headnorm._cuda.once import made_once
@@ -152,7 +152,7 @@ class Tables:
             def make() -> Pair:
                 shape, pieces = rope._shape, rope._pieces(dtype.numpy)
                 return Pair(
-                    *parameters.upload_pieces(shape, dtype.numpy, pieces, device.index), object()
+                    *uploads.upload_pieces(shape, dtype.numpy, pieces, device.index), object()
                 )
 
             found = made_once(self.ready, key, make)

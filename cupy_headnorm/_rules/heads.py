@@ -6,7 +6,7 @@ import functools
 from typing import NamedTuple
 
 from cupy_headnorm._arrays.layout import Layout
-from cupy_headnorm._rules.options import NormOptions
+from cupy_headnorm._rules.options import NormOptions, integer
 
 Shape = tuple[int, ...]
 
@@ -147,3 +147,15 @@ def axes_before_heads(
     if heads.num_heads in (None, 1) or flat:
         return None
     return opts.heads_axis % len(x.shape)
+
+
+def checked_range(start: int, stop: int, most: int | None) -> tuple[int, int]:
+    """Check a range of heads of a norm that has `most`, or any number of them."""
+    start, stop = integer(start, "start"), integer(stop, "stop")
+    if not 0 <= start < stop or (most is not None and stop > most):
+        raise ValueError(
+            f"heads {start} to {stop} of a norm of "
+            f"{'any number of' if most is None else most} heads; needs "
+            f"0 <= start < stop{'' if most is None else f' <= {most}'}"
+        )
+    return start, stop

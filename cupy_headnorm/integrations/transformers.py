@@ -19,9 +19,10 @@ from cupy_headnorm._calls import dispatch
 from cupy_headnorm._calls.operands import Given
 from cupy_headnorm._calls.parameters import Norm
 from cupy_headnorm._cuda.memory import CaptureError
+from cupy_headnorm._sources import of_model
 from cupy_headnorm.checkpoint import survey
 from cupy_headnorm.checkpoint.reader import ModelNorm
-from cupy_headnorm.headnorm import HeadNorm, inside, of_model
+from cupy_headnorm.headnorm import HeadNorm, built, inside
 
 __all__ = ["SwappedNorms", "use_head_norms"]
 
@@ -256,7 +257,7 @@ class _Forward:
         """Return the norm with a copy of the module's weights."""
         module = self._owner()
         with torch.no_grad():
-            return of_model(self.described, *self.parameters(module))
+            return built(of_model(self.described, *self.parameters(module)))
 
     def on_instance(self) -> dict[str, Any]:
         """Return the attributes that the module has for as long as it is swapped."""

@@ -18,7 +18,7 @@ from cupy_headnorm import HeadNorm, QKNorm, rms_norm
 from cupy_headnorm._arrays import dlpack, find, views
 from cupy_headnorm._arrays.dtypes import FLOAT32
 from cupy_headnorm._arrays.layout import is_dense
-from cupy_headnorm._calls import parameters
+from cupy_headnorm._calls import uploads
 from cupy_headnorm._cuda import driver, environment
 from cupy_headnorm._cuda import memory as cuda_memory
 
@@ -384,9 +384,9 @@ def test_pieces_are_copied_one_by_one(monkeypatch):
             memory[...] = start
             yield start, *memory[:, : 7 - start]
 
-    for found in parameters.upload_pieces((7, 4), np.dtype(np.float32), pieces(), 0):
+    for found in uploads.upload_pieces((7, 4), np.dtype(np.float32), pieces(), 0):
         assert found.tolist() == [[float(row // 3 * 3)] * 4 for row in range(7)]
     assert taken[:2] == [7 * 4 * 4] * 2
-    assert np.array_equal(parameters.upload(np.arange(5.0), 0), np.arange(5.0))
+    assert np.array_equal(uploads.upload(np.arange(5.0), 0), np.arange(5.0))
     assert taken[2:] == [40]
     assert not entered[-1]

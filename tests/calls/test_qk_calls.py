@@ -19,7 +19,7 @@ from tolerances import assert_alike
 from cupy_headnorm import HeadNorm, QKNorm, Rope
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.dtypes import FLOAT32
-from cupy_headnorm._calls import parameters
+from cupy_headnorm._calls import uploads
 
 torch = pytest.importorskip("torch")
 device, slow = qk_stand_in.device, qk_stand_in.slow
@@ -391,14 +391,14 @@ def test_a_call_is_not_taken_for_another_of_as_many_arrays(device, slow):
 @pytest.mark.parametrize("device", ["stand-in"], indirect=True)
 def test_an_unload_between_look_and_launch_leaves_the_memory(device, slow, monkeypatch, rng):
     """Another thread's, which here comes where the stream is asked for."""
-    kept, upload, upload_pieces = [], parameters.upload, parameters.upload_pieces
+    kept, upload, upload_pieces = [], uploads.upload, uploads.upload_pieces
 
     def keep(*views):
         kept.extend(weakref.ref(view.owner) for view in views)
         return views
 
-    monkeypatch.setattr(parameters, "upload", lambda *given: keep(upload(*given))[0])
-    monkeypatch.setattr(parameters, "upload_pieces", lambda *given: keep(*upload_pieces(*given)))
+    monkeypatch.setattr(uploads, "upload", lambda *given: keep(upload(*given))[0])
+    monkeypatch.setattr(uploads, "upload_pieces", lambda *given: keep(*upload_pieces(*given)))
     qk, parts, beside = made(rng), both(rng, device), turning(rng, device, "positions")
     expected = right(qk, parts, beside)
     qk(*parts, **beside)

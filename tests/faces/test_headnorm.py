@@ -16,8 +16,9 @@ from cupy_headnorm import HeadNorm, LaunchConfig, layer_norm, rms_norm
 from cupy_headnorm._arrays.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from cupy_headnorm._arrays.layout import Device
 from cupy_headnorm._calls.parameters import device_of
+from cupy_headnorm._sources import of_model
 from cupy_headnorm.checkpoint.reader import ModelNorm
-from cupy_headnorm.headnorm import inside, of_model
+from cupy_headnorm.headnorm import built, inside
 from cupy_headnorm.models import records
 
 
@@ -288,8 +289,9 @@ def made_of_model(weight, own_rounding, result, **overrides):
         name="q_norm", tower="text", layer=0, role="q", weights=(), biases=(), kind="rms", eps=1e-6,
         weight_offset=0.0, rounding=own_rounding, result=result, num_heads=3, head_dim=64,
         heads_axis=-2, shape=(64,), dtype="F32", rope=records.ModelRope(), notes=(),
+        model_type="qwen3",
     )  # fmt: skip
-    return of_model(described, weight, None, **overrides)
+    return built(of_model(described, weight, None, None, overrides))
 
 
 @pytest.mark.parametrize(

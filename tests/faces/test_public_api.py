@@ -80,7 +80,7 @@ def _set_by_init(kind: type) -> set[str]:
 
 def _described_class(name: str, kind: type) -> Iterator[str]:
     ours = [base for base in kind.__mro__ if _is_ours(base)]
-    bases = ", ".join(base.__name__ for base in kind.__bases__ if base is not object)
+    bases = ", ".join(base.__name__ for base in kind.__bases__ if _is_public(base))
     makes = any({"__init__", "__new__"} & vars(base).keys() for base in ours)
     yield f"class {name}{f'({bases})' if bases else ''}"
     if makes:
@@ -99,6 +99,11 @@ def _described_class(name: str, kind: type) -> Iterator[str]:
             yield f"    {member}{_signature(value)}"
         else:
             yield f"    {member}"
+
+
+def _is_public(base):
+    """Tell whether users know a class's base; of another they see what it gives the class."""
+    return base is not object and "._" not in base.__module__
 
 
 def _described(module: str) -> Iterator[str]:

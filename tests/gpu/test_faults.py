@@ -296,9 +296,10 @@ def test_out_of_memory_for_the_result_is_the_librarys_error(library, rng):
 AT_THE_END = """
 import atexit, os, sys, threading, time
 import numpy as np
-from cupy_headnorm import HeadNorm, QKNorm, reference
+from cupy_headnorm import HeadNorm, QKNorm
+from cupy_headnorm._calls import host
 
-reference.os.sched_getaffinity = lambda _: range(4)
+host.os.sched_getaffinity = lambda _: range(4)
 x = np.sin(np.arange(2**22, dtype=np.float32)).reshape(-1, 2, 64)  # for two threads
 norm = HeadNorm(np.ones(64, np.float32))
 right = x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=-1, keepdims=True) + 1e-6)
@@ -333,7 +334,7 @@ def in_threads(monkeypatch):
     """Let calls of 64 rows and more take four threads."""
     monkeypatch.setattr(host, "_CHUNK_BYTES", 4096)
     monkeypatch.setattr(host, "_THREAD_CHUNKS", 1)
-    monkeypatch.setattr(reference.os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: range(4))
 
 
 @pytest.mark.parametrize("started", range(4))

@@ -29,6 +29,7 @@ from cupy_headnorm._calls import (
     dispatch,
     host,
     remembered,
+    uploads,
 )
 from cupy_headnorm._calls import (
     parameters as norm_parameters,
@@ -36,7 +37,7 @@ from cupy_headnorm._calls import (
 from cupy_headnorm._calls import (
     tables as rope_tables,
 )
-from cupy_headnorm._cuda import compiler, environment, once
+from cupy_headnorm._cuda import compiler, environment, launcher, once
 from cupy_headnorm._plans import head_norm
 from cupy_headnorm.headnorm import inside
 
@@ -91,16 +92,16 @@ def struck(request):
 def compiled(slow, monkeypatch):
     """Let kernels be compiled, and list those that were launched; `compiled.during` runs then."""
     found = SimpleNamespace(during=lambda: None, count=0, launched=[])
-    launch_of, runner_of = head_norm.prepare, head_norm.runner
+    launch_of, runner_of = head_norm.prepare, launcher.runner
 
     def compile_one(call):
         found.count += 1
         found.during()
         return launch_of(call)
 
-    def runner(launch):
+    def runner(launch, sources):
         found.launched.append(launch)
-        return runner_of(launch)
+        return runner_of(launch, sources)
 
     monkeypatch.setattr(compiler, "_functions", {})
     monkeypatch.setattr(
@@ -108,15 +109,15 @@ def compiled(slow, monkeypatch):
         "prepare",
         lambda call, *_: compiler.loaded((call,), 0, lambda: compile_one(call)),
     )
-    monkeypatch.setattr(head_norm, "runner", runner)
+    monkeypatch.setattr(launcher, "runner", runner)
     return found
 
 
 @pytest.fixture
-def uploads(slow, monkeypatch):
-    """List weak references to what was uploaded; `uploads.during` runs while it is."""
+def uploaded(slow, monkeypatch):
+    """List weak references to what was uploaded; `uploaded.during` runs while it is."""
     found = SimpleNamespace(during=lambda: None, alive=lambda: [r for r in refs if r() is not None])
-    refs, upload = [], norm_parameters.upload
+    refs, upload = [], uploads.upload
 
     def listing(array, index):
         view = upload(array, index)
@@ -124,7 +125,7 @@ def uploads(slow, monkeypatch):
         found.during()
         return view
 
-    monkeypatch.setattr(norm_parameters, "upload", listing)
+    monkeypatch.setattr(uploads, "upload", listing)
     return found
 
 
@@ -142,22 +143,22 @@ def test_a_call_while_a_kernel_is_compiled(shape, compiled, struck, rng):
     assert all(any(launch is one for one in kept) for launch in compiled.launched)
 
 
-def test_a_call_while_its_weight_is_uploaded(uploads, struck, rng):
+def test_a_call_while_its_weight_is_uploaded(uploaded, struck, rng):
     weight = tensor(rng, 64)
     norm, x, inner = HeadNorm(weight), tensor(rng, 5, 4, 64), tensor(rng, 5, 4, 64)
-    uploads.during, struck.work = struck.strike, lambda: norm(inner)
+    uploaded.during, struck.work = struck.strike, lambda: norm(inner)
     np.testing.assert_array_equal(norm(x), expected(x, weight))
     np.testing.assert_array_equal(struck.results, [expected(inner, weight)])
     (kept,) = inside(norm)._held.on_device.values()
     assert inside(norm).ready[0].views[0] is kept[0]
-    assert len(uploads.alive()) == 1, "of two copies one is let go"
+    assert len(uploaded.alive()) == 1, "of two copies one is let go"
 
 
 @pytest.mark.parametrize("first", ["call", "load"])
-def test_unloading_while_the_weight_is_uploaded(first, uploads, struck, rng):
+def test_unloading_while_the_weight_is_uploaded(first, uploaded, struck, rng):
     weight, x = tensor(rng, 64), tensor(rng, 5, 4, 64)
     norm = HeadNorm(weight)
-    uploads.during, struck.work = struck.strike, norm.unload
+    uploaded.during, struck.work = struck.strike, norm.unload
     if first == "call":
         np.testing.assert_array_equal(norm(x), expected(x, weight))
     else:
@@ -165,12 +166,12 @@ def test_unloading_while_the_weight_is_uploaded(first, uploads, struck, rng):
     assert struck.results == [None]
     assert not inside(norm).devices
     assert not inside(norm).ready
-    assert not uploads.alive()
+    assert not uploaded.alive()
     np.testing.assert_array_equal(norm(x), expected(x, weight))
-    assert len(uploads.alive()) == 1
+    assert len(uploaded.alive()) == 1
 
 
-def test_unloading_between_an_upload_and_its_use(uploads, struck, monkeypatch, rng):
+def test_unloading_between_an_upload_and_its_use(uploaded, struck, monkeypatch, rng):
     weight, x = tensor(rng, 64), tensor(rng, 5, 4, 64)
     norm, parameters = HeadNorm(weight), norm_parameters._bound
 
@@ -184,7 +185,7 @@ def test_unloading_between_an_upload_and_its_use(uploads, struck, monkeypatch, r
     assert struck.results == [None]
     assert not inside(norm).devices
     assert not inside(norm).ready
-    assert not uploads.alive()
+    assert not uploaded.alive()
 
 
 @pytest.fixture
@@ -271,7 +272,7 @@ def at_each_step(begin, most=5000):
 
 
 @pytest.mark.parametrize("work", ["call", "unload", "load"])
-def test_at_each_step_of_a_call(work, compiled, uploads, monkeypatch, rng):
+def test_at_each_step_of_a_call(work, compiled, uploaded, monkeypatch, rng):
     weight, x = tensor(rng, 64), tensor(rng, 3, 2, 64)
     right = expected(x, weight)
 
@@ -301,7 +302,7 @@ def test_at_each_step_of_a_call(work, compiled, uploads, monkeypatch, rng):
 
     assert at_each_step(begin) > 100
     gc.collect()
-    assert not uploads.alive()
+    assert not uploaded.alive()
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -310,7 +311,7 @@ def test_at_each_step_of_a_call_in_several_threads(in_place, monkeypatch, rng):
     right = reference.rms_norm(values)
     monkeypatch.setattr(host, "_CHUNK_BYTES", 16384)
     monkeypatch.setattr(host, "_THREAD_CHUNKS", 1)
-    monkeypatch.setattr(reference.os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: range(4))
 
     def begin():
         xs, results = iter([values.copy(), values.copy()]), []
@@ -329,7 +330,7 @@ def test_at_each_step_of_a_call_in_several_threads(in_place, monkeypatch, rng):
     assert at_each_step(begin) > 100
 
 
-def test_two_threads_whose_finalizers_want_what_the_other_makes(compiled, uploads, rng):
+def test_two_threads_whose_finalizers_want_what_the_other_makes(compiled, uploaded, rng):
     weight, x = tensor(rng, 64), [tensor(rng, n, 2, 64) for n in range(3, 7)]
     first, second = HeadNorm(), HeadNorm(weight)
     compiling, uploading, results = threading.Event(), threading.Event(), {}
@@ -341,7 +342,7 @@ def test_two_threads_whose_finalizers_want_what_the_other_makes(compiled, upload
         results["in first"] = second(x[2])
 
     def during_upload():
-        uploads.during = lambda: None
+        uploaded.during = lambda: None
         uploading.set()
         results["in second"] = first(x[3])
 
@@ -352,7 +353,7 @@ def test_two_threads_whose_finalizers_want_what_the_other_makes(compiled, upload
         compiling.wait(20)
         results["second"] = second(x[1])
 
-    compiled.during, uploads.during = during_compile, during_upload
+    compiled.during, uploaded.during = during_compile, during_upload
     threads = [threading.Thread(target=work, daemon=True) for work in (work_first, work_second)]
     for thread in threads:
         thread.start()
@@ -366,7 +367,7 @@ def test_two_threads_whose_finalizers_want_what_the_other_makes(compiled, upload
 
 def test_calls_from_finalizers_of_forgotten_calls(slow, monkeypatch, rng):
     """A cache that starts over lets calls go, whose finalizers call and are remembered."""
-    norm, runner, results = HeadNorm(), head_norm.runner, []
+    norm, runner, results = HeadNorm(), launcher.runner, []
     more = [tensor(rng, 2, heads, 64) for heads in range(20, 30)]
 
     def call_another():
@@ -374,12 +375,12 @@ def test_calls_from_finalizers_of_forgotten_calls(slow, monkeypatch, rng):
             x = more.pop()
             results.append((norm(x), x))
 
-    def watched(launch):
-        found = runner(launch)
+    def watched(launch, sources):
+        found = runner(launch, sources)
         weakref.finalize(found, call_another).atexit = False
         return found
 
-    monkeypatch.setattr(head_norm, "runner", watched)
+    monkeypatch.setattr(launcher, "runner", watched)
     monkeypatch.setattr(dispatch, "_MAX_CALLS", 2)
     for heads in range(1, 15):
         x = tensor(rng, 2, heads, 64)
@@ -444,7 +445,7 @@ def test_launches_while_earlier_ones_are(when, struck, monkeypatch):
 
 FORK = """
 import os, signal, threading, warnings
-from cupy_headnorm._once import made_once
+from cupy_headnorm._cuda.once import made_once
 
 warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads, which is the point
 making, made, kept = threading.Event(), threading.Event(), {}

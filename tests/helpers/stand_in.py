@@ -14,8 +14,7 @@ import pytest
 from cupy_headnorm import reference
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.layout import Device, as_numpy
-from cupy_headnorm._calls import dispatch, host, remembered
-from cupy_headnorm._calls import parameters as norm_parameters
+from cupy_headnorm._calls import dispatch, host, remembered, uploads
 from cupy_headnorm._cuda import environment, launcher, memory
 from cupy_headnorm._plans import head_norm
 from cupy_headnorm._rules.norm import NormCall
@@ -31,7 +30,7 @@ def on_cuda(view):
 
 
 def assembled(shape, dtype, pieces, _):
-    """Do what `parameters.upload_pieces` does."""
+    """Do what `uploads.upload_pieces` does."""
     whole = np.empty((2, *shape), dtype)
     for start, *piece in pieces:
         whole[:, start : start + len(piece[0])] = piece
@@ -45,9 +44,9 @@ def take_for_gpu(patch, adapter, *kinds):
         patch.setitem(find._found, kind, adapter)
     patch.setattr(environment, "import_cupy", lambda: None)
     patch.setattr(
-        norm_parameters, "upload", lambda array, _: on_cuda(find.view(np.array(array), "parameter"))
+        uploads, "upload", lambda array, _: on_cuda(find.view(np.array(array), "parameter"))
     )
-    patch.setattr(norm_parameters, "upload_pieces", assembled)
+    patch.setattr(uploads, "upload_pieces", assembled)
     patch.setattr(memory, "synchronize", lambda index: None)
     patch.setattr(memory, "refuse_capture", lambda *_: None)
 

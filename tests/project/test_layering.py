@@ -34,7 +34,16 @@ def wing_of(name):
     return "faces" if top in FACES else top
 
 
-FACES = {"__init__", "headnorm", "ops", "qknorm", "reference", "pretrained"}
+FACES = {
+    "__init__",
+    "_described",
+    "_sources",
+    "headnorm",
+    "ops",
+    "qknorm",
+    "reference",
+    "pretrained",
+}
 
 
 def dotted(path):

@@ -1,0 +1,106 @@
+"""What a norm tells of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupy_headnorm._calls.parameters import HeldNorm
+from cupy_headnorm._rules import options
+from cupy_headnorm._rules.heads import Geometry
+from cupy_headnorm._rules.options import Kind, NormOptions, Rounding
+from cupy_headnorm._sources import Source
+
+
+class Described:
+    """A norm's weight, bias and arguments, to be read."""
+
+    _norm: HeldNorm
+    _weight: np.ndarray | None
+    _bias: np.ndarray | None
+    _geometry: Geometry
+    _source: Source | None
+    """Where it was read from."""
+
+    @property
+    def _options(self) -> NormOptions:
+        return self._norm.options
+
+    @property
+    def weight(self) -> np.ndarray | None:
+        """The weight as it was given or stored, without the offset; read-only."""
+        return self._weight
+
+    @property
+    def bias(self) -> np.ndarray | None:
+        """The bias as it was given or stored; read-only."""
+        return self._bias
+
+    @property
+    def kind(self) -> Kind:
+        """``"rms"`` or ``"layer"``."""
+        return self._options.kind
+
+    @property
+    def eps(self) -> float:
+        """Added to the mean square or variance."""
+        return self._options.eps
+
+    @property
+    def num_heads(self) -> int | None:
+        """Heads, where the arguments tell; None for a norm of any number."""
+        return self._geometry.num_heads
+
+    @property
+    def head_dim(self) -> int | None:
+        """Elements a head, where the arguments tell; None if x decides."""
+        return self._geometry.head_dim
+
+    @property
+    def weight_offset(self) -> float:
+        """Added to the weight in float32."""
+        return self._options.weight_offset
+
+    @property
+    def rounding(self) -> Rounding:
+        """Where results are rounded."""
+        return self._options.rounding
+
+    @property
+    def size(self) -> int:
+        """Number of elements of weight and bias."""
+        return sum(array.size for array in (self._weight, self._bias) if array is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bias: what each loaded device holds."""
+        return sum(array.nbytes for array in (self._weight, self._bias) if array is not None)
+
+    def __repr__(self) -> str:
+        defaults = options.options(self.kind)
+        shown: dict[str, Any] = {} if self.kind == "rms" else {"kind": self.kind}
+        shown["eps"] = self.eps
+        for name in ("num_heads", "head_dim", "weight_offset", "rounding"):
+            value = getattr(self._options, name)
+            if value != getattr(defaults, name):
+                shown[name] = value
+        words = [f"{name}={value!r}" for name, value in shown.items()]
+        if self._source is not None:
+            return self._source.told(words)
+        for name, array in (("bias", self._bias), ("weight", self._weight)):
+            if array is not None:
+                told = f"<{array.dtype} {array.shape}>"
+                words.insert(0, told if name == "weight" else f"bias={told}")
+        return f"HeadNorm({', '.join(words)})"
+
+    def _arguments(self) -> dict[str, Any]:
+        o = self._options
+        return {
+            "kind": o.kind,
+            "eps": o.eps,
+            "num_heads": o.num_heads,
+            "head_dim": o.head_dim,
+            "weight_offset": o.weight_offset,
+            "rounding": o.rounding,
+        }
