@@ -150,7 +150,7 @@ class Tables:
             memory.refuse_capture(stream, f"the tables are not on {device} yet")
 
             def make() -> Pair:
-                shape, pieces = rope._shape, rope._pieces(dtype.numpy)
+                shape, pieces = rope._shape(), rope._pieces(dtype.numpy)
                 return Pair(
                     *uploads.upload_pieces(shape, dtype.numpy, pieces, device.index), object()
                 )

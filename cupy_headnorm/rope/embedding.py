@@ -29,6 +29,8 @@ _MOST_ANGLES = 1 << 30
 Of a table. Both are 8 GiB in float32, and took 2 minutes of one core of a busy host, 122 ns an
 angle. The longest released, of Llama 4 Scout's 10,485,760 positions, has 0.6 of them.
 """
+_MOST_POSITIONS = 2**31 - 1
+"""On the host, which makes no table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +50,9 @@ class Rope:
     inverse_frequency : sequence of float
         The :math:`f_i`, ``rotary_dim / 2`` of them, as float32. A pair of zero stays as it is.
     max_position : int
-        Number of positions in a table, ``2**31 / rotary_dim`` at most. Others are refused on the
-        host, and clamped to the table's ends on a GPU, which alone reads them there.
+        Number of positions in a table, below ``2**31``, and on a GPU ``2**31 / rotary_dim`` at
+        most. Others are refused on the host, and clamped to the table's ends on a GPU, which alone
+        reads them there.
     style : {"half", "interleaved", "half flipped"}
         Which dims are a pair: ``i`` and ``i + rotary_dim / 2`` (NeoX), ``2 i`` and ``2 i + 1``
         (GPT-J), or as the first with the sign of :math:`d` changed (nanochat).
@@ -103,10 +106,10 @@ class Rope:
         max_position = options.integer(self.max_position, "max_position")
         if max_position < 1:
             raise ValueError(f"max_position is {max_position}; needs 1 or more")
-        if max_position > _MOST_ANGLES // half:
+        if max_position > _MOST_POSITIONS:
             raise ValueError(
-                f"max_position is {max_position}; needs {_MOST_ANGLES // half} at most, for "
-                f"rotary_dim {rotary_dim}: hand in max_position=, as many positions as are used"
+                f"max_position is {max_position}; needs {_MOST_POSITIONS} at most: hand in "
+                "max_position=, as many positions as are used"
             )
         try:
             sizes = tuple(self.sections)
@@ -171,8 +174,9 @@ class Rope:
             `layer` is no integer.
         ValueError
             A type that depends on the length of the sequence (dynamic, longrope), or is unknown; a
-            model type that is not in `models`; a layer that the config gives no embedding; fields
-            that cannot be read.
+            model type that is not in `models`; a layer that the config gives no embedding; a share
+            of head_dim that the type's module in transformers does not rotate by, where others do;
+            fields that cannot be read.
         """
         layer = options.integer(layer, "layer")
         with rope_config.of_any_values():
@@ -207,15 +211,22 @@ class Rope:
         `dtype` is what `table` says: that of x, or float32. M-RoPE picks rows for each frequency.
         """
         wanted = dtypes.from_numpy(np.dtype(dtype), "dtype").numpy
-        cos, sin = np.empty((2, *self._shape), wanted)
+        cos, sin = np.empty((2, *self._shape()), wanted)
         for start, *piece in self._pieces(wanted):
             stop = start + len(piece[0])
             cos[start:stop], sin[start:stop] = piece
         return cos, sin
 
-    @property
     def _shape(self) -> tuple[int, int]:
-        return self.max_position, self.rotary_dim // 2
+        """Return the shape of a table; ValueError where it is not to be made."""
+        half = self.rotary_dim // 2
+        if self.max_position > _MOST_ANGLES // half:
+            raise ValueError(
+                f"max_position is {self.max_position}; needs {_MOST_ANGLES // half} at most for "
+                f"tables of rotary_dim {self.rotary_dim}: hand in max_position=, as many positions "
+                "as are used"
+            )
+        return self.max_position, half
 
     def _pieces(self, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield some rows of the tables at a time, with the number of the first."""

@@ -20,6 +20,7 @@ from cupy_headnorm import HeadNorm, QKNorm, Rope
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.dtypes import FLOAT32
 from cupy_headnorm._calls import uploads
+from cupy_headnorm.rope import embedding
 
 torch = pytest.importorskip("torch")
 device, slow = qk_stand_in.device, qk_stand_in.slow
@@ -416,6 +417,32 @@ def test_an_unload_between_look_and_launch_leaves_the_memory(device, slow, monke
     assert not slow
     assert alive == [True] * 4
     assert all(ref() is None for ref in kept)
+
+
+def test_tables_come_in_pieces(device, slow, monkeypatch, rng):
+    """The host never holds the whole: that of 10,485,760 positions has 5 GiB."""
+    sizes, pieces = [], Rope._pieces
+
+    def counted(rope, dtype):
+        for start, *piece in pieces(rope, dtype):
+            sizes.append(sum(table.size for table in piece))
+            yield start, *piece
+
+    monkeypatch.delattr(Rope, "tables")
+    monkeypatch.setattr(Rope, "_pieces", counted)
+    monkeypatch.setattr(embedding, "_CHUNK", 3 * D // 2)
+    qk, parts, beside = made(rng), both(rng, device), turning(rng, device, "positions")
+    expected = right(qk, parts, beside)
+    same(qk(*parts, **beside), expected)
+    assert len(sizes) > 2
+    assert max(sizes) == 2 * 3 * D // 2
+    assert sum(sizes) == MAX_POSITION * D
+
+
+def test_tables_that_are_too_long_are_not_made(device, slow, rng):
+    qk = made(rng, max_position=2**31 // D + 1)
+    with pytest.raises(ValueError, match=f"needs {2**31 // D} at most for tables .*max_position="):
+        qk(*both(rng, device), **turning(rng, device, "positions"))
 
 
 def test_inner_lengths_tell_families_apart(device, slow, rng):

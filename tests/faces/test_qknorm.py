@@ -328,7 +328,8 @@ def test_the_host_makes_no_tables(rng, monkeypatch):
     norm = HeadNorm(head_dim=64)
     q, positions = rng.standard_normal((3, 2, 64)).astype(np.float32), np.array([0, 5, 10**9 - 1])
     qk = QKNorm(norm, norm, rope=Rope.of_theta(1e4, 64, max_position=10**9))
-    monkeypatch.delattr(Rope, "tables")
+    for name in ("tables", "_pieces"):
+        monkeypatch.delattr(Rope, name)
     turned, _ = qk(q, q, positions=positions)
     cos, sin = qk.rope.at(positions, np.float32)
     np.testing.assert_array_equal(turned, qk(q, q, cos=cos, sin=sin)[0])

@@ -381,7 +381,7 @@ def test_calls_from_finalizers_of_forgotten_calls(slow, monkeypatch, rng):
         return found
 
     monkeypatch.setattr(launcher, "runner", watched)
-    monkeypatch.setattr(dispatch, "_MAX_CALLS", 2)
+    monkeypatch.setattr(remembered, "MAX_CALLS", 2)
     for heads in range(1, 15):
         x = tensor(rng, 2, heads, 64)
         results.append((norm(x), x))

@@ -346,8 +346,9 @@ def test_what_is_too_long_is_cured_by_max_position():
     for most in (10**11, 2**62):
         config = qwen3()[0] | {"max_position_embeddings": most}
         assert Rope.from_config(config, max_position=4096).max_position == 4096
+    assert configured(max_position_embeddings=2**24)._shape() == (2**24, 64)
     scout = {"model_type": "llama4_text", **BASE, "rope_scaling": rotary.LLAMA3}
-    assert Rope.from_config(scout | {"max_position_embeddings": 10_485_760})
+    assert Rope.from_config(scout | {"max_position_embeddings": 10_485_760})._shape()
 
 
 def rope(**fields):
@@ -427,11 +428,14 @@ REFUSED = {
     ),
     "kimi_linear is served: it has none": lambda: configured(model_type="kimi_linear"),
     "it has none unless its config's use_mem_rope is True": lambda: configured(model_type="zamba2"),
-    "is 100000000000; needs 16777216 at most, for rotary_dim 128: hand in max_position=": (
+    "max_position is 100000000000; needs 2147483647 at most: hand in max_position=": (
         lambda: configured(max_position_embeddings=10**11)
     ),
-    f"max_position is {2**62}; needs 16777216 at most": lambda: configured(
+    f"max_position is {2**62}; needs 2147483647 at most": lambda: configured(
         max_position_embeddings=2**62
+    ),
+    "is 16777217; needs 16777216 at most for tables of rotary_dim 128: hand in max_position=": (
+        lambda: configured(max_position_embeddings=2**24 + 1).tables("float16")
     ),
     "has no low_freq_factor": lambda: configured(rope_scaling={"type": "llama3", "factor": 2}),
 }  # fmt: skip
