@@ -20,6 +20,7 @@ from cupy_headnorm._arrays.views import ArrayView
 from cupy_headnorm._calls import operands, remembered
 from cupy_headnorm._calls.operands import IN_PLACE, NEW, Beside, Given, Operation
 from cupy_headnorm._calls.parameters import HeldNorm, Norm
+from cupy_headnorm._calls.remembered import thread
 from cupy_headnorm._cuda import compiler, environment, launcher, memory
 from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._plans import head_norm
@@ -30,27 +31,31 @@ from cupy_headnorm._plans.geometry import LaunchConfig
 def lane(norm: HeldNorm, x: Any, out: Any) -> Any:
     """Run a norm that holds its weight on one array."""
     library = quick.get(type(x))
-    if library is not None and (out is None or out is x):
-        seen = library.glance(x)
-        bound = None if seen is None else norm.ready.get(seen[1][0])
-        if seen is not None and bound is not None:
-            address, key = seen
-            results = NEW if out is None else IN_PLACE
-            call = remembered.thread.calls.get((bound.identity, (results, False, False), key))
-            if call is not None:
-                stream = library.stream(key[0])  # that on which a result is made, too
-                if out is x:
-                    call.run(stream, (address, *bound.addresses))
-                    library.wrote((x,))
-                    return x
-                if not library.allocates_in_graphs:
-                    memory.refuse_allocation(stream)
-                result = call.makes[0](x)
-                target = library.address(result)
-                if target and not target & (call.alignments[0] - 1):
-                    call.run(stream, (address, target, *bound.addresses))
-                    return result
-    return run(norm, Given((x,), (None, None), None if out is None else (out,)))[0]
+    seen = None if library is None else library.glance(x)
+    bound = None if seen is None else norm.ready.get(seen[1][0])
+    if library is None or seen is None or bound is None or (out is not x and out is not None):
+        return run(norm, Given((x,), _NOTHING_BESIDE, None if out is None else (out,)))[0]
+    address, key = seen
+    identity, addresses, _, _ = bound
+    stream = library.stream(key[0])  # that on which a result is made, too
+    call = thread.calls.get((identity, NEW if out is None else IN_PLACE, key))
+    if call is None:
+        return run(norm, Given((x,), _NOTHING_BESIDE, None if out is None else (x,)))[0]
+    if out is not None:
+        call.run(stream, (address, *addresses))
+        library.wrote((x,))
+        return x
+    if not library.allocates_in_graphs:
+        memory.refuse_allocation(stream)
+    result = call.makes[0](x)
+    target = library.address(result)
+    if not target or target & (call.alignments[0] - 1):
+        return step_by_step(norm, Given((x,), _NOTHING_BESIDE, None))[0]
+    call.run(stream, (address, target, *addresses))
+    return result
+
+
+_NOTHING_BESIDE = (None, None)
 
 
 @untraced
@@ -63,31 +68,34 @@ def run(operation: Operation, given: Given) -> tuple[Any, ...]:
 def hit(operation: Operation, given: Given) -> tuple[Any, ...] | None:
     """Run a call whose like this thread has run before; None where there is none."""
     library = quick.get(type(given.parts[0]))
-    seen = None if library is None else operands.glance(operation, library, given)
-    if library is None or seen is None:
+    if library is None:
         return None
-    stream = library.stream(seen.device)  # that on which results are made, too
-    if given.results == NEW and not library.allocates_in_graphs:
+    seen = operands.glance(operation, library, given)
+    if seen is None:
+        return None
+    key, addresses, bound = seen
+    stream = library.stream(key[2][0])  # that on which results are made, too
+    out = given.out
+    if out is None and not library.allocates_in_graphs:
         memory.refuse_allocation(stream)
-    call, results = remembered.thread.calls.get(seen.key), None
+    call, results = thread.calls.get(key), None
     if call is None:
         call, results = remembered.derive(operation, library, given, seen)
         if call is None:
             return None
-    targets: tuple[int, ...] = ()
-    if given.results == NEW:
-        results = remembered.made(call, given) if results is None else results
-        targets = tuple([library.address(result) for result in results])
-        for address, alignment in zip(targets, call.alignments, strict=True):
-            if not address or address & (alignment - 1):
-                return None
-    elif remembered.may_overlap(call, seen, given):
-        return None
-    call.run(stream, (*seen.addresses, *targets, *seen.bound.addresses))
-    if given.out is None:
-        return results
-    library.wrote(given.out)
-    return given.out
+    if out is not None:
+        if len(addresses) > 1 and remembered.may_overlap(call, seen, given):
+            return None
+        call.run(stream, addresses + bound.addresses)
+        library.wrote(out)
+        return out
+    results = remembered.made(call, given) if results is None else results
+    targets = tuple([library.address(result) for result in results])
+    for address, alignment in zip(targets, call.alignments, strict=True):
+        if not address or address & (alignment - 1):
+            return None
+    call.run(stream, addresses + targets + bound.addresses)
+    return results
 
 
 Make = Callable[[Any], Any] | None
@@ -234,7 +242,7 @@ def _planned(
 def plan(norm: Norm, x: Any) -> LaunchConfig:
     """Return the geometry for a result laid out like `x`; that of an H100 for host memory."""
     first = find.view(x, "x")
-    beside = norm.lying_beside(first, Given((x,), (None, None), None), 0)
+    beside = norm.lying_beside(first, Given((x,), _NOTHING_BESIDE, None), 0)
     call = norm.describe(beside, (first.layout,), (first.layout,))
     if first.layout.device.kind == "cpu":
         return head_norm.plan(call)

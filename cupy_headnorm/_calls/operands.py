@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +14,7 @@ from cupy_headnorm._cuda.launcher import Launch
 
 NEW, GIVEN, IN_PLACE = 0, 1, 2
 """Where results go: to new arrays, to others than the parts, or to the parts themselves."""
+_FIRST_BESIDE = 4
 
 
 class Given:
@@ -32,8 +32,8 @@ class Given:
         `NEW`, `GIVEN` or `IN_PLACE`.
     arrays : tuple of arrays
         All that are there: parts, what lies beside, and `out` where it is others.
-    form : tuple
-        Which those are: part of the key of a remembered call.
+    form : int
+        Which those are, in bits above those of `results`: part of the key of a remembered call.
     """
 
     __slots__ = ("arrays", "beside", "form", "out", "parts", "results")
@@ -42,17 +42,21 @@ class Given:
         self, parts: tuple[Any, ...], beside: tuple[Any, ...], out: tuple[Any, ...] | None
     ) -> None:
         self.parts, self.beside, self.out = parts, beside, out
-        there = [array is not None for array in beside]
-        arrays = (*parts, *[array for array in beside if array is not None])
-        if out is None:
-            self.results = NEW
-        elif all(map(operator.is_, out, parts)):
-            self.results = IN_PLACE
-        else:
-            self.results = GIVEN
-            arrays = (*arrays, *out)
-        self.arrays = arrays
-        self.form = (self.results, *there)
+        arrays, results, bit = parts, NEW, _FIRST_BESIDE
+        form = 0
+        for array in beside:
+            if array is not None:
+                arrays += (array,)
+                form |= bit
+            bit <<= 1
+        if out is not None:
+            results = IN_PLACE
+            for target, part in zip(out, parts, strict=True):
+                if target is not part:
+                    results = GIVEN
+                    arrays += out
+                    break
+        self.arrays, self.results, self.form = arrays, results, form | results
 
 
 class Bound(Protocol):
@@ -86,9 +90,7 @@ class Seen(NamedTuple):
     """What a glance tells of a call."""
 
     key: tuple[Any, ...]
-    """All that its plan depends on. The last entries are those of `Given.arrays`."""
-    device: int
-    """Index of the CUDA device."""
+    """All that its plan depends on: an identity, the form, and an entry for each array."""
     addresses: tuple[int, ...]
     """Of `Given.arrays`."""
     bound: Bound
@@ -170,16 +172,15 @@ def glance(operation: Operation, library: Library, given: Given) -> Seen | None:
     look = library.glance
     addresses, keys = [], []
     for array in given.arrays:
-        seen = look(array) if quick.get(type(array)) is library else None
-        if seen is None:
+        if quick.get(type(array)) is not library or (seen := look(array)) is None:
             return None
-        addresses.append(seen[0])
-        keys.append(seen[1])
+        address, key = seen
+        addresses.append(address)
+        keys.append(key)
     bound = operation.bind(given, keys[0])
     if bound is None:
         return None
-    key = (bound.identity, given.form, *keys)
-    return Seen(key, keys[0][0], tuple(addresses), bound)
+    return Seen((bound.identity, given.form, *keys), tuple(addresses), bound)
 
 
 def keys_of(library: Library, arrays: tuple[Any, ...]) -> list[tuple[Any, ...]]:

@@ -179,9 +179,10 @@ def _apart(given: Given, of_arrays: Sequence[Any]) -> Sequence[Any]:
 def _key_of_lengths(
     key: tuple[Any, ...], strides: Sequence[lengths.TokenStrides], lead: int
 ) -> tuple[Any, ...]:
-    identity, (results, *form) = key[:2]
-    where = GIVEN if results == IN_PLACE else results
-    return (identity, where, *form, *lengths.but_for_lengths(strides, lead))
+    identity, form = key[:2]
+    if form & IN_PLACE:
+        form ^= IN_PLACE | GIVEN
+    return (identity, form, *lengths.but_for_lengths(strides, lead))
 
 
 def _over_length(call: Call, run: Run, length: int, count: int) -> Call:

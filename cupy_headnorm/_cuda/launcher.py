@@ -53,7 +53,9 @@ def runner(launch: Launch, sources: Mapping[int, int]) -> Run:
     params, arguments, start = packed(launch)
     write, at, address = launch.words.pack_into, launch.offset, ctypes.addressof(arguments)
     kept = launch.words.unpack_from(params, at)
-    places = (len(kept) + sources[i] if i in sources else i for i in range(len(kept)))
+    # With an address for each word there is nothing to keep, and nothing to put beside them.
+    kept, words = (() if len(sources) == len(kept) else kept), len(kept)
+    places = (len(kept) + sources[i] if i in sources else i for i in range(words))
     pick: Callable[[tuple[int, ...]], tuple[int, ...]] = operator.itemgetter(*places)
     function, blocks, threads, device = launch[:4]
     in_use = False

@@ -53,7 +53,8 @@ def take_for_gpu(patch, adapter, *kinds):
 
 def forget_calls(patch):
     """Let nobody know a call, here and for as long as the patch lasts."""
-    patch.setattr(remembered, "thread", remembered._Thread())
+    patch.setattr(remembered.thread, "calls", {})
+    patch.setattr(remembered.thread, "lengths", {})
     patch.setattr(dispatch, "plans", {})
 
 
