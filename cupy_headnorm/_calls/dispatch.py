@@ -31,28 +31,28 @@ from cupy_headnorm._plans.geometry import LaunchConfig
 def lane(norm: HeldNorm, x: Any, out: Any) -> Any:
     """Run a norm that holds its weight on one array."""
     library = quick.get(type(x))
-    seen = None if library is None else library.glance(x)
-    bound = None if seen is None else norm.ready.get(seen[1][0])
-    if library is None or seen is None or bound is None or (out is not x and out is not None):
-        return run(norm, Given((x,), _NOTHING_BESIDE, None if out is None else (out,)))[0]
-    address, key = seen
-    identity, addresses, _, _ = bound
-    stream = library.stream(key[0])  # that on which a result is made, too
-    call = thread.calls.get((identity, NEW if out is None else IN_PLACE, key))
-    if call is None:
-        return run(norm, Given((x,), _NOTHING_BESIDE, None if out is None else (x,)))[0]
-    if out is not None:
-        call.run(stream, (address, *addresses))
-        library.wrote((x,))
-        return x
-    if not library.allocates_in_graphs:
-        memory.refuse_allocation(stream)
-    result = call.makes[0](x)
-    target = library.address(result)
-    if not target or target & (call.alignments[0] - 1):
-        return step_by_step(norm, Given((x,), _NOTHING_BESIDE, None))[0]
-    call.run(stream, (address, target, *addresses))
-    return result
+    if library is not None and (seen := library.glance(x)) is not None:
+        address, key = seen
+        bound = norm.ready.get(key[0])
+        if bound is not None:
+            stream = library.stream(key[0])  # that on which a result is made, too
+            if out is x:
+                call = thread.calls.get((bound[0], IN_PLACE, key))
+                if call is not None:
+                    call[0](stream, (address, *bound[1]))
+                    library.wrote((x,))
+                    return x
+            elif out is None:
+                if not library.allocates_in_graphs:
+                    memory.refuse_allocation(stream)
+                call = thread.calls.get((bound[0], NEW, key))
+                if call is not None:
+                    result = call.makes[0](x)
+                    target = library.address(result)
+                    if target and not target & (call.alignments[0] - 1):
+                        call[0](stream, (address, target, *bound[1]))
+                        return result
+    return run(norm, Given((x,), _NOTHING_BESIDE, None if out is None else (out,)))[0]
 
 
 _NOTHING_BESIDE = (None, None)
@@ -137,7 +137,7 @@ def step_by_step(
     if given.out is not None:
         _check_overlaps(operation, parts, outs, beside)
     if plan.launch is not None:
-        sources = operation.words(given).sources(given)
+        sources = operation.words(given).sources(given.results)
         launch = launcher.runner(plan.launch, sources)
         arrays = (*parts, *beside.given, *(outs if given.results == operands.GIVEN else ()))
         seen = None

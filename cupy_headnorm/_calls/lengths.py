@@ -8,6 +8,7 @@ number of tokens alone: one plan supports all.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -45,31 +46,38 @@ class TokenStrides(NamedTuple):
     broadcasts: bool
 
 
+@functools.lru_cache(maxsize=256)
+def _axes_of(role: Role, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens' axes of an array, and the others."""
+    every = tuple(range(ndim))
+    apart = every if role.apart is None else tuple(i % ndim for i in role.apart if ndim)
+    return tuple(i for i in every if i not in apart), apart
+
+
 def token_strides(keys: Sequence[tuple[Any, ...]], roles: Sequence[Role]) -> list[TokenStrides]:
     """Return those of each array, from what a glance tells; none where their axes do not fit."""
-    shape, apart = keys[0][1], roles[0].apart or ()
-    axes = len(shape) - len(apart)
-    if axes < 1 or any(not -len(shape) <= axis < len(shape) for axis in apart):
+    first, apart = len(keys[0][1]), roles[0].apart or ()
+    axes = first - len(apart)
+    if axes < 1 or not all(-first <= axis < first for axis in apart):
         return []
-    found = []
-    tables = {key[1] for key, role in zip(keys, roles, strict=True) if role is TABLE}
+    found, table = [], None
     for (index, shape, strides, *rest), role in zip(keys, roles, strict=True):
-        if len(shape) < role.least or len(tables) > 1:
+        if len(shape) < role.least:
             return []
-        every = range(len(shape))
-        others = every if role.apart is None else [i % len(shape) for i in role.apart]
-        own = [i for i in every if i not in others]
+        if role is TABLE:
+            if table is not None and table != shape:
+                return []
+            table = shape
+        own, others = _axes_of(role, len(shape))
         missing = axes - len(own)
         if missing < 0 or (missing and not role.broadcasts):
             return []
-        found.append(
-            TokenStrides(
-                (1,) * missing + tuple([shape[i] for i in own]),
-                (0,) * missing + tuple([strides[i] if shape[i] != 1 else 0 for i in own]),
-                (index, *rest, *[(shape[i], strides[i]) for i in others]),
-                role.broadcasts,
-            )
-        )
+        lengths = tuple([shape[i] for i in own])
+        steps = tuple([strides[i] if shape[i] != 1 else 0 for i in own])
+        if missing:
+            lengths, steps = (1,) * missing + lengths, (0,) * missing + steps
+        about = (index, *rest, *[(shape[i], strides[i]) for i in others])
+        found.append(TokenStrides(lengths, steps, about, role.broadcasts))
     return found
 
 

@@ -10,7 +10,7 @@ from cupy_headnorm._arrays.find import quick
 from cupy_headnorm._arrays.layout import Layout
 from cupy_headnorm._arrays.views import ArrayView, Library
 from cupy_headnorm._calls.lengths import Role
-from cupy_headnorm._cuda.launcher import Launch
+from cupy_headnorm._cuda.launcher import Launch, Sources
 
 NEW, GIVEN, IN_PLACE = 0, 1, 2
 """Where results go: to new arrays, to others than the parts, or to the parts themselves."""
@@ -86,15 +86,13 @@ class Beside(NamedTuple):
     """The rotary embedding, as `tables.Tables.describe` gives it."""
 
 
-class Seen(NamedTuple):
-    """What a glance tells of a call."""
+Seen = tuple[tuple[Any, ...], tuple[int, ...], Bound]
+"""
+What a glance tells of a call.
 
-    key: tuple[Any, ...]
-    """All that its plan depends on: an identity, the form, and an entry for each array."""
-    addresses: tuple[int, ...]
-    """Of `Given.arrays`."""
-    bound: Bound
-    """Keeps what is held until the launch, whoever unloads it meanwhile."""
+A key of all that its plan depends on: an identity, the form, and an entry for each array; the
+arrays' addresses; and what is held, kept until the launch whoever unloads it meanwhile.
+"""
 
 
 class Operation(Protocol):
@@ -154,17 +152,16 @@ class Words(NamedTuple):
     held: tuple[int, ...]
     """Of what `Bound.addresses` has."""
 
-    def sources(self, given: Given) -> dict[int, int]:
+    def sources(self, results: int) -> Sources:
         """Return them as `launcher.runner` takes them: arrays, new results, what is held."""
         beside = (*self.parts, *self.given)
-        found = {word: place for place, word in enumerate(beside)}
-        if given.results == IN_PLACE:
-            found |= {word: place for place, word in enumerate(self.results)}
-            after = len(beside)
-        else:
-            found |= {word: len(beside) + place for place, word in enumerate(self.results)}
-            after = len(beside) + len(self.results)
-        return found | {word: after + place for place, word in enumerate(self.held)}
+        first = 0 if results == IN_PLACE else len(beside)
+        after = first + len(self.results) if first else len(beside)
+        return (
+            *((word, place) for place, word in enumerate(beside)),
+            *((word, first + place) for place, word in enumerate(self.results)),
+            *((word, after + place) for place, word in enumerate(self.held)),
+        )
 
 
 def glance(operation: Operation, library: Library, given: Given) -> Seen | None:
@@ -180,7 +177,7 @@ def glance(operation: Operation, library: Library, given: Given) -> Seen | None:
     bound = operation.bind(given, keys[0])
     if bound is None:
         return None
-    return Seen((bound.identity, given.form, *keys), tuple(addresses), bound)
+    return (bound.identity, given.form, *keys), tuple(addresses), bound
 
 
 def keys_of(library: Library, arrays: tuple[Any, ...]) -> list[tuple[Any, ...]]:

@@ -71,40 +71,35 @@ def store(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -
 
 def may_overlap(call: Call, seen: Seen, given: Given) -> bool:
     """Tell whether what is written may share bytes with another array of the call."""
-    addresses, reach = seen.addresses, call.reach
-    first, last = addresses[0], len(addresses)
+    key, addresses, _ = seen
+    first = addresses[0]
     if call.places == tuple([address - first for address in addresses]):
         return False
-    count = len(given.parts)
-    outs = range(count) if given.results == IN_PLACE else range(last - count, last)
-    for part, i in enumerate(outs):
-        low, high = addresses[i] + reach[i][0], addresses[i] + reach[i][1]
-        for j in range(last):
-            if (
-                addresses[j] + reach[j][0] < high
-                and low < addresses[j] + reach[j][1]
-                and j != i
-                and not (j == part and _is_in_place(seen, i, j))
-                and not _as_before(call, addresses, i, j)
-                and not _side_by_side(call, addresses, i, j)
+    count, last = len(given.parts), len(addresses)
+    ranges = [(a + low, a + high) for a, (low, high) in zip(addresses, call.reach, strict=False)]
+    outs = 0 if given.results == IN_PLACE else last - count
+    for i in range(outs, outs + count):
+        low, high = ranges[i]
+        for j, (start, end) in enumerate(ranges):
+            if start >= high or low >= end or i == j:
+                continue
+            part_of_i = j == i - outs
+            in_place = part_of_i and addresses[i] == addresses[j] and key[2 + i] == key[2 + j]
+            if not (
+                in_place
+                or _as_before(call.places, addresses, i, j)
+                or _side_by_side(call, ranges, i, j)
             ):
                 return True
     return False
 
 
-def _is_in_place(seen: Seen, i: int, j: int) -> bool:
-    """Tell whether two arrays are one, under two names."""
-    keys = seen.key[-len(seen.addresses) :]
-    return seen.addresses[i] == seen.addresses[j] and bool(keys[i] == keys[j])
-
-
-def _as_before(call: Call, addresses: tuple[int, ...], i: int, j: int) -> bool:
+def _as_before(places: tuple[int, ...], addresses: tuple[int, ...], i: int, j: int) -> bool:
     """Tell whether two arrays lie as far apart as when they were seen not to overlap."""
-    places = call.places
     return bool(places) and addresses[j] - addresses[i] == places[j] - places[i]
 
 
-def _side_by_side(call: Call, addresses: tuple[int, ...], i: int, j: int) -> bool:
+def _side_by_side(call: Call, ranges: Sequence[tuple[int, int]], i: int, j: int) -> bool:
     """
     Tell whether two arrays are slices of one buffer, of which each token has a piece.
 
@@ -116,12 +111,12 @@ def _side_by_side(call: Call, addresses: tuple[int, ...], i: int, j: int) -> boo
     step = call.steps[i]
     if step != call.steps[j]:
         return False
-    more = (call.length - 1) * abs(step)
-    pieces = sorted(
-        (addresses[k] + call.reach[k][0], addresses[k] + call.reach[k][1] - more) for k in (i, j)
-    )
-    (first, end), (later_first, later_end) = pieces
-    return end <= later_first and later_end - first <= abs(step)
+    width = abs(step)
+    more = (call.length - 1) * width
+    (first, end), (later, later_end) = ranges[i], ranges[j]
+    if later < first:
+        first, end, later, later_end = later, later_end, first, end
+    return end - more <= later and later_end - more - first <= width
 
 
 def derive(
@@ -132,8 +127,8 @@ def derive(
 
     Returns it, and the results that were made on the way where none are given.
     """
-    key, roles = seen.key, _apart(given, operation.roles(given))
-    strides = lengths.token_strides(_apart(given, key[2:]), roles)
+    (key, addresses, _), roles = seen, operation.roles(given)
+    strides = _apart(given, lengths.token_strides(key[2:], roles))
     for lead in lengths.leads(strides):
         known = thread.lengths.get(_key_of_lengths(key, strides, lead))
         if known is not None:
@@ -155,12 +150,12 @@ def derive(
             or lengths.but_for_lengths(of_results, lead) != known.results
         ):
             return None, None
-    run = launcher.runner(launch, operation.words(given).sources(given))
+    run = launcher.runner(launch, operation.words(given).sources(given.results))
     call = _over_length(known.call, run, length, len(given.arrays))
     if given.results != NEW:
         if may_overlap(call, seen, given):
             return None, None
-        call = call._replace(places=tuple([a - seen.addresses[0] for a in seen.addresses]))
+        call = call._replace(places=tuple([a - addresses[0] for a in addresses]))
     store(thread.calls, key, call)
     return call, results
 
@@ -229,8 +224,8 @@ def remember(
     operation: Operation, library: Library, given: Given, seen: Seen, planned: Planned
 ) -> None:
     """Let a call be found again, and derived over other numbers of tokens where layouts allow."""
-    key, outs, roles = seen.key, planned.results, _apart(given, operation.roles(given))
-    strides = lengths.token_strides(_apart(given, key[2:]), roles)
+    key, outs, roles = seen[0], planned.results, operation.roles(given)
+    strides = _apart(given, lengths.token_strides(key[2:], roles))
     of_results = _strides_of(library, tuple(view.owner for view in outs), roles)
     leads = lengths.leads([*strides, *of_results]) if strides and of_results else []
     of_parts = lengths.in_bytes(outs, roles[: len(outs)]) if leads else []
@@ -244,7 +239,8 @@ def remember(
     views = _apart(given, planned.views)
     steps, length = (0,) * len(views), 1
     if lead is not None:
-        steps = tuple(s.strides[lead] for s in lengths.in_bytes(views, roles))
+        of_views = _apart(given, lengths.in_bytes(planned.views, roles))
+        steps = tuple(s.strides[lead] for s in of_views)
         length = math.prod(strides[0].lengths[: lead + 1])
     call = Call(
         planned.run,

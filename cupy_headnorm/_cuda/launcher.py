@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import operator
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cupy_headnorm._cuda import environment
 
 Run = Callable[[int, tuple[int, ...]], None]
 """Queue a kernel on a stream, over the arrays at these addresses."""
+Sources = tuple[tuple[int, int], ...]
+Pick = Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
 class Launch(NamedTuple):
@@ -37,26 +40,42 @@ class Launch(NamedTuple):
 _thread = threading.local()
 
 
-def runner(launch: Launch, sources: Mapping[int, int]) -> Run:
+@functools.lru_cache(maxsize=256)
+def picker(words: int, sources: Sources) -> Pick:
     """
-    Return a function that queues `launch`, for the thread that asks for it.
-
-    The parameters are packed here, once; a call writes its addresses over the last call's.
+    Return what puts together a launch's words.
 
     Parameters
     ----------
-    launch : Launch
-    sources : Mapping of int to int
-        For each of `launch.words` that is an address: its place in a call's tuple of addresses.
-        Other words stay as they are.
+    words : int
+        How many there are.
+    sources : tuple of (int, int)
+        For each word that is an address: its place among the words, and that of the address among
+        those of a call. The other words stay as they are.
+
+    Returns
+    -------
+    Callable
+        Of the words that stay, followed by a call's addresses. Where an address is given for each
+        word, of the addresses alone.
+    """
+    found = dict(sources)
+    before = 0 if len(found) == words else words
+    return operator.itemgetter(*(before + found[i] if i in found else i for i in range(words)))
+
+
+def runner(launch: Launch, sources: Sources) -> Run:
+    """
+    Return a function that queues `launch`, for the thread that asks for it.
+
+    The parameters are packed here, once; a call writes its addresses over the last call's, at the
+    places that `sources` tells, as `picker` has them.
     """
     params, arguments, start = packed(launch)
     write, at, address = launch.words.pack_into, launch.offset, ctypes.addressof(arguments)
     kept = launch.words.unpack_from(params, at)
-    # With an address for each word there is nothing to keep, and nothing to put beside them.
-    kept, words = (() if len(sources) == len(kept) else kept), len(kept)
-    places = (len(kept) + sources[i] if i in sources else i for i in range(words))
-    pick: Callable[[tuple[int, ...]], tuple[int, ...]] = operator.itemgetter(*places)
+    pick = picker(len(kept), sources)
+    kept = () if len(sources) == len(kept) else kept
     function, blocks, threads, device = launch[:4]
     in_use = False
 
