@@ -1,4 +1,4 @@
-"""The floors of CONTRIBUTING.md hold, and heavy libraries stay where they belong."""
+"""The table of wings in CONTRIBUTING.md holds, and heavy libraries stay where they belong."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ def allowed():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     table = re.search(r"^\| wing \|.*?\n\n", text, re.DOTALL | re.MULTILINE).group(0)
     found = {}
-    for line in table.splitlines()[2:]:
+    for line in table.strip().splitlines()[2:]:
         wings, _, below, *_ = (cell.strip() for cell in line.strip("|").split("|"))
         for wing in re.findall(r"`([\w.]+)`", wings):
             found[wing] = set(re.findall(r"`([\w.]+)`", below))
@@ -53,7 +53,7 @@ def dotted(path):
 
 
 def imported(path):
-    """Yield (module of the package or top-level library, node is inside a function)."""
+    """Yield (dotted name of what is imported, node is inside a function)."""
     tree = ast.parse(path.read_text())
     inside = {
         id(node)
@@ -67,36 +67,37 @@ def imported(path):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports name the package"
-            names = [node.module]
-            if node.module == "cupy_headnorm":
-                names = [f"cupy_headnorm.{alias.name}" for alias in node.names]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
             yield name, id(node) in inside
 
 
-def modules_of(name):
-    """Return the module that an imported name is, or is in; None where it is no package's."""
+def module_of(name):
+    """Return the module that a name of the package is, or is in: ``__init__`` for public names."""
     known = {dotted(path) for path in MODULES}
     name = name.removeprefix("cupy_headnorm").lstrip(".")
     while name and name not in known:
         name = name.rpartition(".")[0]
-    return name or None
+    return name or "__init__"
 
 
 def arrows():
     """Yield (importing module, imported module) within the package."""
     for path in MODULES:
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cupy_headnorm"):
-                for alias in node.names:
-                    other = modules_of(f"{node.module}.{alias.name}")
-                    if other and other != dotted(path):
-                        yield dotted(path), other
+        for name, _ in imported(path):
+            if name.split(".")[0] == "cupy_headnorm" and module_of(name) != dotted(path):
+                yield dotted(path), module_of(name)
 
 
 def test_every_wing_is_in_the_table():
-    assert {wing_of(dotted(path)) for path in MODULES} <= set(allowed())
+    assert {wing_of(dotted(path)) for path in MODULES} == set(allowed())
+
+
+def test_the_table_goes_upward():
+    above = set()
+    for wing, below in allowed().items():
+        assert below <= above, f"{wing} may import {below - above}, which has no row before"
+        above.add(wing)
 
 
 def test_imports_point_down():
