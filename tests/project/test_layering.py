@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,13 @@ def test_importing_the_package_imports_neither_cupy_nor_torch():
 
 def test_no_kernels_package_shadows_the_one_on_pypi():
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_what_coverage_leaves_out_is_there():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        left_out = tomllib.load(file)["tool"]["coverage"]["report"]["exclude_also"]
+    texts = [path.read_text() for path in MODULES]
+    for pattern in left_out:
+        head, names, tail = re.fullmatch(r"(\w+ )\(?(.*?)\)?(\\\(.*|:)", pattern).groups()
+        for name in names.split("|"):
+            assert any(re.search(head + name + tail, text) for text in texts), name
