@@ -11,9 +11,9 @@ import numpy as np
 from cupy_headnorm._arrays import dlpack, dtypes
 from cupy_headnorm._arrays.dtypes import NUMBERS, Rows
 from cupy_headnorm._arrays.layout import CPU, Device, Layout, alignment_of, dense_like
+from cupy_headnorm._arrays.messages import shown
 from cupy_headnorm._arrays.views import ArrayView, Plain, view_of
 from cupy_headnorm._cuda import environment
-from cupy_headnorm._rules import options
 
 
 class NumPy(Plain):
@@ -126,7 +126,7 @@ class DLPack(Plain):
             kind, index = place
         except (TypeError, ValueError):
             raise TypeError(
-                f"__dlpack_device__ of {role} returned {options.shown(place)}; needs a pair, of "
+                f"__dlpack_device__ of {role} returned {shown(place)}; needs a pair, of "
                 "DLPack's device type and an index"
             ) from None
         on_cuda = kind in (dlpack.CUDA, dlpack.CUDA_MANAGED)

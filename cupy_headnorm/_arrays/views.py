@@ -66,7 +66,7 @@ class Library(Protocol):
         Return the address of CUDA memory and all else that a plan depends on, for a look-up.
 
         The first of the rest is the device's index. None where only `view` can tell, or refuse.
-        Asked of arrays in `_interop.quick` alone.
+        Asked of arrays whose types `find.quick` has alone.
         """
 
     def address(self, x: Any) -> int:

@@ -28,7 +28,7 @@ _limits: dict[int, DeviceLimits] = {}
 
 
 def limits(index: int) -> DeviceLimits:
-    """Return what `_launch.plan` needs to know about CUDA device `index`."""
+    """Return what a plan needs to know about CUDA device `index`."""
     found = _limits.get(index)
     if found is None:
         attributes = environment.import_cupy().cuda.Device(index).attributes

@@ -10,7 +10,7 @@ from cupy_headnorm._cuda import driver, environment
 
 
 class Owner:
-    """Of memory: who lets the last reference go lets `_free` run."""
+    """Owns memory: `free` runs when the last reference is gone."""
 
 
 def free(address: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from cupy_headnorm._arrays import dtypes
 from cupy_headnorm._arrays.dtypes import DType
+from cupy_headnorm._arrays.messages import shown as shown
 
 Kind = Literal["rms", "layer"]
 Rounding = Literal["once", "before_weight", "every_op", "rstd"]
@@ -22,9 +23,6 @@ MAX_AXES = 64
 """Of an array, in NumPy, CuPy and torch."""
 Choice = TypeVar("Choice", bound=str)
 
-_SHOWN = 80
-"""Characters of a value that a message shows at most."""
-
 
 class NormOptions(NamedTuple):
     """The arguments of a norm that are no arrays, checked. Build one with `options`."""
@@ -38,12 +36,6 @@ class NormOptions(NamedTuple):
     rounding: Rounding
     result: str = "x"
     """Dtype of a model's own result: see `check_result`."""
-
-
-def shown(value: Any) -> str:
-    """Return a value's repr as a message shows it: in one line, and cut where it is long."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def one_of(value: Any, allowed: tuple[Choice, ...], name: str) -> Choice:

@@ -1,9 +1,9 @@
 """
 ``python -m cupy_headnorm bench``: our norm beside a copy of the same bytes and its peers.
 
-`_timing` has the clocks, `_providers` and `_qk_providers` all that is timed, `_costs` what there is
-beside device time, `_targets` the suite and the numbers to reach, `_bench_report` tables, files and
-plots.
+`clocks` has the clocks, `workloads` the arrays, `providers` and `qk_providers` all that is timed,
+`costs` what there is beside device time, `suite` the suite and the numbers to reach, `report`
+tables, files and plots.
 """
 
 from __future__ import annotations

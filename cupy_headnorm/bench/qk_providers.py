@@ -176,4 +176,4 @@ PROVIDERS = {
         "transformers, torch.compile", _compiled, GPU, _TRANSFORMERS, in_place=True
     ),
 }
-"""In the order of tables; names that `_providers` has too are labelled as there."""
+"""In the order of tables; names that `providers` has too are labelled as there."""

@@ -1,4 +1,4 @@
-"""."""
+"""The registry: what is known of models, one row a family, as data."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """
-What models do to their heads: data, one row a family; `_model_norms` applies it.
+What models do to their heads: data, one row a family; `checkpoint.reader` applies it.
 
 A row says what transformers' own module computes, to the rounding step, and where its tensors lie.
 Sources are lines of ``transformers/models/<name>/modeling_<name>.py`` in transformers 5.23.0, of

@@ -36,16 +36,19 @@ QWEN3, OF_QWEN3 = SEEDS["qwen3"]
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"head_dim": 2**31 - 1}, {"head_dim": 2**24}, {"head_dim": 32, "rotary_dim": 2**31},
-     {"partial_rotary_factor": 1e6}, {"partial_rotary_factor": float("inf")}],
+    ("fields", "said"),
+    [({"head_dim": 2**31 - 1}, "head_dim is 2147483647; needs 1 to 65536"),
+     ({"head_dim": 2**24}, "head_dim is 16777216; needs 1 to 65536"),
+     ({"head_dim": 32, "rotary_dim": 2**31}, "2147483648 of 32 dims .* needs a config without it"),
+     ({"partial_rotary_factor": 1e6}, "16000000 of 16 dims .* needs a config without it"),
+     ({"partial_rotary_factor": float("inf")}, "cannot convert float infinity .*; needs fields")],
 )  # fmt: skip
-def test_a_head_is_as_long_as_memory(tmp_path, fields):
+def test_a_head_is_as_long_as_memory(tmp_path, fields, said):
     # 300 bytes of config.json asked for 30 GB.
     config = LLAMA4 | {"rope_scaling": None} | fields
     refused_soon(
         tmp_path, config, {"model.layers.0.self_attn.q_proj.x": ("BF16", (1, 2))},
-        lambda folder: QKNorm.from_pretrained(folder, 0), "needs a share of 1 at most",
+        lambda folder: QKNorm.from_pretrained(folder, 0), said,
     )  # fmt: skip
 
 
@@ -184,7 +187,8 @@ UNDER_A_LIMIT = """
 import contextlib, resource, sys
 from cupy_headnorm import CheckpointError, HeadNorm
 from cupy_headnorm.pretrained import head_norms
-from cupy_headnorm import QKNorm, _inspect_report
+from cupy_headnorm import QKNorm
+from cupy_headnorm._commands import inspect
 import ml_dtypes, safetensors, rich.table
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20),) * 2)
@@ -195,7 +199,7 @@ for path in sys.argv[1:]:
         pass
     else:
         raise SystemExit(f"{path} was read")
-    for read in (head_norms, _inspect_report.collect):
+    for read in (head_norms, inspect.collect):
         with contextlib.suppress(CheckpointError):
             read(path)
 try:
