@@ -7,8 +7,7 @@ from typing import Any
 from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._arrays.views import AnyArray, Array
 from cupy_headnorm._calls import dispatch
-from cupy_headnorm._calls.operands import Given
-from cupy_headnorm._calls.parameters import of_options
+from cupy_headnorm._calls.parameters import given_to, of_options
 from cupy_headnorm._plans.geometry import LaunchConfig
 from cupy_headnorm._rules.options import Kind, Rounding
 
@@ -121,7 +120,7 @@ def rms_norm(
         weight_offset=weight_offset,
         rounding=rounding,
     )
-    given = Given((x,), (weight, bias), None if out is None else (out,))
+    given = given_to(x, weight, bias, out)
     result: Array = dispatch.run(norm, given)[0]
     return result
 
@@ -186,7 +185,7 @@ def layer_norm(
         weight_offset=weight_offset,
         rounding=rounding,
     )
-    given = Given((x,), (weight, bias), None if out is None else (out,))
+    given = given_to(x, weight, bias, out)
     result: Array = dispatch.run(norm, given)[0]
     return result
 
@@ -214,6 +213,6 @@ def launch(
             "returns one"
         )
     norm = of_options(kind, **options)
-    given = Given((x,), (weight, bias), None if out is None else (out,))
+    given = given_to(x, weight, bias, out)
     result: Array = dispatch.step_by_step(norm, given, config=config)[0]
     return result

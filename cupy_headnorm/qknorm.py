@@ -185,7 +185,7 @@ class QKNorm:
             As many as were given.
         """
         operation = self._operation(heads_axis)
-        return dispatch.run(operation, operation.given((q, k, v), (positions, cos, sin), out))
+        return dispatch.run(operation, operation.given(q, k, v, positions, cos, sin, out))
 
     def _operation(self, heads_axis: int) -> Parts:
         """Return what a call does to heads on an axis."""
@@ -270,6 +270,8 @@ class QKNorm:
         for norm in self._norms.values():
             norm.unload()
         self._tables.unload()
+        for operation in tuple(self._operations.values()):
+            operation.forget()
 
     def warmup(
         self,
@@ -294,7 +296,7 @@ class QKNorm:
         parts = (q, k) if v is None else (q, k, v)
         operation = self._operation(heads_axis)
         for target in (None, parts) if out is None else (out,):
-            given = operation.given((q, k, v), (positions, cos, sin), target)
+            given = operation.given(q, k, v, positions, cos, sin, target)
             try:
                 dispatch.step_by_step(operation, given, dry=True)
             except (TypeError, ValueError):

@@ -39,7 +39,8 @@ def lane(norm: HeldNorm, x: Any, out: Any) -> Any:
             if out is x:
                 call = thread.calls.get((bound[0], IN_PLACE, key))
                 if call is not None:
-                    call[0](stream, (address, *bound[1]))
+                    weight, bias = bound[1]
+                    call[0](stream, address, address, weight, bias)
                     library.wrote((x,))
                     return x
             elif out is None:
@@ -50,7 +51,8 @@ def lane(norm: HeldNorm, x: Any, out: Any) -> Any:
                     result = call.makes[0](x)
                     target = library.address(result)
                     if target and not target & (call.alignments[0] - 1):
-                        call[0](stream, (address, target, *bound[1]))
+                        weight, bias = bound[1]
+                        call[0](stream, address, target, weight, bias)
                         return result
     return run(norm, Given((x,), _NOTHING_BESIDE, None if out is None else (out,)))[0]
 
@@ -86,7 +88,7 @@ def hit(operation: Operation, given: Given) -> tuple[Any, ...] | None:
     if out is not None:
         if len(addresses) > 1 and remembered.may_overlap(call, seen, given):
             return None
-        call.run(stream, addresses + bound.addresses)
+        call.run(stream, *call.pick(call.words + addresses + bound.addresses))
         library.wrote(out)
         return out
     results = remembered.made(call, given) if results is None else results
@@ -94,7 +96,7 @@ def hit(operation: Operation, given: Given) -> tuple[Any, ...] | None:
     for address, alignment in zip(targets, call.alignments, strict=True):
         if not address or address & (alignment - 1):
             return None
-    call.run(stream, addresses + targets + bound.addresses)
+    call.run(stream, *call.pick(call.words + addresses + targets + bound.addresses))
     return results
 
 
@@ -137,15 +139,14 @@ def step_by_step(
     if given.out is not None:
         _check_overlaps(operation, parts, outs, beside)
     if plan.launch is not None:
-        sources = operation.words(given).sources(given.results)
-        launch = launcher.runner(plan.launch, sources)
+        launch, words = launcher.runner(plan.launch)
         arrays = (*parts, *beside.given, *(outs if given.results == operands.GIVEN else ()))
         seen = None
         if config is None and quick.get(type(given.parts[0])) is library:
             seen = operands.glance(operation, library, given)
         if seen is not None:
             planned = remembered.Planned(
-                plan.launch, launch, makes, arrays, outs,
+                plan.launch, launch, words, makes, arrays, outs,
                 operation.axes_before_heads(beside, first.layout),
             )  # fmt: skip
             remembered.remember(operation, library, given, seen, planned)
@@ -153,7 +154,8 @@ def step_by_step(
         return ()
     if plan.launch is not None:
         new = outs if given.results == NEW else ()
-        launch(stream, tuple([v.pointer if v else 0 for v in (*arrays, *new, *beside.held)]))
+        addresses = tuple([v.pointer if v else 0 for v in (*arrays, *new, *beside.held)])
+        launch(stream, *operation.pick(given)(words + addresses))
         library.launched(arrays, device.index, stream)
     elif not on_gpu:
         operation.on_host(

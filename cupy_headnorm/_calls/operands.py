@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,11 +11,14 @@ from cupy_headnorm._arrays.find import quick
 from cupy_headnorm._arrays.layout import Layout
 from cupy_headnorm._arrays.views import ArrayView, Library
 from cupy_headnorm._calls.lengths import Role
-from cupy_headnorm._cuda.launcher import Launch, Sources
+from cupy_headnorm._cuda import launcher
+from cupy_headnorm._cuda.launcher import Launch, Pick, Sources
 
 NEW, GIVEN, IN_PLACE = 0, 1, 2
 """Where results go: to new arrays, to others than the parts, or to the parts themselves."""
 _FIRST_BESIDE = 4
+WITH_WEIGHT, BY_POSITIONS = _FIRST_BESIDE, _FIRST_BESIDE
+"""Bits of calls with the first of what may lie beside the parts alone."""
 
 
 class Given:
@@ -39,24 +43,24 @@ class Given:
     __slots__ = ("arrays", "beside", "form", "out", "parts", "results")
 
     def __init__(
-        self, parts: tuple[Any, ...], beside: tuple[Any, ...], out: tuple[Any, ...] | None
+        self,
+        parts: tuple[Any, ...],
+        beside: tuple[Any, ...],
+        out: tuple[Any, ...] | None,
+        there: tuple[Any, ...] | None = None,
+        bits: int = 0,
     ) -> None:
+        """Take `there` and `bits` of what lies beside from a caller that knows them."""
         self.parts, self.beside, self.out = parts, beside, out
-        arrays, results, bit = parts, NEW, _FIRST_BESIDE
-        form = 0
-        for array in beside:
-            if array is not None:
-                arrays += (array,)
-                form |= bit
-            bit <<= 1
-        if out is not None:
-            results = IN_PLACE
-            for target, part in zip(out, parts, strict=True):
-                if target is not part:
-                    results = GIVEN
-                    arrays += out
-                    break
-        self.arrays, self.results, self.form = arrays, results, form | results
+        if there is None:
+            there = tuple([array for array in beside if array is not None])
+            bits = sum(_FIRST_BESIDE << i for i, a in enumerate(beside) if a is not None)
+        if out is None:
+            self.arrays, self.results, self.form = parts + there, NEW, bits | NEW
+        elif out is parts or all(map(operator.is_, out, parts)):
+            self.arrays, self.results, self.form = parts + there, IN_PLACE, bits | IN_PLACE
+        else:
+            self.arrays, self.results, self.form = parts + there + out, GIVEN, bits | GIVEN
 
 
 class Bound(Protocol):
@@ -133,6 +137,11 @@ class Operation(Protocol):
     def words(self, given: Given) -> Words:
         """Return where a launch takes the addresses."""
 
+    def pick(self, given: Given) -> Pick:
+        """Return what puts a launch's words together, as `launcher.picker` does."""
+        words = self.words(given)
+        return launcher.picker(words.total, words.sources(given.results))
+
     def axes_before_heads(self, beside: Beside, first: Layout) -> int | None:
         """Return how many axes come before the heads', where a role has that with the tokens'."""
 
@@ -151,6 +160,8 @@ class Words(NamedTuple):
     """Of what the caller gave beside the parts."""
     held: tuple[int, ...]
     """Of what `Bound.addresses` has."""
+    total: int
+    """Of all words."""
 
     def sources(self, results: int) -> Sources:
         """Return them as `launcher.runner` takes them: arrays, new results, what is held."""

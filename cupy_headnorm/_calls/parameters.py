@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._arrays.views import ArrayView
 from cupy_headnorm._calls import host, lengths, uploads
 from cupy_headnorm._calls.lengths import Role
-from cupy_headnorm._calls.operands import GIVEN, Beside, Given, Operation, Words
+from cupy_headnorm._calls.operands import GIVEN, WITH_WEIGHT, Beside, Given, Operation, Words
 from cupy_headnorm._cuda import environment, memory
 from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._cuda.once import made_once
@@ -39,8 +40,6 @@ class Parameters(NamedTuple):
     addresses: tuple[int, ...]
     """Of weight and bias, 0 where there is none; empty where a call brings its own."""
     views: tuple[ArrayView | None, ArrayView | None] = (None, None)
-    loaded: object = None
-    """Of what is held on a device: one for each time that it was looked up after an upload."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -53,7 +52,15 @@ def _bound(options: NormOptions, views: tuple[ArrayView | None, ArrayView | None
     """Bind views of a weight and a bias to the options they are used with."""
     layouts = (view and view.layout for view in views)
     addresses = tuple(view.pointer if view else 0 for view in views)
-    return Parameters(identity(options, *layouts), addresses, views, object())
+    return Parameters(identity(options, *layouts), addresses, views)
+
+
+def given_to(x: Any, weight: Any, bias: Any, out: Any) -> Given:
+    """Return what a caller gave to a norm whose weight and bias come with each call."""
+    results = None if out is None else (out,)
+    if bias is None and weight is not None:
+        return Given((x,), (weight, None), results, (weight,), WITH_WEIGHT)
+    return Given((x,), (weight, bias), results)
 
 
 class Norm(Operation):
@@ -108,7 +115,7 @@ class Norm(Operation):
     def words(self, given: Given) -> Words:
         parameters = zip(given.beside, (head_norm.WEIGHT, head_norm.BIAS), strict=True)
         there = tuple(word for array, word in parameters if array is not None)
-        return Words((head_norm.X,), (head_norm.OUT,), there, ())
+        return Words((head_norm.X,), (head_norm.OUT,), there, (), head_norm.WORDS)
 
     def on_host(self, call: NormCall, beside: Beside, parts: Arrays, outs: Arrays) -> None:
         weight, bias = (view and view.as_numpy() for view in beside.views.values())
@@ -122,6 +129,7 @@ class HeldNorm(Norm):
         super().__init__(options)
         self._held = held
         self._others: dict[int, HeldNorm] = {}
+        self._told: list[weakref.ref[Any]] = []
         self.ready: dict[int, Parameters] = {}
         """What is held on CUDA devices, by index."""
 
@@ -169,9 +177,21 @@ class HeldNorm(Norm):
         """Upload to a CUDA device, once."""
         self._held.on(index)
 
+    def tell_of_unloading(self, holder: Any) -> None:
+        """Let `holder.forget` be called when weight and bias are unloaded, while it lives."""
+        self._told = [ref for ref in self._told if ref() is not None] + [weakref.ref(holder)]
+
     def unload(self) -> None:
         """Wait for the work in flight and free every device copy."""
         self._held.unload([self, *self._others.values()])
+
+    def forget(self) -> None:
+        """Let go of what was held on devices, and let others who knew it."""
+        self.ready.clear()
+        for ref in self._told:
+            holder = ref()
+            if holder is not None:
+                holder.forget()
 
     def bind(self, given: Given, key: tuple[Any, ...]) -> Parameters | None:
         return self.ready.get(key[0])
@@ -181,7 +201,8 @@ class HeldNorm(Norm):
         return self._lying(weight, bias, (), (weight, bias))
 
     def words(self, given: Given) -> Words:
-        return Words((head_norm.X,), (head_norm.OUT,), (), (head_norm.WEIGHT, head_norm.BIAS))
+        held = (head_norm.WEIGHT, head_norm.BIAS)
+        return Words((head_norm.X,), (head_norm.OUT,), (), held, head_norm.WORDS)
 
 
 _X = Role((-1,), 1, broadcasts=False)
@@ -244,7 +265,7 @@ class Held:
         # put into `loaded`: the call that asked for it lets go of it last.
         loaded, self.on_device = self.on_device, {}
         for norm in norms:
-            norm.ready.clear()
+            norm.forget()
         for index in loaded.copy():
             memory.synchronize(index)
 

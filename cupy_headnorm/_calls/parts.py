@@ -9,7 +9,7 @@ from cupy_headnorm._arrays.layout import Layout
 from cupy_headnorm._arrays.views import ArrayView
 from cupy_headnorm._calls import host, lengths
 from cupy_headnorm._calls.lengths import Role
-from cupy_headnorm._calls.operands import GIVEN, Beside, Given, Operation, Words
+from cupy_headnorm._calls.operands import BY_POSITIONS, GIVEN, Beside, Given, Operation, Words
 from cupy_headnorm._calls.parameters import Arrays, HeldNorm, Layouts, Parameters, identity
 from cupy_headnorm._calls.tables import Pair, RopeCall, Tables
 from cupy_headnorm._cuda.launcher import Launch
@@ -21,20 +21,16 @@ from cupy_headnorm._rules.parts import PartNorm, PartsCall
 
 
 class _Bound(NamedTuple):
-    """What the norms and tables hold on one device, kept in memory by being here."""
+    """
+    What the norms and tables hold on one device, kept in memory by being here.
+
+    Who unloads them lets go of this too: `Parts.forget`.
+    """
 
     identity: object
     addresses: tuple[int, ...]
     parameters: list[Parameters]
     tables: Pair | None
-
-
-class _Known(NamedTuple):
-    """The same without the memory, which a norm may unload: good while all are `loaded` as then."""
-
-    identity: object
-    addresses: tuple[int, ...]
-    loaded: list[object]
 
 
 class Parts(Operation):
@@ -52,53 +48,65 @@ class Parts(Operation):
         self._norms = dict(norms)
         self._tables = tables
         self._part = Role((self._heads_axis, -1), 2, broadcasts=False)
-        self._known: dict[tuple[Any, ...], _Known] = {}
+        self._bound: dict[tuple[Any, ...], _Bound] = {}
+        for norm in norms.values():
+            norm.tell_of_unloading(self)
+        self._roles: dict[int, list[Role]] = {}
 
-    def given(self, qkv: tuple[Any, ...], beside: tuple[Any, ...], out: Any) -> Given:
-        """Check how many arrays a caller gave, v being None where there is none."""
-        parts, count = qkv if qkv[2] is not None else qkv[:2], len(self.names)
+    def given(self, q: Any, k: Any, v: Any, positions: Any, cos: Any, sin: Any, out: Any) -> Given:
+        """Check how many arrays a caller gave, and take them."""
+        parts, count = (q, k) if v is None else (q, k, v), len(self.names)
         if len(parts) != count:
             raise TypeError(
                 "v is given and there is no v_norm; needs q and k only"
                 if len(parts) > count
                 else "no v is given; needs one for v_norm"
             )
-        if out is None:
-            return Given(parts, beside, None)
-        if not isinstance(out, (tuple, list)) or len(out) != count:
-            found = f", not of {len(out)}" if isinstance(out, (tuple, list)) else ""
-            raise TypeError(
-                f"out is a {type(out).__name__}; needs a tuple of {count} arrays{found}"
-            )
-        return Given(parts, beside, tuple(out))
+        if out is not None:
+            if not isinstance(out, (tuple, list)) or len(out) != count:
+                found = f", not of {len(out)}" if isinstance(out, (tuple, list)) else ""
+                raise TypeError(
+                    f"out is a {type(out).__name__}; needs a tuple of {count} arrays{found}"
+                )
+            out = tuple(out)
+        beside = (positions, cos, sin)
+        if cos is None and sin is None and positions is not None:
+            return Given(parts, beside, out, (positions,), BY_POSITIONS)
+        return Given(parts, beside, out)
+
+    def forget(self) -> None:
+        """Let go of what a norm or the tables held, which they have unloaded."""
+        self._bound = {}
 
     def bind(self, given: Given, key: tuple[Any, ...]) -> _Bound | None:
-        index, dtype, by_position = key[0], key[3], given.beside[0] is not None
-        parameters, loaded = [], []
-        for norm in self._norms.values():
-            found = norm.ready.get(index)
-            if found is None:
-                return None
-            parameters.append(found)
-            loaded.append(found.loaded)
-        tables = None
-        if by_position:
-            tables = self._tables.seen.get((index, dtype))
-            if tables is None:
-                return None
-            loaded.append(tables.loaded)
-        place = (index, dtype, by_position)
-        known = self._known.get(place)
-        if known is None or known.loaded != loaded:
-            addresses: tuple[int, ...] = sum((p.addresses for p in parameters), ())
-            if tables is not None:
-                addresses = (*addresses, tables.cos.pointer, tables.sin.pointer)
-            of_norms = (p.identity for p in parameters)
-            stands_for = identity(*of_norms, self._tables.identity, self._heads_axis)
-            known = self._known[place] = _Known(stands_for, addresses, loaded)
-        return _Bound(known.identity, known.addresses, parameters, tables)
+        place = (key[0], key[3], given.beside[0] is None)
+        return self._bound.get(place) or self._bind(*place)
+
+    def _bind(self, index: int, dtype: Any, without_positions: bool) -> _Bound | None:
+        parameters = [norm.ready.get(index) for norm in self._norms.values()]
+        tables = None if without_positions else self._tables.seen.get((index, dtype))
+        ready = [found for found in parameters if found is not None]
+        if len(ready) < len(parameters) or (tables is None and not without_positions):
+            return None
+        addresses: tuple[int, ...] = sum((p.addresses for p in ready), ())
+        if tables is not None:
+            addresses = (*addresses, tables.cos.pointer, tables.sin.pointer)
+        of_norms = (p.identity for p in ready)
+        stands_for = identity(*of_norms, self._tables.identity, self._heads_axis)
+        bound, kept = _Bound(stands_for, addresses, ready, tables), self._bound
+        kept[index, dtype, without_positions] = bound
+        still = [norm.ready.get(index) for norm in self._norms.values()]
+        if still != parameters or (tables and self._tables.seen.get((index, dtype)) is not tables):
+            kept.clear()  # unloaded meanwhile
+        return bound
 
     def roles(self, given: Given) -> list[Role]:
+        found = self._roles.get(given.form)
+        if found is None:
+            found = self._roles[given.form] = self._roles_of(given)
+        return found
+
+    def _roles_of(self, given: Given) -> list[Role]:
         rope = self._tables.rope
         in_rows = rope is not None and rope.sections
         positions = lengths.ROWS_OF_POSITIONS if in_rows else lengths.POSITIONS
@@ -157,7 +165,7 @@ class Parts(Operation):
         if given.beside[0] is not None:
             held = (*held, COS, SIN)
         parts, results = (tuple(part[i] for part in of_parts) for i in range(2))
-        return Words(parts, results, of_caller, held)
+        return Words(parts, results, of_caller, held, qk_norm_rope.WORDS)
 
     def on_host(self, call: PartsCall, beside: Beside, parts: Arrays, outs: Arrays) -> None:
         if call.tokens == 0:

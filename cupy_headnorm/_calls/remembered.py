@@ -19,13 +19,16 @@ from cupy_headnorm._calls import lengths, operands
 from cupy_headnorm._calls.lengths import Role
 from cupy_headnorm._calls.operands import GIVEN, IN_PLACE, NEW, Given, Operation, Seen
 from cupy_headnorm._cuda import launcher
-from cupy_headnorm._cuda.launcher import Launch, Run
+from cupy_headnorm._cuda.launcher import Launch, Pick, Run
 
 
 class Call(NamedTuple):
     """A call that this thread has run before."""
 
     run: Run
+    words: tuple[int, ...]
+    pick: Pick
+    """Puts the words of `run` together, from those above and addresses."""
     makes: tuple[Any, ...]
     """Make the results from the parts, where none are given."""
     alignments: tuple[int, ...]
@@ -150,8 +153,9 @@ def derive(
             or lengths.but_for_lengths(of_results, lead) != known.results
         ):
             return None, None
-    run = launcher.runner(launch, operation.words(given).sources(given.results))
-    call = _over_length(known.call, run, length, len(given.arrays))
+    call = _over_length(known.call, length, len(given.arrays))
+    run, words = launcher.runner(launch)
+    call = call._replace(run=run, words=words, pick=operation.pick(given))
     if given.results != NEW:
         if may_overlap(call, seen, given):
             return None, None
@@ -180,7 +184,7 @@ def _key_of_lengths(
     return (identity, form, *lengths.but_for_lengths(strides, lead))
 
 
-def _over_length(call: Call, run: Run, length: int, count: int) -> Call:
+def _over_length(call: Call, length: int, count: int) -> Call:
     """Return a call over another number of tokens, with the reach of its first `count` arrays."""
     more = length - call.length
     reach = tuple(
@@ -188,7 +192,7 @@ def _over_length(call: Call, run: Run, length: int, count: int) -> Call:
         for (first, end), step in zip(call.reach[:count], call.steps, strict=False)
     )
     steps = call.steps[:count]
-    return call._replace(run=run, reach=reach, places=(), steps=steps, length=length)
+    return call._replace(reach=reach, places=(), steps=steps, length=length)
 
 
 def made(call: Call, given: Given) -> tuple[Any, ...]:
@@ -212,6 +216,7 @@ class Planned(NamedTuple):
 
     launch: Launch
     run: Run
+    words: tuple[int, ...]
     makes: tuple[Any, ...]
     views: tuple[ArrayView, ...]
     """Of `Given.arrays`."""
@@ -244,6 +249,8 @@ def remember(
         length = math.prod(strides[0].lengths[: lead + 1])
     call = Call(
         planned.run,
+        planned.words,
+        operation.pick(given),
         planned.makes,
         tuple(view.layout.alignment for view in outs),
         tuple(view.layout.extent(0) for view in views),

@@ -68,8 +68,6 @@ class Pair(NamedTuple):
 
     cos: ArrayView
     sin: ArrayView
-    loaded: object = None
-    """One for each upload."""
 
 
 class Tables:
@@ -151,9 +149,7 @@ class Tables:
 
             def make() -> Pair:
                 shape, pieces = rope._shape(), rope._pieces(dtype.numpy)
-                return Pair(
-                    *uploads.upload_pieces(shape, dtype.numpy, pieces, device.index), object()
-                )
+                return Pair(*uploads.upload_pieces(shape, dtype.numpy, pieces, device.index))
 
             found = made_once(self.ready, key, make)
         return found

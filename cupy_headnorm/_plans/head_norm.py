@@ -246,7 +246,8 @@ def _params(call: NormCall, config: LaunchConfig, axes: int) -> Any:
 
 _WORDS = struct.Struct("4Q")
 """The addresses of x, out, weight and bias: the first fields of ``headnorm::Params``."""
-X, OUT, WEIGHT, BIAS = range(4)
+WORDS = 4
+X, OUT, WEIGHT, BIAS = range(WORDS)
 """Places among the words of a launch."""
 
 
