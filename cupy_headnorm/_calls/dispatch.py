@@ -54,7 +54,8 @@ def lane(norm: HeldNorm, x: Any, out: Any) -> Any:
                         weight, bias = bound[1]
                         call[0](stream, address, target, weight, bias)
                         return result
-    return run(norm, Given((x,), _NOTHING_BESIDE, None if out is None else (out,)))[0]
+    results = None if out is None else (out,)
+    return run(norm, Given((x,), _NOTHING_BESIDE, results, ()))[0]
 
 
 _NOTHING_BESIDE = (None, None)
@@ -77,26 +78,26 @@ def hit(operation: Operation, given: Given) -> tuple[Any, ...] | None:
         return None
     key, addresses, bound = seen
     stream = library.stream(key[2][0])  # that on which results are made, too
-    out = given.out
-    if out is None and not library.allocates_in_graphs:
+    if given.out is None and not library.allocates_in_graphs:
         memory.refuse_allocation(stream)
-    call, results = thread.calls.get(key), None
+    call, results, out = thread.calls.get(key), None, given.out
     if call is None:
         call, results = remembered.derive(operation, library, given, seen)
         if call is None:
             return None
+    elif out is not None and len(addresses) > 1 and remembered.may_overlap(call, seen, given):
+        return None
     if out is not None:
-        if len(addresses) > 1 and remembered.may_overlap(call, seen, given):
-            return None
         call.run(stream, *call.pick(call.words + addresses + bound.addresses))
         library.wrote(out)
         return out
     results = remembered.made(call, given) if results is None else results
-    targets = tuple([library.address(result) for result in results])
-    for address, alignment in zip(targets, call.alignments, strict=True):
-        if not address or address & (alignment - 1):
+    for result, alignment in zip(results, call.alignments, strict=True):
+        target = library.address(result)
+        if not target or target & (alignment - 1):
             return None
-    call.run(stream, *call.pick(call.words + addresses + targets + bound.addresses))
+        addresses += (target,)
+    call.run(stream, *call.pick(call.words + addresses + bound.addresses))
     return results
 
 

@@ -106,6 +106,8 @@ class Operation(Protocol):
     """Of the parts."""
     beside: tuple[str, ...]
     """Of what may lie beside them."""
+    picks: dict[int, Pick]
+    """What `pick` has returned, by form."""
 
     def bind(self, given: Given, key: tuple[Any, ...]) -> Bound | None:
         """
@@ -139,8 +141,12 @@ class Operation(Protocol):
 
     def pick(self, given: Given) -> Pick:
         """Return what puts a launch's words together, as `launcher.picker` does."""
-        words = self.words(given)
-        return launcher.picker(words.total, words.sources(given.results))
+        found = self.picks.get(given.form)
+        if found is None:
+            words = self.words(given)
+            made: Pick = launcher.picker(words.total, words.sources(given.results))
+            found = self.picks[given.form] = made
+        return found
 
     def axes_before_heads(self, beside: Beside, first: Layout) -> int | None:
         """Return how many axes come before the heads', where a role has that with the tokens'."""

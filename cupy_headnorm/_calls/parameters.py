@@ -17,7 +17,7 @@ from cupy_headnorm._calls import host, lengths, uploads
 from cupy_headnorm._calls.lengths import Role
 from cupy_headnorm._calls.operands import GIVEN, WITH_WEIGHT, Beside, Given, Operation, Words
 from cupy_headnorm._cuda import environment, memory
-from cupy_headnorm._cuda.launcher import Launch
+from cupy_headnorm._cuda.launcher import Launch, Pick
 from cupy_headnorm._cuda.once import made_once
 from cupy_headnorm._plans import head_norm
 from cupy_headnorm._rules import heads as head_rules
@@ -74,6 +74,7 @@ class Norm(Operation):
     beside = ("weight", "bias")
 
     def __init__(self, options: NormOptions) -> None:
+        self.picks: dict[int, Pick] = {}
         self.options = options
         self._parameters = Parameters(identity(options), ())
 

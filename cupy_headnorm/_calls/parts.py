@@ -12,7 +12,7 @@ from cupy_headnorm._calls.lengths import Role
 from cupy_headnorm._calls.operands import BY_POSITIONS, GIVEN, Beside, Given, Operation, Words
 from cupy_headnorm._calls.parameters import Arrays, HeldNorm, Layouts, Parameters, identity
 from cupy_headnorm._calls.tables import Pair, RopeCall, Tables
-from cupy_headnorm._cuda.launcher import Launch
+from cupy_headnorm._cuda.launcher import Launch, Pick
 from cupy_headnorm._plans import qk_norm_rope
 from cupy_headnorm._plans.qk_norm_rope import COS, PART_WORDS, POSITIONS, SIN
 from cupy_headnorm._rules import options as option_rules
@@ -43,6 +43,7 @@ class Parts(Operation):
     beside = ("positions", "cos", "sin")
 
     def __init__(self, norms: Mapping[str, HeldNorm], tables: Tables, heads_axis: int) -> None:
+        self.picks: dict[int, Pick] = {}
         self._heads_axis = option_rules.checked_heads_axis(heads_axis)
         self.names = tuple(norms)
         self._norms = dict(norms)

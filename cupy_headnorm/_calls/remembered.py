@@ -197,6 +197,8 @@ def _over_length(call: Call, length: int, count: int) -> Call:
 
 def made(call: Call, given: Given) -> tuple[Any, ...]:
     """Return new results."""
+    if len(call.makes) == 1:
+        return (call.makes[0](given.parts[0]),)
     return tuple([make(x) for make, x in zip(call.makes, given.parts, strict=True)])
 
 

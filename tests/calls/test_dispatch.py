@@ -279,7 +279,7 @@ def test_threads_have_parameters_of_their_own(slow, rng):
 def test_every_path_asks_for_the_stream_of_now(slow, rng, monkeypatch):
     streams = []
     monkeypatch.setattr(
-        launcher, "runner", lambda *_: lambda stream, addresses: streams.append(stream)
+        launcher, "runner", lambda _: (lambda stream, *words: streams.append(stream), (0,) * 4)
     )
     now = iter(range(100, 200))
     monkeypatch.setattr(find.quick[torch.Tensor], "stream", lambda index: next(now))

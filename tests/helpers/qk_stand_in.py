@@ -22,6 +22,7 @@ class Launch(NamedTuple):
     """Does what the kernel does with the same addresses and strides."""
 
     call: PartsCall
+    words: int = qk_norm_rope.WORDS
 
     def laid(self, address, shape, strides, dtype):
         strides = (*strides, dtype.itemsize)
@@ -43,7 +44,7 @@ class Launch(NamedTuple):
 
     def run(self, words):
         call, spec = self.call, self.call.spec
-        cos, sin, positions = (words.get(word, 0) for word in (COS, SIN, POSITIONS))
+        cos, sin, positions = (words[word] for word in (COS, SIN, POSITIONS))
         tables = list(self.tables(positions, (cos, sin))) if spec.rope else []
         for i, part in enumerate(call.parts):
             address_of_x, address_of_out, weight, _ = (words[word] for word in PART_WORDS[i])

@@ -74,12 +74,12 @@ def list_steps(patch, of_given):
 def take_for_runner(patch):
     """Let launches that stand in for a kernel's run themselves."""
 
-    def runner(launch, sources):
-        def run(stream, addresses):
+    def runner(launch):
+        def run(stream, *words):
             assert stream == STREAM
-            launch.run({word: addresses[place] for word, place in sources.items()})
+            launch.run(words)
 
-        return run
+        return run, (0,) * launch.words
 
     patch.setattr(launcher, "runner", runner)
 
@@ -147,6 +147,7 @@ class Launch(NamedTuple):
     """Does what the kernel does with the same addresses and the same grid of rows."""
 
     call: NormCall
+    words: int = head_norm.WORDS
 
     def run(self, words):
         spec = self.call.spec
