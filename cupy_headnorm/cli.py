@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from cupy_headnorm import bench
 from cupy_headnorm._arrays import dtypes
 from cupy_headnorm._commands import demo as demo_command
 from cupy_headnorm._commands import info as info_command
 from cupy_headnorm._commands import inspect
 from cupy_headnorm._rules import options
 from cupy_headnorm._version import __version__
-from cupy_headnorm.bench import command, report
+from cupy_headnorm.bench import report
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--eps", type=float, help="default: 1e-6 for rms, 1e-5 for layer")
     demo.add_argument("--rounding", choices=options.ROUNDINGS)
     demo.add_argument("--weight-offset", type=float, help="1 for Gemma 3")
-    demo.add_argument("--num-heads", type=command.count, help="heads of x")
-    demo.add_argument("--head-dim", type=command.count, help="default: the weight's last axis")
+    demo.add_argument("--num-heads", type=bench.count, help="heads of x")
+    demo.add_argument("--head-dim", type=bench.count, help="default: the weight's last axis")
     demo.add_argument("--heads-axis", type=int, default=-2)
     demo.add_argument("--tokens", type=int, help="tokens of the random x")
     demo.add_argument(
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
     measure = commands.add_parser("bench", help="speed beside a copy of the same bytes and peers")
     measure.set_defaults(run=_bench)
-    command.add_arguments(measure)
+    bench.add_arguments(measure)
     return parser
 
 
@@ -105,4 +106,4 @@ def _inspect(chosen: argparse.Namespace) -> None:
 
 
 def _bench(chosen: argparse.Namespace) -> None:
-    command.run(chosen, chosen.command)
+    bench.run(chosen, chosen.command)

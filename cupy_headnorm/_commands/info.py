@@ -7,10 +7,10 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from cupy_headnorm import bench
 from cupy_headnorm._commands import demo
 from cupy_headnorm._cuda import environment
 from cupy_headnorm._version import __version__
-from cupy_headnorm.bench import command
 
 
 def run(_: argparse.Namespace) -> None:
@@ -20,7 +20,7 @@ def run(_: argparse.Namespace) -> None:
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
     ]
     for package in ("numpy", "ml_dtypes", "safetensors", "torch", "transformers", "jax"):
-        rows.append((package, command.version(package) or "not installed"))
+        rows.append((package, bench.version(package) or "not installed"))
     rows += [
         ("CuPy", found.cupy or "not usable"),
         ("NVRTC", found.nvrtc or "not usable"),

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -34,18 +35,6 @@ Call = Callable[[int], Any]
 """Works on the buffers of that number and returns the result."""
 
 
-class Timing(NamedTuple):
-    """Microseconds a call, of a norm and of the ceiling."""
-
-    norm: float
-    ceiling: float
-
-    @property
-    def share(self) -> float:
-        """How much of copy speed the norm reaches."""
-        return self.ceiling / self.norm
-
-
 def _replays(
     replay: Callable[[], None], event: Callable[[], Any], elapsed: Callable[..., float], stream: Any
 ) -> float:
@@ -62,7 +51,7 @@ def _replays(
     return statistics.median(times)
 
 
-class _OnGpu:
+class _OnGpu(ABC):
     """What both GPU timers share."""
 
     rounds = 3
@@ -74,6 +63,18 @@ class _OnGpu:
     def rotation(self, nbytes: int) -> int:
         """Return how many sets of `nbytes` to walk through."""
         return int(np.clip(_ROTATION_BYTES // max(nbytes, 1), 2, _SETS))
+
+    def microseconds(self, call: Call, buffers: int) -> float:
+        """Return the device time of ``call(i)``, i walking through the buffers."""
+        count = max(buffers, _CALLS)
+        for i in range(buffers):
+            call(i)
+        calls = (call(i % buffers) for i in range(count))
+        return self._milliseconds(calls) * 1e3 / count
+
+    @abstractmethod
+    def _milliseconds(self, calls: Iterator[Any]) -> float:
+        """Return the device time of a graph of `calls`, each of which runs when it is next."""
 
 
 class Gpu(_OnGpu):
@@ -118,21 +119,16 @@ class Gpu(_OnGpu):
         """Read and write every element in place."""
         self.xp.multiply(array, array.dtype.type(1), out=array)
 
-    def microseconds(self, call: Call, buffers: int) -> float:
-        """Return the device time of ``call(i)``, i walking through the buffers."""
+    def _milliseconds(self, calls: Iterator[Any]) -> float:
         stream, cuda = self.stream, self.xp.cuda
-        count = max(buffers, _CALLS)
-        for i in range(buffers):
-            call(i)
         stream.synchronize()
         stream.begin_capture()
         try:
-            for i in range(count):
-                call(i % buffers)
+            for _ in calls:
+                pass
         finally:
             graph = stream.end_capture()
-        spent = _replays(lambda: graph.launch(stream), cuda.Event, cuda.get_elapsed_time, stream)
-        return spent * 1e3 / count
+        return _replays(lambda: graph.launch(stream), cuda.Event, cuda.get_elapsed_time, stream)
 
 
 class TorchGpu(_OnGpu):
@@ -176,18 +172,14 @@ class TorchGpu(_OnGpu):
         """Read and write every element in place."""
         array.mul_(1)
 
-    def microseconds(self, call: Call, buffers: int) -> float:
-        """Return the device time of ``call(i)``, i walking through the buffers."""
+    def _milliseconds(self, calls: Iterator[Any]) -> float:
         cuda, stream = self._torch.cuda, self._stream
-        count = max(buffers, _CALLS)
-        for i in range(buffers):
-            call(i)
         stream.synchronize()
         graph = cuda.CUDAGraph()
         with cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             # Results are kept, so that each call writes to memory of its own: the graph's pool
             # would hand the same block out again, and its writes would stay in the L2.
-            kept = [call(i % buffers) for i in range(count)]
+            kept = list(calls)
         spent = _replays(
             graph.replay,
             lambda: cuda.Event(enable_timing=True),
@@ -195,7 +187,7 @@ class TorchGpu(_OnGpu):
             stream,
         )
         del kept
-        return spent * 1e3 / count
+        return spent
 
 
 class Host:
@@ -284,24 +276,4 @@ def torch_on_gpu() -> str:
 
 def timer() -> Timer:
     """Return the timer that the most providers run under: torch's, else CuPy's, else the host's."""
-    if environment.environment().reason:
-        return Host()
-    return Gpu() if torch_on_gpu() else TorchGpu()
-
-
-def time_norm(
-    norm: Callable[..., Any], x: np.ndarray, on: Gpu | Host, heads_axis: int = -2
-) -> Timing:
-    """Time `norm` out of place on copies of `x`, and the ceiling of as many bytes."""
-    with on:
-        buffers = on.rotation(2 * x.nbytes)
-        inputs = [on.array(x) for _ in range(buffers)]
-        results = [on.xp.empty_like(v) for v in inputs]
-        spent = on.microseconds(
-            lambda i: norm(inputs[i], heads_axis=heads_axis, out=results[i]), buffers
-        )
-        ceiling = min(
-            on.microseconds(lambda i: on.copy(results[i], inputs[i]), buffers),
-            on.microseconds(lambda i: on.multiply(inputs[i]), buffers),
-        )
-        return Timing(spent, ceiling)
+    return backend() if environment.environment().reason or torch_on_gpu() else TorchGpu()

@@ -22,8 +22,9 @@ import numpy as np
 from cupy_headnorm import reference
 from cupy_headnorm._cuda import environment as cuda_environment
 from cupy_headnorm._rules.options import DEFAULT_EPS
-from cupy_headnorm.bench import clocks, providers, qk_providers, workloads
+from cupy_headnorm.bench import clocks, providers, workloads
 from cupy_headnorm.bench.clocks import Timer
+from cupy_headnorm.bench.record import HostTime
 from cupy_headnorm.bench.workloads import Case, Workload
 from cupy_headnorm.headnorm import HeadNorm
 
@@ -64,7 +65,7 @@ print((time.perf_counter() - start) * 1e3)
 """
 
 
-def host_times(on: Timer, names: list[str]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def host_times(on: Timer, names: list[str]) -> tuple[list[HostTime], dict[str, str]]:
     """Return the host's microseconds for each kind of call; the reasons of providers that fail."""
     failed: dict[str, str] = {}
     with ExitStack() as contexts:
@@ -75,7 +76,7 @@ def host_times(on: Timer, names: list[str]) -> tuple[list[dict[str, Any]], dict[
         work = workloads.prepare(HOST_CASE, on, buffers=1)
         rows = [_host_row(label, call, synchronize) for label, call in _own_calls(work)]
         for name in names:
-            if name in providers.CEILINGS + providers.OURS + ("functional",):
+            if providers.is_ours(name) or name in (*providers.CEILINGS, "functional"):
                 continue
             provider = providers.PROVIDERS[name]
             try:
@@ -93,9 +94,7 @@ def _synchronize(on: Timer) -> Callable[[], None]:
     return synchronize
 
 
-def _host_row(
-    label: str, call: Callable[[], Any], synchronize: Callable[[], None]
-) -> dict[str, Any]:
+def _host_row(label: str, call: Callable[[], Any], synchronize: Callable[[], None]) -> HostTime:
     timer = timeit.Timer(call, setup=synchronize)
     timer.timeit(_CALLS)
     spent = statistics.median(timer.repeat(_BATCHES, _CALLS)) / _CALLS
@@ -104,19 +103,19 @@ def _host_row(
 
 def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield our calls, and what is below them."""
-    norm, x = work.norm, work.inputs[0]
+    (norm,), (x,), (own_weight,) = work.norms, work.inputs[0], work.weights
     if work.on.name == "numpy":
         yield "ours, in place on NumPy", partial(norm, x, out=x)
         yield "ours, new result on NumPy", partial(norm, x)
         if "functional" in providers.find(work.on)[0]:
-            tensor, weight = clocks.as_torch(x), clocks.as_torch(work.weight)
+            tensor, weight = clocks.as_torch(x), clocks.as_torch(own_weight)
             yield "ours, new result on torch, host memory", partial(norm, tensor)
             yield FUNCTIONAL, _functional(tensor, weight)
         return
     cupy = cuda_environment.import_cupy()
-    array, weight = x, work.weight
+    array, weight = x, own_weight
     if work.on.name == "torch":
-        array, weight = cupy.from_dlpack(x), cupy.from_dlpack(work.weight)
+        array, weight = cupy.from_dlpack(x), cupy.from_dlpack(own_weight)
     kernel = cupy.RawKernel(_THREE_POINTERS, "three_pointers")
     pointers = (array.data.ptr, weight.data.ptr, array.data.ptr)
     values = (ctypes.c_void_p * 3)(*pointers)
@@ -133,7 +132,7 @@ def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
 
         yield TORCH_IN_PLACE, partial(norm, x, out=x)
         yield TORCH_NEW, partial(norm, x)
-        yield FUNCTIONAL, _functional(x, work.weight)
+        yield FUNCTIONAL, _functional(x, own_weight)
 
         def through_dlpack() -> Any:
             view = cupy.from_dlpack(x)
@@ -160,17 +159,17 @@ def plan_misses(on: Timer) -> dict[str, float]:
         with library:
             case = HOST_CASE._replace(tokens=lengths.stop)
             work = workloads.prepare(case, library, buffers=1)
-            calls = partial(_calls_of_norm, work.norm, work.inputs[0])
+            calls = partial(_calls_of_norm, work.norms[0], work.xs[0])
             spent[library.name] = _new_lengths(calls, lengths, on)
     with on:
         # Two sequences each, of any such lengths.
         case = HOST_CASE._replace(tokens=2 * lengths.stop)
         work = workloads.prepare(case, on, buffers=1)
-        x = work.inputs[0].reshape(2 * lengths.stop * case.num_heads * case.head_dim)
-        calls = partial(_calls_of_sequences, work.norm, x, case)
+        x = work.xs[0].reshape(2 * lengths.stop * case.num_heads * case.head_dim)
+        calls = partial(_calls_of_sequences, work.norms[0], x, case)
         spent["sequences"] = _new_lengths(calls, lengths, on)
-        of_both = qk_providers.CASE._replace(tokens=lengths.stop)
-        packed = qk_providers.prepare(of_both, on, buffers=1)
+        of_both = workloads.QK_CASE._replace(tokens=lengths.stop)
+        packed = workloads.prepare(of_both, on, buffers=1)
         spent["q_and_k"] = _new_lengths(partial(_calls_of_both, packed), lengths, on)
     return {f"plan_miss_{name}_microseconds": found for name, found in spent.items()}
 
@@ -199,7 +198,7 @@ def _calls_of_sequences(norm: HeadNorm, x: Any, case: Case, length: int) -> Call
     return partial(norm, part, out=part)
 
 
-def _calls_of_both(work: qk_providers.Workload, length: int) -> Callable[[], Any]:
+def _calls_of_both(work: Workload, length: int) -> Callable[[], Any]:
     q, k = (part[:length] for part in work.inputs[0])
     return partial(work.qk, q, k, positions=work.positions[:length], out=(q, k))
 
@@ -287,11 +286,11 @@ def gpu_memory(on: Timer) -> dict[str, float]:
 
     with on:
         work = workloads.prepare(HOST_CASE._replace(tokens=8192), on, buffers=1)
-        (x,) = work.inputs
-        work.norm(x)
+        (norm,), (x,) = work.norms, work.xs
+        norm(x)
         _synchronize(on)()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        result = work.norm(x)
+        result = norm(x)
         peak = torch.cuda.max_memory_allocated()
     return {"gpu_extra_bytes": peak - before - result.nbytes}

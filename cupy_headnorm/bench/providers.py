@@ -1,11 +1,11 @@
-"""Who can normalize here: our norm, its peers, and the copy they are all measured against."""
+"""Who can normalize here: our norms, their peers, and the copy they are all measured against."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from cupy_headnorm._arrays import dtypes
 from cupy_headnorm._rules import options
 from cupy_headnorm.bench import clocks
 from cupy_headnorm.bench.clocks import Call, Timer
-from cupy_headnorm.bench.workloads import Workload
+from cupy_headnorm.bench.workloads import NORM, QK_ROPE, Arrays, Workload
+from cupy_headnorm.qknorm import QKNorm
 
 
 def _copy(work: Workload) -> Call:
@@ -26,17 +27,41 @@ def _multiply(work: Workload) -> Call:
 
 
 def _ours(work: Workload) -> Call:
-    norm, inputs, results = work.norm, work.inputs, work.results
+    (norm,), xs, results = work.norms, work.xs, [result for (result,) in work.results]
     if work.on.name == "numpy" and not work.case.in_place:
-        return lambda i: norm(inputs[i])  # as the others there, who take no `out`
-    return lambda i: norm(inputs[i], out=results[i])
+        return lambda i: norm(xs[i])  # as the others there, who take no `out`
+    return lambda i: norm(xs[i], out=results[i])
 
 
 def _ours_one_row(work: Workload) -> Call:
-    config = dataclasses.replace(work.norm.plan(work.inputs[0]), rows_per_block=1)
-    return lambda i: ops.launch(
-        config, work.inputs[i], work.weight, kind=work.norm.kind, out=work.results[i]
-    )
+    (norm,), (weight,), xs = work.norms, work.weights, work.xs
+    config = dataclasses.replace(norm.plan(xs[0]), rows_per_block=1)
+    return lambda i: ops.launch(config, xs[i], weight, kind=norm.kind, out=work.results[i][0])
+
+
+def _ours_tables(work: Workload) -> Call:
+    qk, inputs, results, cos, sin = work.qk, work.inputs, work.results, work.cos, work.sin
+    return lambda i: qk(*inputs[i], cos=cos, sin=sin, out=results[i])
+
+
+def _ours_positions(work: Workload) -> Call:
+    qk, inputs, results, positions = work.qk, work.inputs, work.results, work.positions
+    return lambda i: qk(*inputs[i], positions=positions, out=results[i])
+
+
+def _ours_plain(work: Workload) -> Call:
+    qk, inputs, results = QKNorm(*work.norms), work.inputs, work.results
+    return lambda i: qk(*inputs[i], out=results[i])
+
+
+def _ours_two(work: Workload) -> Call:
+    (q_norm, k_norm), inputs, results = work.norms, work.inputs, work.results
+
+    def call(i: int) -> Arrays:
+        (q, k), (of_q, of_k) = inputs[i], results[i]
+        return q_norm(q, out=of_q), k_norm(k, out=of_k)
+
+    return call
 
 
 def whole_array(x: np.ndarray, weight: np.ndarray, kind: str) -> np.ndarray:
@@ -51,70 +76,92 @@ def whole_array(x: np.ndarray, weight: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _naive(work: Workload) -> Call:
-    return lambda i: whole_array(work.inputs[i], work.weight, work.case.kind)
+    xs, (weight,) = work.xs, work.weights
+    return lambda i: whole_array(xs[i], weight, work.case.kind)
 
 
-def tensor(array: Any, on: Timer) -> Any:
+def _tensor(array: Any, on: Timer) -> Any:
     """Return an array of a timer as a torch tensor over the same memory."""
     return clocks.as_torch(array) if on.name == "numpy" else array
-
-
-def _tensors(work: Workload) -> tuple[list[Any], Any]:
-    return [tensor(x, work.on) for x in work.inputs], tensor(work.weight, work.on)
 
 
 def _functional(work: Workload) -> Call:
     from torch.nn import functional
 
-    inputs, weight = _tensors(work)
-    shape, eps = (work.case.head_dim,), options.DEFAULT_EPS[work.case.kind]
+    inputs, weight = [_tensor(x, work.on) for x in work.xs], _tensor(work.weights[0], work.on)
+    shape, eps = (work.case.head_dim,), work.norms[0].eps
     if work.case.kind == "layer":
         return lambda i: functional.layer_norm(inputs[i], shape, weight, None, eps)
     return lambda i: functional.rms_norm(inputs[i], shape, weight, eps)
 
 
-def _module(work: Workload, make: Callable[..., Any], shape: Any) -> Any:
-    return torch_module(
-        make, shape, options.DEFAULT_EPS[work.case.kind], tensor(work.weight, work.on)
-    )
-
-
-def torch_module(make: Callable[..., Any], shape: Any, eps: float, weight: Any) -> Any:
-    """Build a module of a weight's dtype, on its device, with its values."""
+def _modules(work: Workload, make: Callable[..., Any], shape: Any) -> list[Any]:
+    """Build a module for each weight: of its dtype, on its device, with its values."""
     import torch
 
+    modules = []
     # Outside inference mode, as a model is loaded: torch.compile guards on it.
     with torch.inference_mode(False):
-        made = make(shape, eps=eps)
-        made = made.to(weight.device, weight.dtype).requires_grad_(False).eval()
-        made.weight.copy_(weight)
-    return made
+        for norm, weight in zip(work.norms, work.weights, strict=True):
+            values = _tensor(weight, work.on)
+            module = make(shape, eps=norm.eps).to(values.device, values.dtype)
+            module.requires_grad_(False).eval().weight.copy_(values)
+            modules.append(module)
+    return modules
 
 
-def _eager_module(work: Workload) -> Any:
+def _in_model(work: Workload) -> Callable[..., Any]:
+    """Return what a model does to x, or to q and k between their projections and the softmax."""
     if work.case.kind == "layer":
         from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 
         # Cohere keeps a weight for every head; here all are the same.
-        return _module(work, CohereLayerNorm, (work.case.num_heads, work.case.head_dim))
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+        (module,) = _modules(work, CohereLayerNorm, (work.case.num_heads, work.case.head_dim))
+        return cast(Callable[..., Any], module)
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
-    return _module(work, Qwen3RMSNorm, work.case.head_dim)
+    norms = _modules(work, Qwen3RMSNorm, work.case.head_dim)
+    if work.qk is None:
+        return cast(Callable[..., Any], norms[0])
+    q_norm, k_norm = norms
+
+    def rotated(q: Any, k: Any, cos: Any, sin: Any) -> Arrays:
+        parts = q_norm(q).transpose(1, 2), k_norm(k).transpose(1, 2)
+        results: Arrays = apply_rotary_pos_emb(*parts, cos, sin)
+        return results
+
+    return rotated
+
+
+def _as_model(work: Workload, function: Callable[..., Any]) -> Call:
+    """Call `function` as a model does; q and k are a batch of one, heads first when they rotate."""
+    if work.qk is None:
+        tensors = [_tensor(x, work.on) for x in work.xs]
+        return lambda i: function(tensors[i])
+
+    def batch_of_one(arrays: Arrays) -> Arrays:
+        return tuple(_tensor(array, work.on).unsqueeze(0) for array in arrays)
+
+    inputs, tables = [batch_of_one(arrays) for arrays in work.inputs], (work.cos, work.sin)
+    cos, sin = batch_of_one(tables)
+
+    def call(i: int) -> Arrays:
+        q, k = function(*inputs[i], cos, sin)
+        return q[0].transpose(0, 1), k[0].transpose(0, 1)
+
+    return call
 
 
 def _eager(work: Workload) -> Call:
-    module, (inputs, _) = _eager_module(work), _tensors(work)
-    return lambda i: module(inputs[i])
+    return _as_model(work, _in_model(work))
 
 
 def _compiled(work: Workload) -> Call:
     import torch
 
-    # Past eight shapes of one module dynamo would silently run it eagerly.
+    # Past eight shapes of one function dynamo would silently run it eagerly.
     torch.compiler.reset()
-    module: Callable[..., Any] = torch.compile(_eager_module(work), dynamic=False)
-    inputs, _ = _tensors(work)
-    return lambda i: module(inputs[i])
+    return _as_model(work, torch.compile(_in_model(work), dynamic=False))
 
 
 def _liger(work: Workload) -> Call:
@@ -122,26 +169,27 @@ def _liger(work: Workload) -> Call:
     from liger_kernel.transformers.rms_norm import LigerRMSNorm
 
     make = LigerLayerNorm if work.case.kind == "layer" else LigerRMSNorm
-    module, (inputs, _) = _module(work, make, work.case.head_dim), _tensors(work)
-    return lambda i: module(inputs[i])
+    (module,) = _modules(work, make, work.case.head_dim)
+    return _as_model(work, module)
 
 
 class Provider(NamedTuple):
     """Something to measure."""
 
     label: str
-    build: Callable[[Any], Call]
-    """From a `Workload` of its operation."""
+    build: Callable[[Workload], Call]
     timers: tuple[str, ...]
     """Names of the timers it belongs to; it is not missed under others."""
     modules: tuple[str, ...] = ()
     in_place: bool = False
     """Whether it has a part where x is replaced: it does so, or is held against those that do."""
+    unrotated: bool = False
+    """Whether it leaves out the RoPE of q and k."""
 
 
 GPU, ANY = ("cupy", "torch"), ("numpy", "cupy", "torch")
 CEILINGS = ("copy", "multiply")
-OURS = ("ours", "ours-row")
+_TRANSFORMERS = ("torch", "transformers")
 PROVIDERS = {
     "copy": Provider("device copy", _copy, ANY, in_place=True),
     "multiply": Provider("in-place multiply", _multiply, ANY, in_place=True),
@@ -149,11 +197,30 @@ PROVIDERS = {
     "ours-row": Provider("ours, one block per row", _ours_one_row, GPU, in_place=True),
     "naive": Provider("naive NumPy", _naive, ("numpy",)),
     "functional": Provider("torch.nn.functional", _functional, ANY, ("torch",)),
-    "eager": Provider("transformers, eager", _eager, GPU, ("torch", "transformers")),
-    "compile": Provider("transformers, torch.compile", _compiled, GPU, ("torch", "transformers")),
+    "eager": Provider("transformers, eager", _eager, GPU, _TRANSFORMERS),
+    "compile": Provider("transformers, torch.compile", _compiled, GPU, _TRANSFORMERS),
     "liger": Provider("Liger", _liger, GPU, ("torch", "liger_kernel.transformers.rms_norm")),
 }
-"""In the order of tables."""
+"""Of one norm, in the order of tables."""
+QK_PROVIDERS = {
+    **{name: PROVIDERS[name] for name in CEILINGS},
+    "ours": Provider("ours", _ours_tables, ANY, in_place=True),
+    "ours-positions": Provider("ours, by positions", _ours_positions, ANY, in_place=True),
+    "ours-plain": Provider("ours, not turned", _ours_plain, ANY, in_place=True, unrotated=True),
+    "ours-two": Provider(
+        "ours, two norms, not turned", _ours_two, ANY, in_place=True, unrotated=True
+    ),
+    # These return memory of their own, as in the model.
+    "eager": PROVIDERS["eager"]._replace(timers=ANY, in_place=True),
+    "compile": PROVIDERS["compile"]._replace(in_place=True),
+}
+"""Of q and k; names that `PROVIDERS` has too are labelled as there."""
+OPS = {NORM: PROVIDERS, QK_ROPE: QK_PROVIDERS}
+
+
+def is_ours(name: str) -> bool:
+    """Tell whether a provider is this library."""
+    return name.partition("-")[0] == "ours"
 
 
 def one_line(error: Exception) -> str:
@@ -200,10 +267,10 @@ def _missing(provider: Provider, on: Timer) -> str:
     return ""
 
 
-def disagreement(name: str, call: Call, work: Any) -> str:
+def disagreement(provider: Provider, call: Call, work: Workload) -> str:
     """Return how far a provider's result is from ours; empty where it is near enough."""
     eps = dtypes.from_name(work.case.dtype, "dtype").eps
-    expected, result = work.expected(name), call(0)
+    expected, result = work.expected(provider.unrotated), call(0)
     results = result if isinstance(result, tuple) else (result,)
     for own, other in zip(expected, results, strict=True):
         for part in (slice(None, 64), slice(-1, None)):

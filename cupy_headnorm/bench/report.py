@@ -1,69 +1,19 @@
-"""
-The results of a bench: as tables, as a file and as a plot.
-
-Results are a dict of plain lists, strings and numbers:
-
-- ``device``: name of the GPU or processor; ``date``: ISO 8601; ``command``: what was run.
-- ``timer``: whose arrays were timed, ``torch`` or ``cupy`` on a GPU, ``numpy`` on the host.
-- ``versions``: name to version of all that has a part in the numbers.
-- ``timings``: a list of ``tokens``, ``num_heads``, ``head_dim``, ``dtype``, ``kind``, ``layout``,
-  ``num_kv_heads`` (0 but of kind ``qk-rope``), ``provider``, ``microseconds`` (device time a call),
-  ``gigabytes_per_second`` (x, or q and k, read once, the result written once) and ``share`` of the
-  ceiling, the better of a copy and an in-place multiply.
-- ``host``: a list of ``call`` and ``microseconds`` of the host for one token.
-- ``once``: name to number; the name ends in the unit.
-- ``targets``: a list of ``what``, ``needed``, ``measured``, ``where`` and ``met``.
-- ``unavailable``: provider to the reason why it was not measured.
-"""
+"""The results of a bench as tables and as a plot."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cupy_headnorm._cuda import driver
-from cupy_headnorm._rules import options
-from cupy_headnorm.bench import qk_providers
-from cupy_headnorm.bench.providers import CEILINGS, PROVIDERS
-from cupy_headnorm.bench.suite import Results, case_of
+from cupy_headnorm.bench.providers import CEILINGS, PROVIDERS, QK_PROVIDERS
+from cupy_headnorm.bench.record import HostTime, Results, Timing, Verdict
+from cupy_headnorm.bench.suite import case_of
 from cupy_headnorm.bench.workloads import Case
 
-_PROVIDERS = {**PROVIDERS, **qk_providers.PROVIDERS}
-_TYPES: dict[str, tuple[type, ...]] = {
-    "text": (str,), "text or null": (str, type(None)), "an integer": (int,),
-    "a number": (int, float), "a number or null": (int, float, type(None)),
-    "true, false or null": (bool, type(None)), "a list": (list,), "names with values": (dict,),
-}  # fmt: skip
-_CONTAINERS: dict[type, str] = {list: "a list", dict: "names with values"}
-_SHAPE = {
-    **dict.fromkeys(("device", "date", "command", "timer"), "text"),
-    "versions": {...: "text"},
-    "timings": [
-        {
-            **dict.fromkeys(("tokens", "num_heads", "num_kv_heads", "head_dim"), "an integer"),
-            **dict.fromkeys(("dtype", "kind", "layout", "provider"), "text"),
-            **dict.fromkeys(("microseconds", "gigabytes_per_second", "share"), "a number"),
-        }
-    ],
-    "host": [{"call": "text", "microseconds": "a number"}],
-    "once": {...: "a number"},
-    "targets": [
-        {
-            **dict.fromkeys(("what", "needed"), "text"),
-            "measured": "a number or null",
-            "where": "text or null",
-            "met": "true, false or null",
-        }
-    ],
-    "unavailable": {...: "text"},
-}
-"""What a file holds, by name, or of any name, or of each of a list. Others may be there too."""
-_LATER: dict[str, type] = {"targets": list, "num_kv_heads": int}
-"""What older files have not: an empty list, or 0."""
+_PROVIDERS = {**PROVIDERS, **QK_PROVIDERS}
 
 # Okabe and Ito's colours, told apart by every kind of eye; ours is the vermilion.
 _COLOURS = {
@@ -105,36 +55,36 @@ def _table(*columns: str) -> Any:
 
 def show(results: Results, console: Any) -> None:
     """Print what was measured on a console."""
-    console.print(f"{results['device']}, {results['date']}", markup=False)
-    told = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    console.print(f"{results.device}, {results.date}", markup=False)
+    told = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     console.print(told, markup=False)
-    if results["timings"]:
+    if results.timings:
         console.print("\nDevice time; share: of the better of a copy and an in-place multiply")
-        console.print(_timings(results["timings"]))
-    for name, reason in results["unavailable"].items():
+        console.print(_timings(results.timings))
+    for name, reason in results.unavailable.items():
         console.print(f"{_label(name)}: not available: {reason}", markup=False)
-    if results["host"]:
+    if results.host:
         console.print("\nHost time a call, 1 token")
         table = _table("call", "us")
-        for row in sorted(results["host"], key=lambda row: row["microseconds"]):
+        for row in sorted(results.host, key=lambda row: row["microseconds"]):
             table.add_row(row["call"], f"{row['microseconds']:,.2f}")
         console.print(table)
-    if results["once"]:
+    if results.once:
         console.print()
         table = _table("once", "")
-        for name, value in results["once"].items():
+        for name, value in results.once.items():
             table.add_row(name.replace("_", " "), f"{value:,}")
         console.print(table)
-    if results["targets"]:
+    if results.targets:
         console.print("\nNumbers to reach: the worst of each")
-        console.print(_targets(results["targets"]))
+        console.print(_targets(results.targets))
 
 
 def _label(provider: str) -> str:
     return _PROVIDERS[provider].label if provider in _PROVIDERS else provider
 
 
-def _timings(timings: list[dict[str, Any]]) -> Any:
+def _timings(timings: list[Timing]) -> Any:
     table = _table(
         "tokens x heads x dim", "dtype", "kind", "layout", "provider", "us", "GB/s", "share"
     )
@@ -154,7 +104,7 @@ def _timings(timings: list[dict[str, Any]]) -> Any:
     return table
 
 
-def _targets(targets: list[dict[str, Any]]) -> Any:
+def _targets(targets: list[Verdict]) -> Any:
     table = _table("what", "needed", "measured", "", "where")
     verdicts = {True: "met", False: "[bold red]missed[/]", None: "not measured"}
     for row in targets:
@@ -163,50 +113,6 @@ def _targets(targets: list[dict[str, Any]]) -> Any:
             row["what"], row["needed"], measured, verdicts[row["met"]], row["where"] or ""
         )
     return table
-
-
-def write(results: Results, path: Path) -> None:
-    """Write results as JSON."""
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
-def read(path: Path) -> Results:
-    """
-    Read results that `write` wrote.
-
-    Raises
-    ------
-    ValueError
-        The file holds something else.
-    """
-    try:
-        results: Results = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); needs a file of --json") from error
-    try:
-        _check(results, _SHAPE, "")
-    except ValueError as error:
-        raise ValueError(f"{path} {error}, as a file of --json or --suite") from None
-    return results
-
-
-def _check(value: Any, shape: Any, where: str) -> None:
-    """Raise ValueError where a part of a file is not as `shape` has it; see `_SHAPE`."""
-    needed = shape if isinstance(shape, str) else _CONTAINERS[type(shape)]
-    finite = type(value) not in (int, float) or abs(value) <= sys.float_info.max
-    if not finite or type(value) not in _TYPES[needed]:
-        raise ValueError(f"holds {where or 'only'} {options.shown(value)}; needs {needed}")
-    if isinstance(shape, list):
-        for i, entry in enumerate(value):
-            _check(entry, shape[0], f"{where}[{i}]")
-    elif isinstance(shape, dict):
-        for name in _LATER.keys() & shape.keys():
-            value.setdefault(name, _LATER[name]())
-        missing = [name for name in shape if name is not ... and name not in value]
-        if missing:
-            raise ValueError(f"has no {', '.join(missing)}{where and f' in {where}'}; needs it")
-        for name in value if ... in shape else shape:
-            _check(value[name], shape.get(..., shape.get(name)), f"{where}.{name}".lstrip("."))
 
 
 def check_plot(path: Path) -> None:
@@ -225,9 +131,9 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    case, lines = _lines(results["timings"])
+    case, lines = _lines(results.timings)
     drawings = [partial(_bandwidth, case=case, lines=lines)] if lines else []
-    drawings += [partial(_bars, host=results["host"])] if results["host"] else []
+    drawings += [partial(_bars, host=results.host)] if results.host else []
     if not drawings:
         raise ValueError("the results hold neither device nor host times; needs one to plot")
     with rc_context({"font.size": 11, "svg.hashsalt": "cupy-headnorm"}):
@@ -236,14 +142,14 @@ def plot(results: Results, path: Path) -> None:
             axes = figure.add_subplot(1, len(drawings), number + 1)
             axes.spines[["top", "right"]].set_visible(False)
             draw(axes)
-        figure.suptitle(f"{results['device']}, {results['date'][:10]}")
+        figure.suptitle(f"{results.device}, {results.date[:10]}")
         # Without a date in the file, equal results make equal files.
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _lines(timings: list[dict[str, Any]]) -> tuple[Case | None, dict[str, list[tuple[int, float]]]]:
+def _lines(timings: list[Timing]) -> tuple[Case | None, dict[str, list[tuple[int, float]]]]:
     """Return the case that was timed at the most numbers of tokens, and its points by provider."""
-    groups: dict[Case, list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[Case, list[Timing]] = defaultdict(list)
     for timing in timings:
         groups[case_of(timing)._replace(tokens=0)].append(timing)
     if not groups:
@@ -287,7 +193,7 @@ def _bandwidth(axes: Any, case: Any, lines: dict[str, list[Any]]) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def _bars(axes: Any, host: list[dict[str, Any]]) -> None:
+def _bars(axes: Any, host: list[HostTime]) -> None:
     rows = sorted(host, key=lambda row: -row["microseconds"])
     ours = [row["call"].startswith("ours") for row in rows]
     colours = [_COLOURS["ours"] if own else "#999999" for own in ours]

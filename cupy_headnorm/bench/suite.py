@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from cupy_headnorm.bench import costs, qk_providers
-from cupy_headnorm.bench import providers as bench_providers
+from cupy_headnorm.bench import costs
 from cupy_headnorm.bench.clocks import Timer
-from cupy_headnorm.bench.workloads import LAYOUTS, Case, cases
+from cupy_headnorm.bench.providers import CEILINGS, is_ours
+from cupy_headnorm.bench.record import Results, Timing, Verdict
+from cupy_headnorm.bench.workloads import LAYOUTS, QK_CASE, Case, cases
 
-Results = dict[str, Any]
 Measured = Iterator[tuple[float, str]]
 """Numbers, and where each was found."""
 
@@ -33,13 +33,16 @@ class Target(NamedTuple):
     measured: Callable[[Results], Measured]
 
 
-def case_of(timing: dict[str, Any]) -> Case:
+def case_of(timing: Timing) -> Case:
     """Return the case of a timing."""
-    return Case(**{field: timing[field] for field in Case._fields})
+    return Case(
+        timing["tokens"], timing["num_heads"], timing["head_dim"], timing["dtype"], timing["kind"],
+        timing["layout"], timing["num_kv_heads"],
+    )  # fmt: skip
 
 
-def _on_gpu(results: Results) -> list[dict[str, Any]]:
-    return [] if results["timer"] == "numpy" else results["timings"]
+def _on_gpu(results: Results) -> list[Timing]:
+    return [] if results.timer == "numpy" else results.timings
 
 
 def _shares(fits: Callable[[Case], bool]) -> Callable[[Results], Measured]:
@@ -74,7 +77,7 @@ def _qk_shares(tokens: int, *providers: str) -> Callable[[Results], Measured]:
     def measured(results: Results) -> Measured:
         for timing in _on_gpu(results):
             case, name = case_of(timing), timing["provider"]
-            if case == qk_providers.CASE._replace(tokens=tokens) and name in providers:
+            if case == QK_CASE._replace(tokens=tokens) and name in providers:
                 yield timing["share"], f"{name}, {case}"
 
     return measured
@@ -100,7 +103,7 @@ def _one_token(
 
 def _host(ours: str, theirs: str) -> Callable[[Results], Measured]:
     def measured(results: Results) -> Measured:
-        spent = {row["call"]: row["microseconds"] for row in results["host"]}
+        spent = {row["call"]: row["microseconds"] for row in results.host}
         if ours in spent and theirs in spent:
             yield spent[ours] / spent[theirs], f"{spent[ours]} us, {theirs} {spent[theirs]}"
 
@@ -109,7 +112,7 @@ def _host(ours: str, theirs: str) -> Callable[[Results], Measured]:
 
 def _once(*names: str, per: str = "") -> Callable[[Results], Measured]:
     def measured(results: Results) -> Measured:
-        once = results["once"]
+        once = results.once
         for name in names:
             if name in once and (not per or per in once):
                 yield once[name] / (once[per] if per else 1), name.replace("_", " ")
@@ -118,7 +121,7 @@ def _once(*names: str, per: str = "") -> Callable[[Results], Measured]:
 
 
 def _is_peer(name: str) -> bool:
-    return name not in bench_providers.CEILINGS + bench_providers.OURS
+    return name not in CEILINGS and not is_ours(name)
 
 
 _TURNED = ("ours", "ours-positions")
@@ -180,25 +183,20 @@ TARGETS = (
         "q and k, 1 token: times a copy",
         1.45,
         False,
-        _one_token(lambda name: name == "copy", qk_providers.CASE, _TURNED),
+        _one_token(lambda name: name == "copy", QK_CASE, _TURNED),
     ),
     Target(
         "q and k, 1 token: times two norms",
         1.0,
         False,
-        _one_token(lambda name: name == "ours-two", qk_providers.CASE, _TURNED),
+        _one_token(lambda name: name == "ours-two", QK_CASE, _TURNED),
     ),
 )
 
 
-def judge(results: Results) -> list[dict[str, Any]]:
-    """
-    Return a row for each target: ``what``, ``needed``, ``measured``, ``where`` and ``met``.
-
-    ``measured`` is the worst that was found, ``where`` says which; both are None, as ``met`` is,
-    where nothing was measured.
-    """
-    rows = []
+def judge(results: Results) -> list[Verdict]:
+    """Return a row for each target: ``measured`` is the worst that was found, ``where`` which."""
+    rows: list[Verdict] = []
     for target in TARGETS:
         needed = f"{'at least' if target.at_least else 'at most'} {target.limit:g}"
         found = list(target.measured(results))
@@ -226,7 +224,7 @@ def suite(on: Timer) -> Iterator[tuple[Case, list[str] | None]]:
         for case in cases([1, 16, 256, 4096], *one, ["rms", "layer"], ["contiguous"]):
             yield case, None
         for tokens in (1, 32):
-            yield qk_providers.CASE._replace(tokens=tokens), None
+            yield QK_CASE._replace(tokens=tokens), None
         return
     for case in cases([4**i for i in range(7)] + [8192, 32768], *one, ["rms"], ["contiguous"]):
         yield case, None
@@ -243,4 +241,4 @@ def suite(on: Timer) -> Iterator[tuple[Case, list[str] | None]]:
         for case in cases([], [32], head_dims, dtypes, kinds, layouts, megabytes=64):
             yield case, ["ours"]
     for tokens in (1, 32, 4096, 16384):
-        yield qk_providers.CASE._replace(tokens=tokens), None
+        yield QK_CASE._replace(tokens=tokens), None

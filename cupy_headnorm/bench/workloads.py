@@ -13,10 +13,19 @@ from cupy_headnorm._arrays import dtypes as dtype_table
 from cupy_headnorm._rules import options
 from cupy_headnorm.bench.clocks import Timer
 from cupy_headnorm.headnorm import HeadNorm
+from cupy_headnorm.qknorm import QKNorm
+from cupy_headnorm.rope import Rope
 
+Arrays = tuple[Any, ...]
+"""Of one set of buffers: x alone, or q and k."""
+NORM, QK_ROPE = "norm", "qk-rope"
+"""What is timed: one norm of x, or the norms and RoPE of q and k."""
 LAYOUTS = ("contiguous", "in-place", "packed-qkv", "packed-qkv-in-place", "misaligned")
 _BLOCK = 1024 * 1024 // 2
 """Random elements; larger arrays repeat them, so that making inputs costs no time."""
+_THETA, _MAX_POSITION = 1e6, 40960  # Qwen3-8B's
+_FIRST = 1000
+"""Position of the first token: at 0 nothing would rotate."""
 
 
 class Case(NamedTuple):
@@ -30,6 +39,11 @@ class Case(NamedTuple):
     layout: str
     num_kv_heads: int = 0
     """Heads of k, where q and k are normalized together."""
+
+    @property
+    def op(self) -> str:
+        """`QK_ROPE` of its kind, else `NORM`."""
+        return QK_ROPE if self.kind == QK_ROPE else NORM
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +70,10 @@ class Case(NamedTuple):
         return f"{self.size} {self.dtype} {self.kind} {self.layout}"
 
 
+QK_CASE = Case(1, 32, 128, "bfloat16", QK_ROPE, "packed-qkv-in-place", num_kv_heads=8)
+"""One token of Qwen3-8B's attention."""
+
+
 def cases(
     tokens: Iterable[int],
     heads: Iterable[int],
@@ -79,36 +97,67 @@ class Workload(NamedTuple):
 
     case: Case
     on: Timer
-    inputs: list[Any]
-    results: list[Any]
+    inputs: list[Arrays]
+    """Of q and k, slices of one packed buffer with v behind them."""
+    results: list[Arrays]
     """`inputs` themselves where the case is in place."""
     plain: list[tuple[Any, Any]]
-    """Contiguous pairs of the size of x, for the ceiling."""
-    weight: Any
-    norm: HeadNorm
+    """Contiguous pairs of the size of all inputs together, for the ceiling."""
+    weights: Arrays
+    norms: tuple[HeadNorm, ...]
+    qk: Any = None
+    """The `QKNorm` of q and k."""
+    positions: Any = None
+    cos: Any = None
+    """Of each token, ``(tokens, head_dim)``: one for all buffers, as for a model's layers."""
+    sin: Any = None
+
+    @property
+    def xs(self) -> list[Any]:
+        """The first array of each set: x itself of one norm."""
+        return [arrays[0] for arrays in self.inputs]
 
     @property
     def tolerance(self) -> int:
-        """In eps of x's dtype: two roundings may differ."""
-        return 2
+        """
+        In eps of x's dtype.
 
-    def expected(self, _: str) -> tuple[Any, ...]:
-        """Return new results of ours to hold a provider's against; the same for all here."""
-        return (self.norm(self.inputs[0]),)
+        Two roundings of a norm may differ. With RoPE a compiler keeps all but the last in float32,
+        two of the norm and one of the product for each of the two values that go into a result.
+        """
+        return 2 if self.qk is None else 3
+
+    def expected(self, unrotated: bool = False) -> Arrays:
+        """Return new results of ours to hold a provider's against."""
+        if self.qk is None or unrotated:
+            return tuple(norm(x) for norm, x in zip(self.norms, self.inputs[0], strict=True))
+        results: Arrays = self.qk(*self.inputs[0], cos=self.cos, sin=self.sin)
+        return results
 
 
 def prepare(case: Case, on: Timer, buffers: int | None = None) -> Workload:
     """Make the arrays of `case`, as many sets as outgrow the L2 unless told."""
     random = np.random.default_rng(0)
-    plain = plain_pairs(case, on, random, buffers)
-    inputs = [_laid_out(x, case, on) for x, _ in plain]
-    results = inputs if case.in_place else [y for _, y in plain]
-    weight = on.array(random_weight(case, random))
-    norm = HeadNorm(weight, kind=cast(options.Kind, case.kind))
-    return Workload(case, on, inputs, results, plain, weight, norm)
+    plain = _plain_pairs(case, on, random, buffers)
+    inputs = [_parts(_laid_out(x, case, on), case) for x, _ in plain]
+    results = inputs if case.in_place else [_parts(y, case) for _, y in plain]
+    weights = tuple(on.array(_random_weight(case, random)) for _ in inputs[0])
+    if case.op == NORM:
+        norm = HeadNorm(weights[0], kind=cast(options.Kind, case.kind))
+        return Workload(case, on, inputs, results, plain, weights, (norm,))
+    q_norm, k_norm = (HeadNorm(weight, rounding="before_weight") for weight in weights)
+    last = _FIRST + case.tokens
+    rope = Rope.of_theta(_THETA, case.head_dim, max_position=max(last, _MAX_POSITION))
+    positions = np.arange(_FIRST, last)
+    halves = rope.at(positions, dtype_table.from_name(case.dtype, "dtype").numpy)
+    cos, sin = (on.array(np.concatenate((half, half), -1)) for half in halves)
+    return Workload(
+        case, on, inputs, results, plain, weights, (q_norm, k_norm),
+        QKNorm(q_norm, k_norm, rope=rope), on.array(positions), cos, sin,
+    )  # fmt: skip
 
 
-def plain_pairs(
+def _plain_pairs(
     case: Case, on: Timer, random: np.random.Generator, buffers: int | None = None
 ) -> list[tuple[Any, Any]]:
     """Return contiguous pairs of all that `case` reads, the first of each filled."""
@@ -127,7 +176,7 @@ def plain_pairs(
     return plain
 
 
-def random_weight(case: Case, random: np.random.Generator) -> np.ndarray:
+def _random_weight(case: Case, random: np.random.Generator) -> np.ndarray:
     """Return weights near 1: rows normalized in place again and again stay in range."""
     size = case.head_dim
     values: np.ndarray = random.uniform(0.9, 1.1, size) * random.choice((-1, 1), size)
@@ -138,9 +187,10 @@ def _laid_out(x: Any, case: Case, on: Timer) -> Any:
     """Return the values of `x` in the layout of `case`."""
     dtype = dtype_table.from_name(case.dtype, "dtype")
     if case.layout.startswith("packed-qkv"):
-        # 4 query heads to a key and a value head, as in Qwen3-8B: the slice of the queries.
-        packed = case.num_heads + 2 * max(1, case.num_heads // 4)
-        view = on.empty((case.tokens, packed, case.head_dim), dtype)[:, : case.num_heads]
+        # Without a number of its own, 4 query heads to a key and a value head, as in Qwen3-8B.
+        kv_heads = case.num_kv_heads or max(1, case.num_heads // 4)
+        shape = (case.tokens, case.num_heads + 2 * kv_heads, case.head_dim)
+        view = on.empty(shape, dtype)[:, : x.shape[1]]
     elif case.layout == "misaligned":
         # Rows a multiple of 16 bytes apart, each one element behind such a boundary.
         pitch = -(-(case.head_dim + 1) * dtype.itemsize // 16) * 16 // dtype.itemsize
@@ -149,3 +199,10 @@ def _laid_out(x: Any, case: Case, on: Timer) -> Any:
         return x
     view[:] = x
     return view
+
+
+def _parts(x: Any, case: Case) -> Arrays:
+    """Return x alone, or its heads of q and those of k."""
+    if not case.num_kv_heads:
+        return (x,)
+    return x[:, : case.num_heads], x[:, case.num_heads :]

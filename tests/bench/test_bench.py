@@ -1,21 +1,25 @@
 """The bench: what it measures, refuses, writes and draws. Never how fast."""
 
+import argparse
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from cupy_headnorm import cli
+from cupy_headnorm import bench, cli
 from cupy_headnorm.bench import (
     clocks,
     command,
     providers,
+    record,
     report,
     suite,
     workloads,
@@ -244,6 +248,29 @@ def test_from_a_damaged_file(message, tmp_path, capsys):
     assert err.count("\n") == 1
 
 
+RESULTS = (Path(__file__).resolve().parents[2] / "notebooks/results").glob("*.json")
+SUITES = [path for path in sorted(RESULTS) if "timings" in json.loads(path.read_text())]
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_committed_results_are_read_and_written_as_they_are(path, tmp_path):
+    kept = json.loads(path.read_text())
+    results = record.read(path)
+    assert dataclasses.asdict(results) == kept
+    assert suite.judge(results)
+    record.write(results, tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == kept
+
+
+def test_what_the_bench_was_called_by_is_still_there():
+    assert bench.measure is command.measure
+    assert bench.run is command.run
+    assert bench.version("numpy") == np.__version__
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    assert parser.parse_args(["--tokens", "3"]).tokens == [bench.count("3")]
+
+
 def test_from_a_whole_file_with_more(tmp_path, capsys):
     file = tmp_path / "whole.json"
     file.write_text(json.dumps(damaged(("timings", 0, "more"), None)))
@@ -310,7 +337,7 @@ def test_code_in_a_new_process(tmp_path):
 
 def test_peers_that_raise_or_disagree_get_no_row(monkeypatch):
     def shifted(work):
-        return lambda i: work.norm(work.inputs[i]) * np.float16(1.5)
+        return lambda i: work.norms[0](work.xs[i]) * np.float16(1.5)
 
     def raising(work):
         raise OSError("no   such\nthing")
@@ -330,7 +357,7 @@ def test_peers_that_raise_or_disagree_get_no_row(monkeypatch):
 def test_a_peer_that_is_wrong_in_the_last_token_alone_gets_no_row(monkeypatch):
     def short(work):
         def call(i):
-            y = work.norm(work.inputs[i])
+            y = work.norms[0](work.xs[i])
             y[-1] = 0
             return y
 
@@ -383,7 +410,7 @@ def test_the_whole_array_expression_agrees(kind, dtype, host):
 def test_misaligned_rows_start_one_element_behind_a_boundary(dtype):
     case = Case(3, 2, 64, dtype, "rms", "misaligned")
     work = workloads.prepare(case, clocks.Host())
-    for x, result in zip(work.inputs, work.results, strict=True):
+    for x, (result,) in zip(work.xs, work.results, strict=True):
         offset = x.ctypes.data - x.base.ctypes.data
         assert offset == x.itemsize
         assert all(stride % 16 == 0 for stride in x.strides[:2])
@@ -393,12 +420,12 @@ def test_misaligned_rows_start_one_element_behind_a_boundary(dtype):
 def test_inputs_are_random_and_the_same_for_every_buffer():
     case = Case(300, 32, 128, "float32", "rms", "packed-qkv")  # more than a block of randoms
     work = workloads.prepare(case, clocks.Host())
-    first, second = work.inputs
+    first, second = work.xs
     assert np.array_equal(first, second)
     assert not np.shares_memory(first, second)
     assert np.count_nonzero(first) == first.size
     assert len(np.unique(first[:100])) > 400_000
-    assert work.results[0].shape == first.shape
+    assert work.results[0][0].shape == first.shape
     assert first.strides == ((32 + 8 + 8) * 128 * 4, 128 * 4, 4)  # keys and values lie between
 
 
@@ -469,7 +496,7 @@ def test_the_suite_writes_a_file_named_for_the_device(capsys, host, monkeypatch,
 def test_the_suite_holds_a_case_for_every_number_to_reach():
     timings = [timing(case, "ours") for case, _ in suite.suite(SimpleNamespace(name="torch"))]
     assert len(timings) < 300
-    judged = suite.judge(made_up(timings=timings))
+    judged = suite.judge(record.Results(**made_up(timings=timings)))
     # Those of q and k hold ours by positions and others against it too.
     of_shares = [
         row for row in judged if "share" in row["what"] and "not turned" not in row["what"]
@@ -486,7 +513,7 @@ def big(head_dim, kind="rms", layout="contiguous", tokens=100_000):
 
 
 def judge(**parts):
-    return {row["what"]: row for row in suite.judge(made_up(**parts))}
+    return {row["what"]: row for row in suite.judge(record.Results(**made_up(**parts)))}
 
 
 @pytest.mark.parametrize(

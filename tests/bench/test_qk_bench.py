@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 from test_bench import FIELDS, TIMERS, TorchHost, host, judge, made_up, run, timing  # noqa: F401
 
-from cupy_headnorm.bench import clocks, costs, qk_providers, report, suite
+from cupy_headnorm.bench import clocks, costs, record, report, suite, workloads
 from cupy_headnorm.bench import command as bench_command
 from cupy_headnorm.bench.providers import CEILINGS, Provider
-from cupy_headnorm.bench.qk_providers import CASE, OURS, PROVIDERS
+from cupy_headnorm.bench.providers import QK_PROVIDERS as PROVIDERS
+from cupy_headnorm.bench.workloads import QK_CASE as CASE
 from cupy_headnorm.bench.workloads import Case
 
 pytest.importorskip("rich")
 pytestmark = pytest.mark.usefixtures("host")
 
+OURS = ("ours", "ours-positions", "ours-plain", "ours-two")
 SMALL = Case(5, 4, 48, "bfloat16", "qk-rope", "packed-qkv-in-place", 2)
 TINY = ("--op", "qk-rope", "--tokens", 3, "--num-heads", 4, "--num-kv-heads", 2, "--head-dim", 16)
 
@@ -30,7 +32,7 @@ def test_every_provider_agrees_on_the_host(make, dtype):
 
 
 def test_q_and_k_are_slices_of_one_buffer_and_the_ceiling_has_their_bytes():
-    work = qk_providers.prepare(SMALL, clocks.Host())
+    work = workloads.prepare(SMALL, clocks.Host())
     for (q, k), (x, y) in zip(work.inputs, work.plain, strict=True):
         assert (q.shape, k.shape) == ((5, 4, 48), (5, 2, 48))
         assert k.ctypes.data - q.ctypes.data == q.nbytes // 5
@@ -43,7 +45,7 @@ def test_q_and_k_are_slices_of_one_buffer_and_the_ceiling_has_their_bytes():
 
 def test_all_work_in_place_but_the_modules():
     pytest.importorskip("transformers")
-    work = qk_providers.prepare(SMALL, clocks.Host())
+    work = workloads.prepare(SMALL, clocks.Host())
     q, k = work.inputs[0]
     for name in (*OURS, "eager"):
         before = q.copy(), k.copy()
@@ -53,8 +55,8 @@ def test_all_work_in_place_but_the_modules():
 
 
 def test_tokens_turn_and_plain_ones_do_not():
-    work = qk_providers.prepare(SMALL._replace(tokens=1), clocks.Host())
-    turned, plain = work.expected("ours"), work.expected("ours-plain")
+    work = workloads.prepare(SMALL._replace(tokens=1), clocks.Host())
+    turned, plain = work.expected(), work.expected(unrotated=True)
     for one, other in zip(turned, plain, strict=True):
         assert np.abs(one.astype(float) - other.astype(float)).max() > 0.1
 
@@ -63,7 +65,7 @@ def test_tokens_turn_and_plain_ones_do_not():
 def test_a_peer_that_disagrees_on_either_part_gets_no_row(part, monkeypatch):
     def shifted(work):
         def call(i):
-            results = list(work.expected("ours"))
+            results = list(work.expected())
             results[part] = results[part] * results[part].dtype.type(1.5)
             return tuple(results)
 
@@ -171,7 +173,7 @@ def test_files_from_before_q_and_k_were_timed_are_read(tmp_path):
     row = timing(case, "ours")
     del row["num_kv_heads"]
     file.write_text(json.dumps(made_up(timings=[row])))
-    (read,) = report.read(file)["timings"]
+    (read,) = record.read(file).timings
     assert suite.case_of(read) == case
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import cupy_headnorm
 from cupy_headnorm import cli, models
-from cupy_headnorm.bench import costs, report
+from cupy_headnorm.bench import costs, record, report
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -83,10 +83,10 @@ def speed_rows(results):
     case = costs.HOST_CASE
     device = {
         (row["provider"], row["tokens"]): row["microseconds"]
-        for row in results["timings"]
+        for row in results.timings
         if all(row[name] == getattr(case, name) for name in case._fields if name != "tokens")
     }
-    host = {row["call"]: row["microseconds"] for row in results["host"]}
+    host = {row["call"]: row["microseconds"] for row in results.host}
     for provider, label, calls in SPEED:
         cells = [in_short(device[provider, tokens]) for tokens in (1, 64, 1024, 8192)]
         cells.append(", ".join(said + in_short(host[call]) for said, call in calls))
@@ -96,9 +96,9 @@ def speed_rows(results):
 def test_readmes_figure_and_table_are_of_the_committed_results():
     section = README.partition("## How fast\n")[2].partition("\n## ")[0]
     (figure,) = re.findall(r"!\[[^]]*\]\((.*)\)", section)
-    results = report.read((ROOT / figure).with_suffix(".json"))
-    stamp = f"{results['device']}, {results['date'][:10]}"
-    assert f"{stamp}, `{results['command']}`" in section
+    results = record.read((ROOT / figure).with_suffix(".json"))
+    stamp = f"{results.device}, {results.date[:10]}"
+    assert f"{stamp}, `{results.command}`" in section
     assert f"bench --from {Path(figure).with_suffix('.json')} --plot {figure}" in section
     rows = "\n".join(speed_rows(results))
     assert rows in section, f"README's table should say:\n{rows}"
@@ -107,7 +107,7 @@ def test_readmes_figure_and_table_are_of_the_committed_results():
 def test_readmes_figure_is_what_its_command_draws(tmp_path):
     pytest.importorskip("matplotlib")
     (figure,) = (ROOT / path for path in re.findall(r"!\[[^]]*\]\((.*\.svg)\)", README))
-    report.plot(report.read(figure.with_suffix(".json")), tmp_path / "new.svg")
+    report.plot(record.read(figure.with_suffix(".json")), tmp_path / "new.svg")
     texts, new = (
         re.findall("<!-- (.*) -->", f.read_text()) for f in (figure, tmp_path / "new.svg")
     )

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "cupy_headnorm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-BENCH = ("bench.clocks", "bench.providers", "bench.qk_providers", "bench.costs", "bench.report",
-         "bench.command", "bench.workloads", "bench.suite")  # fmt: skip
+BENCH = ("bench.clocks", "bench.providers", "bench.costs", "bench.report", "bench.record",
+         "bench.command", "bench.workloads", "bench.suite", "bench.arguments")  # fmt: skip
 REPORTS = (*BENCH, "_commands.inspect")
 
 
