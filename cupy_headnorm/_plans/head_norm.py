@@ -18,7 +18,8 @@ from cupy_headnorm._plans.geometry import (
     WARP,
     LaunchConfig,
 )
-from cupy_headnorm._rules.norm import NormCall, NormSpec, RowAxis
+from cupy_headnorm._rules.axes import RowAxis
+from cupy_headnorm._rules.norm import NormCall, NormSpec
 
 GROUP_THREADS = 256
 """Threads a block at most where rows share it; the kernels are compiled for this bound."""

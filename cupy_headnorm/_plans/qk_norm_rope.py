@@ -10,7 +10,8 @@ from cupy_headnorm._cuda import compiler
 from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._plans import geometry
 from cupy_headnorm._plans.geometry import WARP
-from cupy_headnorm._rules.parts import PARTS, PartsCall, PartsSpec, TokenAxis
+from cupy_headnorm._rules.axes import PARTS, TokenAxis
+from cupy_headnorm._rules.parts import PartsCall, PartsSpec
 
 AXES = (2, geometry.FEW_AXES, 8)
 """Axes that kernels are compiled for: those of the tokens, and one for the groups of a token."""
