@@ -14,7 +14,7 @@ from cupy_headnorm._calls.parameters import Arrays, HeldNorm, Layouts, Parameter
 from cupy_headnorm._calls.tables import Pair, RopeCall, Tables
 from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._plans import qk_norm_rope
-from cupy_headnorm._plans.qk_norm_rope import COS, PART_WORDS, POSITIONS, SIN
+from cupy_headnorm._plans.parts_params import COS, PART_WORDS, POSITIONS, SIN
 from cupy_headnorm._rules import options as option_rules
 from cupy_headnorm._rules import parts as part_rules
 from cupy_headnorm._rules.parts import PartNorm, PartsCall

@@ -13,10 +13,10 @@ class RowAxis(NamedTuple):
     """One axis of the grid of rows: its length and each array's stride along it, in bytes."""
 
     size: int
-    x: int
-    out: int
-    weight: int
-    bias: int
+    x: int = 0
+    out: int = 0
+    weight: int = 0
+    bias: int = 0
 
     @property
     def strides(self) -> tuple[int, ...]:

@@ -98,7 +98,7 @@ def describe(
         step = head_dim * x.dtype.itemsize
         axes.append(RowAxis(x.shape[-1] // head_dim, step, step, weight_stride, bias_stride))
     rows = math.prod(axis.size for axis in axes)
-    axes_merged = merged(axes, RowAxis(1, 0, 0, 0, 0)) if rows else ()
+    axes_merged = merged(axes, RowAxis(1)) if rows else ()
 
     def alignment(layout: Layout | None, strides: list[int]) -> int:
         return math.gcd(layout.alignment, *strides) if layout else 16
