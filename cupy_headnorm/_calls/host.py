@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from cupy_headnorm._rules.norm import NormCall, NormSpec, RowAxis
+from cupy_headnorm._rules.axes import RowAxis
+from cupy_headnorm._rules.norm import NormCall
 from cupy_headnorm._rules.parts import Part, PartsCall
 
 _CHUNK_BYTES = 1024 * 1024
@@ -162,13 +163,8 @@ def _of_part(
         for n, of_x, of_out in zip(x.shape[:-1], x.strides[:-1], out.strides[:-1], strict=True)
     ]
     axes[-1] = axes[-1]._replace(weight=part.weight, bias=part.bias)
-    norm = NormSpec(
-        spec.kind,
-        spec.x,
-        None if weight is None else spec.weight,
-        None if bias is None else spec.bias,
-        spec.head_dim,
-        spec.rounding,
+    norm = spec.norm._replace(
+        weight=None if weight is None else spec.weight, bias=None if bias is None else spec.bias
     )
     rows = call.tokens * part.num_heads
     return NormCall(norm, tuple(axes), rows, part.eps, part.weight_offset, _ANY_ALIGNMENT)

@@ -14,7 +14,7 @@ from cupy_headnorm._calls.parameters import Arrays, HeldNorm, Layouts, Parameter
 from cupy_headnorm._calls.tables import Pair, RopeCall, Tables
 from cupy_headnorm._cuda.launcher import Launch, Pick
 from cupy_headnorm._plans import qk_norm_rope
-from cupy_headnorm._plans.qk_norm_rope import COS, PART_WORDS, POSITIONS, SIN
+from cupy_headnorm._plans.parts_params import COS, PART_WORDS, POSITIONS, SIN, WORDS
 from cupy_headnorm._rules import options as option_rules
 from cupy_headnorm._rules import parts as part_rules
 from cupy_headnorm._rules.parts import PartNorm, PartsCall
@@ -166,7 +166,7 @@ class Parts(Operation):
         if given.beside[0] is not None:
             held = (*held, COS, SIN)
         parts, results = (tuple(part[i] for part in of_parts) for i in range(2))
-        return Words(parts, results, of_caller, held, qk_norm_rope.WORDS)
+        return Words(parts, results, of_caller, held, WORDS)
 
     def on_host(self, call: PartsCall, beside: Beside, parts: Arrays, outs: Arrays) -> None:
         if call.tokens == 0:

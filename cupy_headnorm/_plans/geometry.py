@@ -69,7 +69,7 @@ def vector_choices(head_dim: int, itemsize: int) -> list[int]:
 
 def row_geometry(head_dim: int, itemsize: int) -> tuple[int, int, int]:
     """
-    Choose (vector_bytes, lanes, vectors_per_lane) from the length of a row.
+    Choose (elements of a vector, lanes, vectors of a lane) from the length of a row.
 
     A lane wants 16 to 32 useful bytes, 64 in long rows, or too few are in flight. float16 rows of
     64 MB on an H100, as vector elements x lanes x vectors, ratio to a copy: head_dim 96 8x8x2 0.99,
@@ -99,14 +99,35 @@ def row_geometry(head_dim: int, itemsize: int) -> tuple[int, int, int]:
         limit = MAX_VALUES_PER_LANE // (2 if itemsize == 8 else 1) // (2 if lanes > 512 else 1)
         if count * vector > limit:
             count = max(1, limit // 2 // vector)  # walking tiles takes registers too
-    return vector * itemsize, lanes, count
+    return vector, lanes, count
 
 
 def _vectors(head_dim: int, vector: int, lanes: int) -> int:
     return -(-head_dim // (vector * lanes))
 
 
+def widest_access(
+    vector: int, alignment: int, itemsize: int, arrays: str, size: str = "an element's size"
+) -> int:
+    """
+    Return the most elements at once, up to a vector, that an alignment allows.
+
+    `arrays` begins the message where it allows none, and `size` ends it.
+    """
+    if alignment < itemsize:
+        raise ValueError(f"{arrays} rows aligned to {alignment} bytes; needs {itemsize}, {size}")
+    while min(vector * itemsize, 16) > alignment:
+        vector //= 2
+    return vector
+
+
 def division(divisor: int) -> tuple[int, int]:
-    """Return (multiplier, shift) of headnorm/rows.cuh for dividing numbers below 2^31."""
+    """
+    Return (multiplier, shift) of headnorm/rows.cuh for dividing numbers below 2^31.
+
+    Of a larger divisor (0, 0): only kernels that divide in 64 bits meet one.
+    """
+    if divisor >= 2**31:
+        return 0, 0
     shift = (divisor - 1).bit_length()
     return (((1 << 32) * ((1 << shift) - divisor)) // divisor + 1) & 0xFFFFFFFF, shift

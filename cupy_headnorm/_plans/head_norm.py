@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from cupy_headnorm._cuda import compiler
 from cupy_headnorm._cuda.compiler import DeviceLimits
 from cupy_headnorm._cuda.launcher import Launch
-from cupy_headnorm._plans import geometry
+from cupy_headnorm._plans import geometry, specialisation
 from cupy_headnorm._plans.geometry import (
     FEW_AXES,
     MAX_BLOCKS,
@@ -18,7 +18,9 @@ from cupy_headnorm._plans.geometry import (
     WARP,
     LaunchConfig,
 )
-from cupy_headnorm._rules.norm import NormCall, NormSpec, RowAxis
+from cupy_headnorm._plans.specialisation import ARRAYS, Real, Struct, fields
+from cupy_headnorm._rules.axes import RowAxis
+from cupy_headnorm._rules.norm import NormCall, NormSpec
 
 GROUP_THREADS = 256
 """Threads a block at most where rows share it; the kernels are compiled for this bound."""
@@ -36,23 +38,20 @@ Contiguous arrays have 1, slices of model tensors 3 at most. Fewer are faster: 1
 128, bfloat16, H100: 1.42 us with room for 8, 1.38 for 3, 1.36 for 1; 64 tokens 2.48, 2.39, 2.32."""
 
 
-def _widest_access(call: NormCall, vector: int, names: tuple[str, str]) -> int:
+def _access(call: NormCall, vector: int, names: tuple[str, str]) -> int:
     """Return the most elements at once that the named arrays' alignment allows, up to a vector."""
     spec = call.spec
-    dtypes = {"x": spec.x, "out": spec.x, "weight": spec.weight, "bias": spec.bias}
-    alignments = dict(zip(dtypes, call.alignments, strict=True))
-    for name in names:
-        dtype, alignment = dtypes[name], alignments[name]
-        if dtype is None:
-            continue
-        if alignment < dtype.itemsize:
-            raise ValueError(
-                f"{name} has rows aligned to {alignment} bytes; needs {dtype.itemsize}, "
-                f"the size of its {dtype} elements"
-            )
-        while min(vector * dtype.itemsize, 16) > alignment:
-            vector //= 2
+    dtypes = (spec.x, spec.x, spec.weight, spec.bias)
+    for name, dtype, alignment in zip(ARRAYS, dtypes, call.alignments, strict=True):
+        if name in names and dtype is not None:
+            size = f"the size of its {dtype} elements"
+            vector = geometry.widest_access(vector, alignment, dtype.itemsize, f"{name} has", size)
     return vector
+
+
+def _in_elements(config: LaunchConfig, spec: NormSpec) -> tuple[int, int]:
+    """Return the elements of a vector and of an access."""
+    return config.vector_bytes // spec.x.itemsize, config.access_bytes // spec.x.itemsize
 
 
 def check_config(config: LaunchConfig, spec: NormSpec, limits: DeviceLimits) -> None:
@@ -86,12 +85,12 @@ def check_config(config: LaunchConfig, spec: NormSpec, limits: DeviceLimits) -> 
 
 def check_call(call: NormCall, config: LaunchConfig) -> None:
     """Raise ValueError where one launch as `config` says cannot serve the memory of a call."""
-    itemsize = call.spec.x.itemsize
-    widest = itemsize * _widest_access(call, config.vector_bytes // itemsize, ("x", "out"))
-    if config.access_bytes > widest:
+    vector, access = _in_elements(config, call.spec)
+    widest = _access(call, vector, ("x", "out"))
+    if access > widest:
         raise ValueError(
-            f"access_bytes is {config.access_bytes}; needs {widest} at most for rows aligned to "
-            f"{call.alignments[:2]} bytes (x, out)"
+            f"access_bytes is {config.access_bytes}; needs {widest * call.spec.x.itemsize} at most "
+            f"for rows aligned to {call.alignments[:2]} bytes (x, out)"
         )
     if call.spec.head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim is {call.spec.head_dim}; needs {MAX_HEAD_DIM} at most on a GPU")
@@ -116,8 +115,8 @@ def memory_of(call: NormCall, config: LaunchConfig) -> Memory:
     """Say which kernel serves the memory of a call."""
     few_rows = call.rows <= MAX_FEW_ROWS
     axes = next(n for n in AXES if len(call.axes) <= n and (n != FEW_AXES or few_rows))
-    vector = config.vector_bytes // call.spec.x.itemsize
-    return Memory(axes, _widest_access(call, vector, ("weight", "bias")))
+    vector, _ = _in_elements(config, call.spec)
+    return Memory(axes, _access(call, vector, ("weight", "bias")))
 
 
 def check_rows(rows: int, config: LaunchConfig) -> None:
@@ -131,17 +130,18 @@ def check_rows(rows: int, config: LaunchConfig) -> None:
 def plan(call: NormCall, limits: DeviceLimits = DeviceLimits()) -> LaunchConfig:
     """Choose how to run `call`."""
     spec = call.spec
-    vector_bytes, lanes, vectors = geometry.row_geometry(spec.head_dim, spec.x.itemsize)
+    itemsize = spec.x.itemsize
+    vector, lanes, vectors = geometry.row_geometry(spec.head_dim, itemsize)
     # Blocks of 128 threads were as fast as 256 (H100, 64 MB). Smaller ones do not help where
     # multiprocessors idle either: 1 token x 32 heads x 128, bfloat16, 16 lanes a row: 1.54 us with
     # 8 rows a block, 1.58 with 2, 1.60 with 1 (a copy 1.21).
     rows_per_block = 4 * WARP // lanes if lanes <= WARP else 1
     config = LaunchConfig(
-        vector_bytes,
+        vector * itemsize,
         lanes,
         vectors,
         rows_per_block,
-        spec.x.itemsize * _widest_access(call, vector_bytes // spec.x.itemsize, ("x", "out")),
+        itemsize * _access(call, vector, ("x", "out")),
     )
     check_config(config, spec, limits)
     check_call(call, config)
@@ -150,32 +150,24 @@ def plan(call: NormCall, limits: DeviceLimits = DeviceLimits()) -> LaunchConfig:
 
 def macros(spec: NormSpec, config: LaunchConfig, memory: Memory) -> dict[str, str]:
     """Return the ``HN_*`` macros of one specialisation of ``head_norm.cu``."""
-    itemsize = spec.x.itemsize
-    vector = config.vector_bytes // itemsize
-    shared_block = config.lanes <= geometry.WARP
+    vector, access = _in_elements(config, spec)
+    shared_block = config.lanes <= WARP
     capped = (
         shared_block
         and not spec.bias
-        and config.access_bytes == config.vector_bytes
+        and access == vector
         and vector * config.vectors_per_lane <= GROUP_BLOCKS_VALUES
     )
     name = spec.name
-    if config.access_bytes != config.vector_bytes:
+    if access != vector:
         name += f"_access{config.access_bytes}"
     if (spec.weight or spec.bias) and memory.parameter_access != vector:
         name += f"_parameter_access{memory.parameter_access}"
     if memory.axes > 1:
         name += f"_axes{memory.axes}"
-    return {
-        "HN_NAME": name,
-        "HN_KIND": spec.kind,
-        "HN_ROUNDING": spec.rounding,
-        "HN_X": spec.x.cuda,
-        "HN_WEIGHT": spec.weight.cuda if spec.weight else "headnorm::None",
-        "HN_BIAS": spec.bias.cuda if spec.bias else "headnorm::None",
-        "HN_HEAD_DIM": str(spec.head_dim),
+    return specialisation.macros(spec, name) | {
         "HN_VEC": str(vector),
-        "HN_ACCESS": str(config.access_bytes // itemsize),
+        "HN_ACCESS": str(access),
         "HN_PARAMETER_ACCESS": str(memory.parameter_access),
         "HN_LANES": str(config.lanes),
         "HN_VECTORS": str(config.vectors_per_lane),
@@ -194,53 +186,40 @@ class _Axis(ctypes.Structure):
     """``headnorm::RowAxis``."""
 
     _fields_ = [
-        ("size", ctypes.c_int64),
-        ("x", ctypes.c_int64),
-        ("out", ctypes.c_int64),
-        ("weight", ctypes.c_int64),
-        ("bias", ctypes.c_int64),
-        ("multiplier", ctypes.c_uint32),
-        ("shift", ctypes.c_uint32),
+        *fields(ctypes.c_int64, "size", *ARRAYS),
+        *fields(ctypes.c_uint32, "multiplier", "shift"),
     ]
 
 
-def _params_type(real: type[ctypes.c_float | ctypes.c_double], axes: int) -> type[ctypes.Structure]:
+def _params_type(real: Real, axes: int) -> Struct:
     class Params(ctypes.Structure):
         """``headnorm::Params``."""
 
         _fields_ = [
-            ("x", ctypes.c_uint64),
-            ("out", ctypes.c_uint64),
-            ("weight", ctypes.c_uint64),
-            ("bias", ctypes.c_uint64),
+            *fields(ctypes.c_uint64, *ARRAYS),
             ("rows", ctypes.c_int64),
             ("axis", _Axis * axes),
             ("rows_per_block", ctypes.c_int32),
-            ("eps", real),
-            ("weight_offset", real),
+            *fields(real, "eps", "weight_offset"),
         ]
 
     return Params
 
 
-_PARAMS = {
-    (name, axes): _params_type(real, axes)
-    for name, real in (("float32", ctypes.c_float), ("float64", ctypes.c_double))
-    for axes in AXES
-}
+_PARAMS = specialisation.by_accumulate(_params_type, AXES)
 
 
 def _params(call: NormCall, config: LaunchConfig, axes: int) -> Any:
-    params = _PARAMS[call.spec.x.accumulate.name, axes]()
-    params.rows = call.rows
-    params.rows_per_block = config.rows_per_block
-    params.eps = call.eps
-    params.weight_offset = call.weight_offset
-    unneeded = [RowAxis(1, 0, 0, 0, 0)] * (axes - len(call.axes))
+    params = _PARAMS[call.spec.x.accumulate.name, axes](
+        rows=call.rows,
+        rows_per_block=config.rows_per_block,
+        eps=call.eps,
+        weight_offset=call.weight_offset,
+    )
+    unneeded = [RowAxis(1)] * (axes - len(call.axes))
     for place, axis in zip(params.axis, (*unneeded, *reversed(call.axes)), strict=True):
-        divider = geometry.division(axis.size) if axis.size < 2**31 else (0, 0)
         place.size, place.x, place.out, place.weight, place.bias = axis
-        place.multiplier, place.shift = divider
+        place.multiplier, place.shift = geometry.division(axis.size)
     return params
 
 
@@ -266,26 +245,18 @@ def prepare(call: NormCall, index: int, stream: int, config: LaunchConfig | None
         check_config(config, call.spec, compiler.limits(index))
         check_call(call, config)
     memory = memory_of(call, config)
-    function = _function(call.spec, config, memory, index, stream)
     params = _params(call, config, memory.axes)
     blocks = config.blocks(call.rows)
-    return Launch(function.ptr, blocks, config.threads, index, params, _WORDS, 0, config, call.spec)
-
-
-def _function(spec: NormSpec, config: LaunchConfig, memory: Memory, index: int, stream: int) -> Any:
-    # rows_per_block is a run-time argument: every number of rows runs one kernel.
-    key = (spec, config.vector_bytes, config.lanes, config.vectors_per_lane, config.access_bytes)
 
     def make() -> Any:
-        # CUDA loads a function lazily, at its first launch, which a capture forbids: launch it
-        # here over no rows.
-        empty = _PARAMS[spec.x.accumulate.name, memory.axes](rows=0, rows_per_block=1)
-        for axis in empty.axis:
-            axis.size = 1
-        options = compile_options(spec, config, memory)
+        options = compile_options(call.spec, config, memory)
+        empty = specialisation.of_no_rows(type(params))
         return compiler.compiled("head_norm.cu", options, empty, config.threads, index)
 
-    return compiler.loaded((*key, memory, index), stream, make)
+    # rows_per_block is a run-time argument: every number of rows runs one kernel.
+    compiled_for = (*_in_elements(config, call.spec), config.lanes, config.vectors_per_lane)
+    function = compiler.loaded((call.spec, *compiled_for, memory, index), stream, make)
+    return Launch(function.ptr, blocks, config.threads, index, params, _WORDS, 0, config, call.spec)
 
 
 def over(launch: Launch, before: int, after: int) -> Launch | None:

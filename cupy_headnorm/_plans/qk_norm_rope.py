@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import struct
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from cupy_headnorm._cuda import compiler
 from cupy_headnorm._cuda.launcher import Launch
-from cupy_headnorm._plans import geometry
+from cupy_headnorm._plans import geometry, parts_params, specialisation
 from cupy_headnorm._plans.geometry import WARP
-from cupy_headnorm._rules.parts import PARTS, PartsCall, PartsSpec, TokenAxis
+from cupy_headnorm._plans.parts_params import STRUCT
+from cupy_headnorm._plans.specialisation import NONE
+from cupy_headnorm._rules.axes import PARTS, TokenAxis
+from cupy_headnorm._rules.parts import PartsCall, PartsSpec
 
 AXES = (2, geometry.FEW_AXES, 8)
 """Axes that kernels are compiled for: those of the tokens, and one for the groups of a token."""
@@ -62,80 +64,98 @@ class PartsConfig(NamedTuple):
         """Threads a block."""
         return -(-self.lanes * self.groups_per_block // WARP) * WARP
 
-    def groups_of(self, num_heads: int) -> int:
-        """Return how many groups walk the heads of one part of a token."""
-        return -(-num_heads // self.heads_per_group)
+    def blocks(self, groups: int) -> int:
+        """Return how many blocks cover `groups`."""
+        return -(-groups // self.groups_per_block)
 
 
 def plan(call: PartsCall) -> PartsConfig:
     """Choose how to run `call`; ValueError where one kernel cannot."""
     spec = call.spec
+    vector, lanes, vectors, fold = _row(spec)
+    heads_per_group = _heads_per_group(spec, call.tokens * _heads(call), lanes)
+    of_parameters = [
+        geometry.widest_access(vector, alignment, dtype.itemsize, "weights or biases have")
+        for dtype, alignment in call.parameters
+    ]
+    of_tables = 1
+    if spec.rope:
+        itemsize = spec.rope.table.itemsize
+        alignment = call.table_alignment
+        of_tables = geometry.widest_access(vector, alignment, itemsize, "cos and sin have")
     itemsize = spec.x.itemsize
-    vector_bytes, lanes, vectors = geometry.row_geometry(spec.head_dim, itemsize)
-    vector = vector_bytes // itemsize
+    config = PartsConfig(
+        vector,
+        lanes,
+        vectors,
+        fold,
+        geometry.widest_access(vector, call.alignment, itemsize, "q, k, v or out have"),
+        min(of_parameters, default=1),
+        of_tables,
+        heads_per_group,
+        GROUP_THREADS // lanes if lanes <= WARP else 1,
+        _axes(call, heads_per_group),
+    )
+    _check(call, config)
+    return config
+
+
+def _row(spec: PartsSpec) -> tuple[int, int, int, int]:
+    """Return the elements of a vector, lanes, vectors of a lane, and what each lane folds."""
+    itemsize = spec.x.itemsize
+    vector, lanes, vectors = geometry.row_geometry(spec.head_dim, itemsize)
     if vector * lanes * vectors < spec.head_dim:
         raise ValueError(
             f"head_dim is {spec.head_dim}; needs {ANY_HEAD_DIM[itemsize]} at most for {spec.x}"
         )
-    fold = 1
     if 2 <= lanes <= WARP and 2 * vectors * vector <= FOLDED_VALUES:
-        fold, lanes, vectors = 2, lanes // 2, vectors * 2
+        return vector, lanes // 2, vectors * 2, 2
+    return vector, lanes, vectors, 1
+
+
+def _heads(call: PartsCall) -> int:
+    """Return how many heads a token has, as many as the kernel can count."""
     heads = sum(part.num_heads for part in call.parts)
     if heads > MAX_HEADS:
         each = " + ".join(str(part.num_heads) for part in call.parts)
         raise ValueError(
             f"q, k and v have {each} heads, {heads} in all; needs {MAX_HEADS} at most on a GPU"
         )
-    heads_per_group = _heads_per_group(spec, call.tokens * heads, lanes)
-    groups_per_block = GROUP_THREADS // lanes if lanes <= WARP else 1
-    of_parameters = [
-        _access("weights or biases", found, vector, dtype.itemsize)
-        for dtype, found in call.parameters
-    ]
-    of_tables = 1
-    if spec.rope:
-        table = spec.rope.table
-        of_tables = _access("cos and sin", call.table_alignment, vector, table.itemsize)
-    config = PartsConfig(
-        vector,
-        lanes,
-        vectors,
-        fold,
-        _access("q, k, v or out", call.alignment, vector, itemsize),
-        min(of_parameters, default=1),
-        of_tables,
-        heads_per_group,
-        groups_per_block,
-        0,
-    )
-    groups = call.tokens * sum(config.groups_of(part.num_heads) for part in call.parts)
-    few = groups <= geometry.MAX_FEW_ROWS
+    return heads
+
+
+def _axes(call: PartsCall, heads_per_group: int) -> int:
+    """Return for how many axes the kernel is compiled."""
     if len(call.axes) + 1 > AXES[-1]:
         raise ValueError(
             f"the tokens have {len(call.axes)} axes that no common stride joins; "
             f"needs {AXES[-1] - 1} at most"
         )
     # One axis of tokens counts in 32 bits too: its groups are an axis beside it.
-    axes = next(n for n in AXES if len(call.axes) < n and (few or n == AXES[-1]))
-    blocks = -(-groups // groups_per_block)
+    few = call.tokens * _ends(call, heads_per_group)[-1] <= geometry.MAX_FEW_ROWS
+    return next(n for n in AXES if len(call.axes) < n and (few or n == AXES[-1]))
+
+
+def _ends(call: PartsCall, heads_per_group: int) -> list[int]:
+    """Return how many groups walk a token's heads up to the end of each part."""
+    return list(accumulate(-(-part.num_heads // heads_per_group) for part in call.parts))
+
+
+def _check(call: PartsCall, config: PartsConfig) -> None:
+    """Raise ValueError where one launch has not as many blocks, or a block not the memory."""
+    spec = call.spec
+    blocks = config.blocks(call.tokens * _ends(call, config.heads_per_group)[-1])
     if blocks > geometry.MAX_BLOCKS:
         raise ValueError(
             f"{call.tokens} tokens take {blocks} blocks; needs {geometry.MAX_BLOCKS} at most"
         )
-    shared = 2 * lanes * vectors * vector * groups_per_block * itemsize
+    row = config.lanes * config.vectors * config.vector
+    shared = 2 * row * config.groups_per_block * spec.x.itemsize
     if spec.rope and shared > SHARED_BYTES:
         raise ValueError(
             f"head_dim is {spec.head_dim}, which takes {shared} bytes of shared memory to turn; "
             f"needs {SHARED_BYTES} at most"
         )
-    return config._replace(axes=axes)
-
-
-def serves(config: PartsConfig, spec: PartsSpec, heads: int, groups: int) -> bool:
-    """Tell whether a call's configuration is that of another number of heads, of all tokens."""
-    alike = config.heads_per_group == _heads_per_group(spec, heads, config.lanes)
-    counted = groups <= geometry.MAX_FEW_ROWS or config.axes == AXES[-1]
-    return alike and counted and -(-groups // config.groups_per_block) <= geometry.MAX_BLOCKS
 
 
 def _heads_per_group(spec: PartsSpec, heads: int, lanes: int) -> int:
@@ -150,23 +170,12 @@ def _turned_by(spec: PartsSpec) -> str:
     return "given" if spec.rope.position is None and spec.rope.every_op else "positions"
 
 
-def blocks(spec: PartsSpec, config: PartsConfig) -> int:
+def _resident_blocks(spec: PartsSpec, config: PartsConfig) -> int:
     """Return how many blocks a multiprocessor must have room for: that caps the registers."""
     small = config.vector * config.vectors <= FOLDED_VALUES and config.access == config.vector
     given = _turned_by(spec) == "given"
     capped = small and given and spec.x.itemsize == 2 and not spec.bias and config.lanes <= WARP
     return GROUP_BLOCKS if capped else 1
-
-
-def _access(names: str, alignment: int, vector: int, itemsize: int) -> int:
-    """Return the most elements at once that an alignment allows, up to a vector."""
-    if alignment < itemsize:
-        raise ValueError(
-            f"{names} have rows aligned to {alignment} bytes; needs {itemsize}, an element's size"
-        )
-    while min(vector * itemsize, 16) > alignment:
-        vector //= 2
-    return vector
 
 
 def macros(spec: PartsSpec, config: PartsConfig) -> dict[str, str]:
@@ -175,16 +184,9 @@ def macros(spec: PartsSpec, config: PartsConfig) -> dict[str, str]:
     name = spec.name
     if config.access != config.vector:
         name += f"_access{config.access}"
-    found = {
-        "HN_NAME": name,
-        "HN_KIND": spec.kind,
-        "HN_ROUNDING": spec.rounding,
-        "HN_X": spec.x.cuda,
-        "HN_WEIGHT": spec.weight.cuda if spec.weight else "headnorm::None",
-        "HN_BIAS": spec.bias.cuda if spec.bias else "headnorm::None",
+    found = specialisation.macros(spec.norm, name) | {
         "HN_OFFSET": str(spec.offset).lower(),
         "HN_ALIKE": str(spec.alike).lower(),
-        "HN_HEAD_DIM": str(spec.head_dim),
         "HN_VEC": str(config.vector),
         "HN_ACCESS": str(config.access),
         "HN_PARAMETER_ACCESS": str(config.parameter_access),
@@ -192,7 +194,7 @@ def macros(spec: PartsSpec, config: PartsConfig) -> dict[str, str]:
         "HN_VECTORS": str(config.vectors),
         "HN_FOLD": str(config.fold),
         "HN_THREADS": str(config.threads),
-        "HN_BLOCKS": str(blocks(spec, config)),
+        "HN_BLOCKS": str(_resident_blocks(spec, config)),
         "HN_AXES": str(config.axes),
         "HN_ROPE": "none",
         "HN_ROPE_FIRST": "false",
@@ -201,7 +203,7 @@ def macros(spec: PartsSpec, config: PartsConfig) -> dict[str, str]:
         "HN_TABLE": "float",
         "HN_WHOLE_ROWS": "false",
         "HN_TABLE_ACCESS": "1",
-        "HN_POSITION": "headnorm::None",
+        "HN_POSITION": NONE,
         "HN_SECTIONS": "none",
         "HN_SECTION_SIZES": "0",
     }
@@ -217,7 +219,7 @@ def macros(spec: PartsSpec, config: PartsConfig) -> dict[str, str]:
             "HN_TABLE": rope.table.cuda,
             "HN_WHOLE_ROWS": str(rope.whole_rows).lower(),
             "HN_TABLE_ACCESS": str(config.table_access),
-            "HN_POSITION": rope.position.cuda if rope.position else "headnorm::None",
+            "HN_POSITION": rope.position.cuda if rope.position else NONE,
             "HN_SECTIONS": sections,
             "HN_SECTION_SIZES": ",".join(map(str, rope.sections)) or "0",
         }
@@ -229,95 +231,31 @@ def compile_options(spec: PartsSpec, config: PartsConfig) -> tuple[str, ...]:
     return compiler.options_of(macros(spec, config))
 
 
-_NAMES = ("x", "out", "weight", "bias")
-_WORDS = struct.Struct("4Q4q" * PARTS + "3Q")
-"""``headnorm::PartsParams`` from its parts up to the addresses of cosines, sines and positions."""
-PART_WORDS = tuple(range(8 * part, 8 * part + 4) for part in range(PARTS))
-"""Places of each part's x, out, weight and bias among the words of a launch; its strides follow."""
-WORDS = 8 * PARTS + 3
-COS, SIN, POSITIONS = range(8 * PARTS, WORDS)
-
-
-class _Part(ctypes.Structure):
-    """``headnorm::Part``."""
-
-    _fields_ = [
-        *((name, ctypes.c_uint64) for name in _NAMES),
-        *((f"head_{name}", ctypes.c_int64) for name in _NAMES),
-    ]
-
-
-class _Axis(ctypes.Structure):
-    """``headnorm::TokenAxis``."""
-
-    _fields_ = [
-        ("size", ctypes.c_int64),
-        ("multiplier", ctypes.c_uint32),
-        ("shift", ctypes.c_uint32),
-        ("x", ctypes.c_int64 * PARTS),
-        ("out", ctypes.c_int64 * PARTS),
-        ("position", ctypes.c_int64),
-        ("table", ctypes.c_int64),
-    ]
-
-
-def _params_type(real: type[ctypes.c_float | ctypes.c_double], axes: int) -> type[ctypes.Structure]:
-    class Scalars(ctypes.Structure):
-        _fields_ = [
-            ("groups", ctypes.c_int64),
-            *((name, ctypes.c_int32) for name in ("heads_per_group", "groups_per_block")),
-            *((name, ctypes.c_int32 * PARTS) for name in ("groups_end", "num_heads", "turned")),
-            *((name, real * PARTS) for name in ("eps", "weight_offset")),
-        ]
-
-    class Params(Scalars):
-        """``headnorm::PartsParams``."""
-
-        _fields_ = [
-            ("unused", ctypes.c_uint8 * (-ctypes.sizeof(Scalars) % _PART_ALIGNMENT)),
-            ("part", _Part * PARTS),
-            *((name, ctypes.c_uint64) for name in ("cosines", "sines", "positions")),
-            *((name, ctypes.c_int64) for name in ("position_row", "table_row", "max_position")),
-            ("axis", _Axis * axes),
-        ]
-
-    return Params
-
-
-_PART_ALIGNMENT = 16
-_PARAMS = {
-    (name, axes): _params_type(real, axes)
-    for name, real in (("float32", ctypes.c_float), ("float64", ctypes.c_double))
-    for axes in AXES
-}
+_PARAMS = specialisation.by_accumulate(parts_params.params_type, AXES)
 
 
 def _params(call: PartsCall, config: PartsConfig) -> Any:
-    params = _PARAMS[call.spec.x.accumulate.name, config.axes]()
-    params.position_row = call.position_row
-    params.table_row = call.table_row
-    params.max_position = call.max_position
-    params.heads_per_group = config.heads_per_group
-    params.groups_per_block = config.groups_per_block
-    groups = 0
-    for i in range(PARTS):
-        if i < len(call.parts):
-            part, array = call.parts[i], params.part[i]
-            groups += config.groups_of(part.num_heads)
-            array.head_x, array.head_out, array.head_weight, array.head_bias = part[1:5]
-            params.num_heads[i], params.turned[i] = part.num_heads, part.turned
-            params.eps[i], params.weight_offset[i] = part.eps, part.weight_offset
-        params.groups_end[i] = groups
-    params.groups = call.tokens * groups
-    none = (0,) * len(call.parts)
-    unneeded = [TokenAxis(1, none, none, 0, 0)] * (config.axes - 1 - len(call.axes))
-    of_groups = TokenAxis(groups, none, none, 0, 0)
-    axes = (of_groups, *unneeded, *reversed(call.axes))
+    ends = _ends(call, config.heads_per_group)
+    params: Any = _PARAMS[call.spec.x.accumulate.name, config.axes](
+        groups=call.tokens * ends[-1],
+        heads_per_group=config.heads_per_group,
+        groups_per_block=config.groups_per_block,
+        groups_end=(*ends, *ends[-1:] * (PARTS - len(ends))),
+        position_row=call.position_row,
+        table_row=call.table_row,
+        max_position=call.max_position,
+    )
+    for i, part in enumerate(call.parts):
+        array = params.part[i]
+        array.head_x, array.head_out, array.head_weight, array.head_bias = part[1:5]
+        params.num_heads[i], params.turned[i] = part.num_heads, part.turned
+        params.eps[i], params.weight_offset[i] = part.eps, part.weight_offset
+    unneeded = [TokenAxis(1)] * (config.axes - 1 - len(call.axes))
+    axes = (TokenAxis(ends[-1]), *unneeded, *reversed(call.axes))
     for place, axis in zip(params.axis, axes, strict=True):
         place.size, place.position, place.table = axis.size, axis.position, axis.table
         place.x[: len(axis.x)], place.out[: len(axis.out)] = axis.x, axis.out
-        if axis.size < 2**31:
-            place.multiplier, place.shift = geometry.division(axis.size)
+        place.multiplier, place.shift = geometry.division(axis.size)
     return params
 
 
@@ -331,20 +269,18 @@ def prepare(call: PartsCall, index: int, stream: int, config: PartsConfig | None
         It is new while `stream` is captured.
     """
     config = plan(call) if config is None else config
+    params = _params(call, config)
     options = compile_options(call.spec, config)
 
     def make() -> Any:
-        empty = _PARAMS[call.spec.x.accumulate.name, config.axes]()
-        for axis in empty.axis:
-            axis.size = 1
+        empty = specialisation.of_no_rows(type(params))
         return compiler.compiled("qk_norm_rope.cu", options, empty, config.threads, index)
 
     function = compiler.loaded((call.spec, options, index), stream, make)
-    params = _params(call, config)
-    blocks = -(-params.groups // config.groups_per_block)
+    blocks = config.blocks(params.groups)
     at = type(params).part.offset
     return Launch(
-        function.ptr, blocks, config.threads, index, params, _WORDS, at, config, call.spec
+        function.ptr, blocks, config.threads, index, params, STRUCT, at, config, call.spec
     )
 
 
@@ -357,7 +293,9 @@ def over(launch: Launch, before: int, after: int) -> Launch | None:
     config, params = launch.config, type(launch.params).from_buffer_copy(launch.params)
     groups = params.groups // before * after
     heads = groups // params.groups_end[PARTS - 1] * sum(params.num_heads)
-    if not serves(config, launch.spec, heads, groups):
+    alike = config.heads_per_group == _heads_per_group(launch.spec, heads, config.lanes)
+    counted = groups <= geometry.MAX_FEW_ROWS or config.axes == AXES[-1]
+    if not alike or not counted or config.blocks(groups) > geometry.MAX_BLOCKS:
         return None
     params.groups = groups
-    return launch._replace(blocks=-(-groups // config.groups_per_block), params=params)
+    return launch._replace(blocks=config.blocks(groups), params=params)

@@ -9,6 +9,7 @@ from cupy_headnorm._arrays.dtypes import DType
 from cupy_headnorm._arrays.layout import Layout
 from cupy_headnorm._rules import heads as head_rules
 from cupy_headnorm._rules import options
+from cupy_headnorm._rules.axes import RowAxis, merged
 from cupy_headnorm._rules.options import Kind, NormOptions, Rounding
 
 
@@ -22,27 +23,18 @@ class NormSpec(NamedTuple):
     head_dim: int
     rounding: Rounding
 
+    def words(self, kernel: str) -> list[str]:
+        """Return what the name of `kernel` tells of the norm."""
+        words = [kernel, self.kind, self.x.short]
+        words.append(self.weight.short if self.weight else "unweighted")
+        words += [f"bias_{self.bias.short}"] if self.bias else []
+        words.append(f"d{self.head_dim}")
+        return words + ([self.rounding] if self.rounding != "once" else [])
+
     @property
     def name(self) -> str:
         """The kernel's name in a profiler: ``head_norm_rms_bf16_f32_d128``."""
-        parts = ["head_norm", self.kind, self.x.short]
-        parts.append(self.weight.short if self.weight else "unweighted")
-        if self.bias:
-            parts.append(f"bias_{self.bias.short}")
-        parts.append(f"d{self.head_dim}")
-        if self.rounding != "once":
-            parts.append(self.rounding)
-        return "_".join(parts)
-
-
-class RowAxis(NamedTuple):
-    """One axis of the grid of rows: its length and each array's stride along it, in bytes."""
-
-    size: int
-    x: int
-    out: int
-    weight: int
-    bias: int
+        return "_".join(self.words("head_norm"))
 
 
 class NormCall(NamedTuple):
@@ -56,18 +48,6 @@ class NormCall(NamedTuple):
     weight_offset: float
     alignments: tuple[int, int, int, int]
     """Largest power of two, at most 16, dividing every row's address in x, out, weight, bias."""
-
-
-def _merged(axes: list[RowAxis]) -> tuple[RowAxis, ...]:
-    """Order axes as the result lies in memory and merge neighbours that step as one."""
-    merged: list[RowAxis] = []
-    for inner in sorted((a for a in axes if a.size != 1), key=lambda a: -abs(a.out)):
-        outer = merged[-1] if merged else None
-        if outer and all(o == i * inner.size for o, i in zip(outer[1:], inner[1:], strict=True)):
-            merged[-1] = RowAxis(outer.size * inner.size, *inner[1:])
-        else:
-            merged.append(inner)
-    return tuple(merged) or (RowAxis(1, 0, 0, 0, 0),)
 
 
 def describe(
@@ -118,7 +98,7 @@ def describe(
         step = head_dim * x.dtype.itemsize
         axes.append(RowAxis(x.shape[-1] // head_dim, step, step, weight_stride, bias_stride))
     rows = math.prod(axis.size for axis in axes)
-    axes_merged = _merged(axes) if rows else ()
+    axes_merged = merged(axes, RowAxis(1)) if rows else ()
 
     def alignment(layout: Layout | None, strides: list[int]) -> int:
         return math.gcd(layout.alignment, *strides) if layout else 16

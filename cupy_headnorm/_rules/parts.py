@@ -15,11 +15,10 @@ from cupy_headnorm._arrays.dtypes import DType
 from cupy_headnorm._arrays.layout import Layout
 from cupy_headnorm._rules import heads, rotary
 from cupy_headnorm._rules import options as option_rules
+from cupy_headnorm._rules.axes import TokenAxis, merged
+from cupy_headnorm._rules.norm import NormSpec
 from cupy_headnorm._rules.options import Kind, NormOptions, Rounding
 from cupy_headnorm._rules.rotary import RopeSpec, Steps, Turning
-
-PARTS = 3
-"""As kParts in headnorm/parts.cuh."""
 
 
 class PartNorm(NamedTuple):
@@ -45,13 +44,14 @@ class PartsSpec(NamedTuple):
     rope: RopeSpec | None
 
     @property
+    def norm(self) -> NormSpec:
+        """What is computed without the rotary embedding."""
+        return NormSpec(*self[:6])
+
+    @property
     def name(self) -> str:
         """The kernel's name in a profiler."""
-        words = ["qk_norm", self.kind, self.x.short]
-        words.append(self.weight.short if self.weight else "unweighted")
-        words += [f"bias_{self.bias.short}"] if self.bias else []
-        words.append(f"d{self.head_dim}")
-        words += [self.rounding] if self.rounding != "once" else []
+        words = self.norm.words("qk_norm")
         words += ["offset"] * self.offset + ["unlike"] * (not self.alike)
         return "_".join(words + ([self.rope.name] if self.rope else []))
 
@@ -67,16 +67,6 @@ class Part(NamedTuple):
     eps: float
     weight_offset: float
     turned: bool
-
-
-class TokenAxis(NamedTuple):
-    """One axis of the tokens: its length and strides in bytes."""
-
-    size: int
-    x: tuple[int, ...]
-    out: tuple[int, ...]
-    position: int
-    table: int
 
 
 class PartsCall(NamedTuple):
@@ -148,8 +138,8 @@ def describe(
         for axis, size in enumerate(tokens_shape)
     ]
     tokens = math.prod(tokens_shape)
-    merged = _merged(axes, len(x)) if tokens else ()
-    strides = [s for axis in merged for s in (*axis.x, *axis.out)]
+    axes_merged = merged(axes, TokenAxis(1)) if tokens else ()
+    strides = [s for axis in axes_merged for s in (*axis.x, *axis.out)]
     # The stride of one head says nothing: NumPy makes it an element's where x's is 0.
     strides += [s for part in parts if part.num_heads > 1 for s in (part.x, part.out)]
     parameters = tuple(
@@ -161,14 +151,16 @@ def describe(
     return PartsCall(
         spec,
         parts,
-        merged,
+        axes_merged,
         tokens,
         steps.table_row,
         steps.position_row,
         steps.max_position,
         math.gcd(*(v.alignment for v in (*x.values(), *out.values())), *strides),
         parameters,
-        math.gcd(16, *(v.alignment for v in tables), steps.table_row, *(a.table for a in merged)),
+        math.gcd(
+            16, *(v.alignment for v in tables), steps.table_row, *(a.table for a in axes_merged)
+        ),
     )
 
 
@@ -305,23 +297,3 @@ def _part(
         norm.options.weight_offset,
         turned=False,
     )
-
-
-def _merged(axes: list[TokenAxis], parts: int) -> tuple[TokenAxis, ...]:
-    """Order axes as q's result lies in memory and merge neighbours that step as one."""
-    merged: list[TokenAxis] = []
-    for inner in sorted((a for a in axes if a.size != 1), key=lambda a: -abs(a.out[0])):
-        outer = merged[-1] if merged else None
-        if outer and all(
-            o == i * inner.size
-            for o, i in zip(
-                (*outer.x, *outer.out, outer.position, outer.table),
-                (*inner.x, *inner.out, inner.position, inner.table),
-                strict=True,
-            )
-        ):
-            merged[-1] = inner._replace(size=outer.size * inner.size)
-        else:
-            merged.append(inner)
-    none = (0,) * parts
-    return tuple(merged) or (TokenAxis(1, none, none, 0, 0),)

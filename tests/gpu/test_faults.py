@@ -31,7 +31,8 @@ from cupy_headnorm._cuda import compiler as cuda_compiler
 from cupy_headnorm._cuda import environment, once
 from cupy_headnorm._cuda.compiler import DeviceLimits
 from cupy_headnorm._plans import head_norm
-from cupy_headnorm._rules.norm import NormCall, NormSpec, RowAxis
+from cupy_headnorm._rules.axes import RowAxis
+from cupy_headnorm._rules.norm import NormCall, NormSpec
 
 D = 64
 

@@ -15,7 +15,8 @@ from cupy_headnorm._cuda import compiler
 from cupy_headnorm._plans import head_norm, qk_norm_rope
 from cupy_headnorm._plans.head_norm import AXES
 from cupy_headnorm._rules import parts
-from cupy_headnorm._rules.norm import NormCall, NormSpec, RowAxis
+from cupy_headnorm._rules.axes import RowAxis
+from cupy_headnorm._rules.norm import NormCall, NormSpec
 from cupy_headnorm._rules.rotary import Turning
 from cupy_headnorm.headnorm import inside
 

@@ -26,7 +26,7 @@ from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.dtypes import DTYPES, INT32, INT64
 from cupy_headnorm._cuda import compiler, launcher
 from cupy_headnorm._cuda.launcher import Launch
-from cupy_headnorm._plans import geometry, head_norm, qk_norm_rope
+from cupy_headnorm._plans import geometry, head_norm, parts_params, qk_norm_rope
 from cupy_headnorm._rules.norm import NormSpec
 
 ITEMSIZE = {dtype.cuda: dtype.itemsize for dtype in (*DTYPES, INT32, INT64)}
@@ -198,8 +198,8 @@ class _Device:
         found = self.find("qk_norm_rope.cu", qk_norm_rope.macros(call.spec, config))
         config = config._replace(axes=int(dict(found.macros)["HN_AXES"]))
         params = qk_norm_rope._params(call, config)
-        blocks = -(-params.groups // config.groups_per_block)
-        words = qk_norm_rope._WORDS, type(params).part.offset
+        blocks = config.blocks(params.groups)
+        words = parts_params.STRUCT, type(params).part.offset
         return Launch(found, blocks, config.threads, index, params, *words, config, call.spec)
 
     def packed(self, launch):

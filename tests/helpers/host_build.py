@@ -101,9 +101,9 @@ class Norm(NamedTuple):
         itemsize = self.spec.x.itemsize
         config = self.config
         if config is None:
-            geometry = row_geometries.row_geometry(self.spec.head_dim, itemsize)
-            rows = max(1, 4 * row_geometries.WARP // geometry[1])
-            config = LaunchConfig(*geometry, rows, itemsize)
+            vector, lanes, vectors = row_geometries.row_geometry(self.spec.head_dim, itemsize)
+            rows = max(1, 4 * row_geometries.WARP // lanes)
+            config = LaunchConfig(vector * itemsize, lanes, vectors, rows, itemsize)
         access = {WHOLE: config.vector_bytes, ANY: itemsize}.get(self.how, self.how)
         return replace(config, access_bytes=access)
 

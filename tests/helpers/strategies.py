@@ -214,7 +214,7 @@ def shifts(draw, unit, whole):
 def alignment_of(head_dim, itemsize, access=None):
     """Return the bytes of `access` elements; where that is None, of what a lane owns together."""
     if access is None:
-        return geometry.row_geometry(head_dim, itemsize)[0]
+        access, *_ = geometry.row_geometry(head_dim, itemsize)
     return access * itemsize
 
 

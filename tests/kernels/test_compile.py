@@ -9,7 +9,8 @@ from cases import covering_specs
 from cupy_headnorm._arrays.dtypes import FLOAT16
 from cupy_headnorm._cuda import source as kernel_source
 from cupy_headnorm._plans import geometry, head_norm
-from cupy_headnorm._rules.norm import NormCall, NormSpec, RowAxis
+from cupy_headnorm._rules.axes import RowAxis
+from cupy_headnorm._rules.norm import NormCall, NormSpec
 
 GATE = (75, 90, 120)
 ALL = (75, 80, 86, 89, 90, 100, 120)

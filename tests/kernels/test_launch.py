@@ -13,7 +13,8 @@ from cupy_headnorm._cuda.compiler import DeviceLimits
 from cupy_headnorm._plans import geometry, head_norm, qk_norm_rope
 from cupy_headnorm._plans.geometry import LaunchConfig
 from cupy_headnorm._rules import parts as part_rules
-from cupy_headnorm._rules.norm import NormCall, NormSpec, RowAxis
+from cupy_headnorm._rules.axes import RowAxis
+from cupy_headnorm._rules.norm import NormCall, NormSpec
 from cupy_headnorm._rules.options import options
 from cupy_headnorm._rules.rotary import Turning
 

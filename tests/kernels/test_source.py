@@ -93,7 +93,7 @@ def test_params_lie_as_in_rows_cuh():
 
 def test_a_launch_holds_its_axes_and_any_number_of_rows(monkeypatch):
     monkeypatch.setattr(compiler, "limits", lambda index: compiler.DeviceLimits())
-    monkeypatch.setattr(head_norm, "_function", lambda *_: SimpleNamespace(ptr=7))
+    monkeypatch.setattr(compiler, "loaded", lambda *_: SimpleNamespace(ptr=7))
     device = Device("cuda", 0)
     x = Layout((4, 3, 64), (5 * 256, 256, 4), FLOAT32, device, 16)  # of a packed buffer
     out = x._replace(strides=(3 * 256, 256, 4))
