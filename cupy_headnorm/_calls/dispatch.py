@@ -18,7 +18,7 @@ from cupy_headnorm._arrays.find import quick
 from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._arrays.views import ArrayView
 from cupy_headnorm._calls import operands, remembered
-from cupy_headnorm._calls.operands import IN_PLACE, NEW, Beside, Given, Operation
+from cupy_headnorm._calls.operands import GIVEN, IN_PLACE, NEW, Beside, Given, Operation
 from cupy_headnorm._calls.parameters import HeldNorm, Norm
 from cupy_headnorm._calls.remembered import thread
 from cupy_headnorm._cuda import compiler, environment, launcher, memory
@@ -36,24 +36,30 @@ def lane(norm: HeldNorm, x: Any, out: Any) -> Any:
         bound = norm.ready.get(key[0])
         if bound is not None:
             stream = library.stream(key[0])  # that on which a result is made, too
+            identity, (weight, bias), _ = bound
             if out is x:
-                call = thread.calls.get((bound[0], IN_PLACE, key))
+                call = thread.calls.get((identity, IN_PLACE, key))
                 if call is not None:
-                    weight, bias = bound[1]
                     call[0](stream, address, address, weight, bias)
                     library.wrote((x,))
                     return x
             elif out is None:
                 if not library.allocates_in_graphs:
                     memory.refuse_allocation(stream)
-                call = thread.calls.get((bound[0], NEW, key))
+                call = thread.calls.get((identity, NEW, key))
                 if call is not None:
                     result = call.makes[0](x)
                     target = library.address(result)
                     if target and not target & (call.alignments[0] - 1):
-                        weight, bias = bound[1]
                         call[0](stream, address, target, weight, bias)
                         return result
+            elif quick.get(type(out)) is library and (seen := library.glance(out)) is not None:
+                target, of_out = seen
+                call = thread.calls.get((identity, GIVEN, key, of_out))
+                if call is not None and remembered.lie_apart(call, address, target):
+                    call[0](stream, address, target, weight, bias)
+                    library.wrote((out,))
+                    return out
     results = None if out is None else (out,)
     return run(norm, Given((x,), _NOTHING_BESIDE, results, ()))[0]
 

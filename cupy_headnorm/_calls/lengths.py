@@ -90,16 +90,26 @@ def leads(arrays: Sequence[TokenStrides]) -> list[int]:
     lengths = arrays[0].lengths if arrays else ()
     found: list[int] = []
     for i, length in enumerate(lengths):
-        if found and (length < 2 or any(a.strides[i - 1] != length * a.strides[i] for a in arrays)):
+        if found:
+            if length < 2:
+                break
+            for array in arrays:
+                if array.strides[i - 1] != length * array.strides[i]:
+                    break
+            else:
+                found.insert(0, i)
+                continue
             break
         if length > 1:
-            found.insert(0, i)
+            found.append(i)
     if not found:
         return []
+    together = lengths[: found[0] + 1]
     for array in arrays:
-        for length, wanted in zip(array.lengths[: found[0] + 1], lengths, strict=False):
-            if length != wanted and not (array.broadcasts and length == 1):
-                return []
+        if array.lengths[: found[0] + 1] != together:
+            for length, wanted in zip(array.lengths, together, strict=False):
+                if length != wanted and not (array.broadcasts and length == 1):
+                    return []
     return found
 
 

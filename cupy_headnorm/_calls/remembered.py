@@ -72,11 +72,15 @@ def store(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -
     cache[key] = value
 
 
-def may_overlap(call: Call, seen: Seen, given: Given) -> bool:
-    """Tell whether what is written may share bytes with another array of the call."""
+def may_overlap(call: Call, seen: Seen, given: Given, *, new: bool = False) -> bool:
+    """
+    Tell whether what is written may share bytes with another array of the call.
+
+    The places of a `new` call are those of `seen`, of which nothing is known yet.
+    """
     key, addresses, _ = seen
-    first = addresses[0]
-    if call.places == tuple([address - first for address in addresses]):
+    first, places = addresses[0], () if new else call.places
+    if not new and places == tuple([address - first for address in addresses]):
         return False
     count, last = len(given.parts), len(addresses)
     ranges = [(a + low, a + high) for a, (low, high) in zip(addresses, call.reach, strict=False)]
@@ -89,12 +93,16 @@ def may_overlap(call: Call, seen: Seen, given: Given) -> bool:
             part_of_i = j == i - outs
             in_place = part_of_i and addresses[i] == addresses[j] and key[2 + i] == key[2 + j]
             if not (
-                in_place
-                or _as_before(call.places, addresses, i, j)
-                or _side_by_side(call, ranges, i, j)
+                in_place or _as_before(places, addresses, i, j) or _side_by_side(call, ranges, i, j)
             ):
                 return True
     return False
+
+
+def lie_apart(call: Call, x: int, out: int) -> bool:
+    """Tell whether one array and its result share no byte, as far as two looks tell."""
+    (low, high), (first, end) = call.reach
+    return x + high <= out + first or out + end <= x + low or call.places == (0, out - x)
 
 
 def _as_before(places: tuple[int, ...], addresses: tuple[int, ...], i: int, j: int) -> bool:
@@ -153,13 +161,10 @@ def derive(
             or lengths.but_for_lengths(of_results, lead) != known.results
         ):
             return None, None
-    call = _over_length(known.call, length, len(given.arrays))
     run, words = launcher.runner(launch)
-    call = call._replace(run=run, words=words, pick=operation.pick(given))
-    if given.results != NEW:
-        if may_overlap(call, seen, given):
-            return None, None
-        call = call._replace(places=tuple([a - addresses[0] for a in addresses]))
+    call = _over_length(known.call, run, words, operation.pick(given), length, addresses)
+    if given.results != NEW and len(addresses) > 1 and may_overlap(call, seen, given, new=True):
+        return None, None
     store(thread.calls, key, call)
     return call, results
 
@@ -184,15 +189,23 @@ def _key_of_lengths(
     return (identity, form, *lengths.but_for_lengths(strides, lead))
 
 
-def _over_length(call: Call, length: int, count: int) -> Call:
-    """Return a call over another number of tokens, with the reach of its first `count` arrays."""
-    more = length - call.length
-    reach = tuple(
-        (first + more * min(step, 0), end + more * max(step, 0))
-        for (first, end), step in zip(call.reach[:count], call.steps, strict=False)
-    )
-    steps = call.steps[:count]
-    return call._replace(reach=reach, places=(), steps=steps, length=length)
+def _over_length(
+    call: Call,
+    run: Run,
+    words: tuple[int, ...],
+    pick: Pick,
+    length: int,
+    addresses: tuple[int, ...],
+) -> Call:
+    """Return a call over another number of tokens, with the reach and places of its arrays."""
+    more, count, first = length - call.length, len(addresses), addresses[0]
+    reach = []
+    for (low, high), step in zip(call.reach[:count], call.steps, strict=False):
+        grown = more * step
+        reach.append((low + grown, high) if step < 0 else (low, high + grown))
+    places = tuple([address - first for address in addresses])
+    makes, alignments, steps = call.makes, call.alignments, call.steps[:count]
+    return Call(run, words, pick, makes, alignments, tuple(reach), places, steps, length)
 
 
 def made(call: Call, given: Given) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from tolerances import assert_alike
 
 from cupy_headnorm import HeadNorm, QKNorm, Rope, rms_norm
 from cupy_headnorm._arrays import dtypes
-from cupy_headnorm._calls import parameters
+from cupy_headnorm._calls import uploads
 from cupy_headnorm.headnorm import inside
 
 pytestmark = pytest.mark.gpu
@@ -286,7 +286,7 @@ def test_unload_waits_for_work_on_streams_of_others(kind, spin, rng):
     assert all(library.done(stream) for library, stream in streams.items())
     assert not inside(norm).devices
     # Whoever gets the memory next may write there at once.
-    junk = [parameters.upload(np.full(DIM, np.nan, np.float32), 0) for _ in range(64)]
+    junk = [uploads.upload(np.full(DIM, np.nan, np.float32), 0) for _ in range(64)]
     for library, y in found.items():
         assert_alike(library.host(y), right, slack=4 * np.abs(right).max() * (kind == "qk"))
         again = library.host(call(*arrays[library]))
