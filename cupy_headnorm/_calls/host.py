@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import _thread
-import contextlib
 import math
 import os
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from cupy_headnorm._calls import threads
 from cupy_headnorm._rules.axes import RowAxis
-from cupy_headnorm._rules.norm import NormCall
+from cupy_headnorm._rules.norm import NormCall, NormSpec
 from cupy_headnorm._rules.parts import Part, PartsCall
 
 _CHUNK_BYTES = 1024 * 1024
@@ -38,23 +37,22 @@ def apply(
         return
     head_dim = call.spec.head_dim
     accumulate = call.spec.x.accumulate.numpy
-    x_rows = _rows(x, [(axis.size, axis.x) for axis in call.axes], head_dim)
-    out_rows = _rows(out, [(axis.size, axis.out) for axis in call.axes], head_dim)
+    sizes, *strides = zip(*call.axes, strict=True)
+    x_rows = _rows(x, sizes, strides[0], head_dim)
+    out_rows = _rows(out, sizes, strides[1], head_dim)
+    # One entry serves an axis along which a parameter does not change.
     parameters = [
-        None if array is None else _rows(array, [_once(*step) for step in steps], head_dim)
-        for array, steps in (
-            (weight, [(axis.size, axis.weight) for axis in call.axes]),
-            (bias, [(axis.size, axis.bias) for axis in call.axes]),
-        )
+        None if array is None else _rows(array, map(_entries, sizes, steps), steps, head_dim)
+        for array, steps in zip((weight, bias), strides[2:], strict=True)
     ]
     # A row longer than a chunk is walked in blocks of columns, and read again for each pass.
     columns = min(head_dim, _CHUNK_BYTES // accumulate.itemsize)
     blocks = [slice(start, start + columns) for start in range(0, head_dim, columns)]
-    chunk = max(1, _CHUNK_BYTES // (columns * accumulate.itemsize))
-    chunks = deque(_chunks(call.axes, chunk))
+    rows = max(1, _CHUNK_BYTES // (columns * accumulate.itemsize))
+    chunks = deque(_chunks(call.axes, rows))
 
     def work() -> None:
-        buffers = np.empty((2, min(chunk, call.rows), columns), accumulate)
+        buffers = np.empty((2, min(rows, call.rows), columns), accumulate)
         with np.errstate(all="ignore"):  # infinities and NaN follow IEEE without a warning
             while True:
                 try:
@@ -64,58 +62,17 @@ def apply(
                 weights, biases = (
                     None if p is None else p[_broadcast_index(p, index)] for p in parameters
                 )
-                _normalize(call, x_rows[index], weights, biases, out_rows[index], blocks, buffers)
+                chunk = _Chunk(call.spec, x_rows[index], blocks, buffers)
+                _normalize(call, chunk, weights, biases, out_rows[index])
 
-    threads = min(_MAX_THREADS, len(chunks) // _THREAD_CHUNKS)
-    if threads > 1:
-        threads = min(threads, len(os.sched_getaffinity(0)))
-    if threads < 2:
+    count = min(_MAX_THREADS, len(chunks) // _THREAD_CHUNKS)
+    if count > 1:
+        count = min(count, len(os.sched_getaffinity(0)))
+    if count < 2:
         work()
         return
     # NumPy lets go of the interpreter in its loops. A row is one thread's, so its bits stay.
-    _helped(work, threads - 1, chunks.clear)
-
-
-def _helped(work: Callable[[], None], helpers: int, stop: Callable[[], None]) -> None:
-    """
-    Run `work` here and in so many threads beside, until all of them return.
-
-    There are fewer where no more start: at the interpreter's end, or where a process may have no
-    more. One that fails or is interrupted lets the others `stop`.
-    """
-    failures: list[BaseException] = []
-    running: list[threading.Lock] = []
-
-    def help_out(ended: threading.Lock) -> None:
-        try:
-            work()
-        except BaseException as error:
-            failures.append(error)
-            stop()
-        finally:
-            ended.release()
-
-    def wait() -> None:
-        for ended in running:
-            with ended:
-                pass
-
-    # An executor would take a lock that all executors share. A signal's handler that comes then,
-    # and calls a norm, waits for its own thread.
-    try:
-        with contextlib.suppress(RuntimeError):
-            for _ in range(helpers):
-                ended = threading.Lock()
-                ended.acquire()
-                _thread.start_new_thread(help_out, (ended,))
-                running.append(ended)
-        work()
-        wait()
-    finally:
-        stop()
-        wait()
-    if failures:
-        raise failures.pop()
+    threads.helped(work, count - 1, chunks.clear)
 
 
 def apply_parts(
@@ -135,8 +92,8 @@ def apply_parts(
         sizes = [*(axis.size for axis in call.axes), part.num_heads]
         x_steps = [*(axis.x[i] for axis in call.axes), part.x]
         out_steps = [*(axis.out[i] for axis in call.axes), part.out]
-        source = x = _rows(xs[i], list(zip(sizes, x_steps, strict=True)), call.spec.head_dim)
-        target = out = _rows(outs[i], list(zip(sizes, out_steps, strict=True)), call.spec.head_dim)
+        source = x = _rows(xs[i], sizes, x_steps, call.spec.head_dim)
+        target = out = _rows(outs[i], sizes, out_steps, call.spec.head_dim)
         if rotate is not None and part.turned and call.spec.rope is not None:
             if call.spec.rope.first:
                 source = rotate(x)
@@ -180,27 +137,24 @@ def grid(array: np.ndarray, sizes: Sequence[int], steps: Sequence[int], own: int
 
     An axis along which it does not move is 1 long: it broadcasts.
     """
-    axes = [(n if step else 1, step) for n, step in zip(sizes, steps, strict=True)]
     last = array.ndim - own
     return np.lib.stride_tricks.as_strided(
         array,
-        (*(n for n, _ in axes), *array.shape[last:]),
-        (*(step for _, step in axes), *array.strides[last:]),
+        (*map(_entries, sizes, steps), *array.shape[last:]),
+        (*steps, *array.strides[last:]),
         writeable=False,
     )
 
 
-def _once(size: int, stride: int) -> tuple[int, int]:
-    """Keep one entry of an axis along which a parameter does not change."""
-    return (size, stride) if stride else (1, 0)
+def _entries(size: int, step: int) -> int:
+    return size if step else 1
 
 
-def _rows(array: np.ndarray, axes: list[tuple[int, int]], head_dim: int) -> np.ndarray:
+def _rows(
+    array: np.ndarray, sizes: Iterable[int], steps: Iterable[int], head_dim: int
+) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(
-        array,
-        (*(size for size, _ in axes), head_dim),
-        (*(stride for _, stride in axes), array.itemsize),
-        writeable=array.flags.writeable,
+        array, (*sizes, head_dim), (*steps, array.itemsize), writeable=array.flags.writeable
     )
 
 
@@ -225,91 +179,121 @@ def _broadcast_index(
     )
 
 
+class _Chunk(NamedTuple):
+    """Rows of x, of shape (..., head_dim), at most as many as `buffers` have."""
+
+    spec: NormSpec
+    x: np.ndarray
+    blocks: list[slice]
+    """Columns that are worked on at once, one after the other."""
+    buffers: np.ndarray
+
+    @property
+    def wide(self) -> bool:
+        """Tell whether x is of the type of the arithmetic."""
+        return self.spec.x.accumulate is self.spec.x
+
+    def buffer(self, which: int, columns: slice) -> np.ndarray:
+        shape = self.x[..., columns].shape
+        return self.buffers[which, : math.prod(shape[:-1]), : shape[-1]].reshape(shape)
+
+    def widened(self, columns: slice) -> np.ndarray:
+        """Return x widened: x itself where that is what it is."""
+        # NumPy adds misaligned numbers in another order.
+        if self.wide and self.x.flags.aligned:
+            return self.x[..., columns]
+        np.copyto(self.buffer(0, columns), self.x[..., columns], casting="unsafe")
+        return self.buffer(0, columns)
+
+    def centred(self, columns: slice, values: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
+        """Return widened x less its mean, if there is one."""
+        return values if mean is None else np.subtract(values, mean, out=self.buffer(0, columns))
+
+    def round(self, values: np.ndarray) -> None:
+        """Round widened values to x's type, where they are."""
+        if not self.wide:
+            np.copyto(values, values.astype(self.spec.x.numpy), casting="unsafe")
+
+
 def _normalize(
     call: NormCall,
-    x: np.ndarray,
+    chunk: _Chunk,
     weight: np.ndarray | None,
     bias: np.ndarray | None,
     out: np.ndarray,
-    blocks: list[slice],
-    buffers: np.ndarray,
 ) -> None:
-    """Normalize one chunk: `x` and `out` of shape (..., head_dim), at most a buffer's rows."""
-    spec = call.spec
-    accumulate = spec.x.accumulate.numpy
-    number = accumulate.type
-    wide = spec.x.numpy == accumulate
-    inverse_count = number(1.0 / spec.head_dim)
+    """Normalize one chunk into `out`, of its shape."""
+    values, mean, inverse = _statistics(chunk, call.eps)
+    number = call.spec.x.accumulate.numpy.type
+    for columns in chunk.blocks:
+        if len(chunk.blocks) > 1:
+            values = chunk.centred(columns, chunk.widened(columns), mean)
+        scale = shift = None
+        if weight is not None:
+            scale = weight[..., columns].astype(number) + number(call.weight_offset)
+        if bias is not None:
+            shift = bias[..., columns].astype(number)
+        _scale(chunk, columns, values, inverse, scale, shift, out[..., columns])
+
+
+def _statistics(chunk: _Chunk, eps: float) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Return the last block of x widened and centred, its mean if need be, and the inverse root."""
+    spec, blocks = chunk.spec, chunk.blocks
+    number = spec.x.accumulate.numpy.type
     # As in headnorm/norm.cuh: an exact power of two keeps the sum of squares of values up to 1e18,
     # centred ones up to 2e18, in range. Fewer squares than this cannot leave it.
     scale = number(1)
     if spec.head_dim > (256 if spec.kind == "rms" else 64):
         scale = number(2.0 ** -math.ceil(math.log2(spec.head_dim)))
-    inverse_scaled_count = number(1.0 / spec.head_dim / float(scale))
-    rows = math.prod(x.shape[:-1])
-    mean = None
-
-    def buffer(which: int, columns: slice) -> np.ndarray:
-        shape = x[..., columns].shape
-        return buffers[which, :rows, : shape[-1]].reshape(shape)
-
-    def load(columns: slice) -> np.ndarray:
-        """Return x widened: x itself where that is what it is."""
-        # NumPy adds misaligned numbers in another order.
-        if wide and x.flags.aligned:
-            return x[..., columns]
-        np.copyto(buffer(0, columns), x[..., columns], casting="unsafe")
-        return buffer(0, columns)
-
-    one_block = len(blocks) == 1
-    values = load(blocks[0])
+    values, mean = chunk.widened(blocks[0]), None
     if spec.kind == "layer":
         total = number(0)
         for columns in blocks:
-            values = values if one_block else load(columns)
+            values = values if len(blocks) == 1 else chunk.widened(columns)
             total = total + np.add.reduce(values, axis=-1, keepdims=True)
-        mean = total * inverse_count
+        mean = total * number(1.0 / spec.head_dim)
     squares = number(0)
     for columns in blocks:
-        values = values if one_block else load(columns)
-        if mean is not None:
-            values = np.subtract(values, mean, out=buffer(0, columns))
+        values = values if len(blocks) == 1 else chunk.widened(columns)
+        values = chunk.centred(columns, values, mean)
         if scale == 1:  # at most 256 squares: einsum adds 8 or more in parallel, in one pass
             products = np.einsum("...d,...d->...", values, values)
             squares = squares + products[..., np.newaxis]
         else:
-            scaled = np.multiply(values, scale, out=buffer(1, columns))
+            scaled = np.multiply(values, scale, out=chunk.buffer(1, columns))
             np.multiply(scaled, values, out=scaled)
             squares = squares + np.add.reduce(scaled, axis=-1, keepdims=True)
-    inverse = squares * inverse_scaled_count
-    inverse += number(call.eps)
+    inverse = squares * number(1.0 / spec.head_dim / float(scale))
+    inverse += number(eps)
     np.sqrt(inverse, out=inverse)
     np.divide(number(1), inverse, out=inverse)
-
-    def rounded(values: np.ndarray) -> None:
-        if not wide:
-            np.copyto(values, values.astype(spec.x.numpy), casting="unsafe")
-
     if spec.rounding == "rstd":
-        rounded(inverse)
+        chunk.round(inverse)
+    return values, mean, inverse
 
-    for columns in blocks:
-        if not one_block:
-            values = load(columns)
-            if mean is not None:
-                values = np.subtract(values, mean, out=buffer(0, columns))
-        # The last step writes where the result belongs, so that it passes the cache once.
-        last = out[..., columns] if wide else buffer(0, columns)
-        plain = weight is None and bias is None
-        y = np.multiply(values, inverse, out=last if plain else buffer(1, columns))
-        if spec.rounding in ("before_weight", "every_op"):
-            rounded(y)
-        if weight is not None:
-            scales = weight[..., columns].astype(accumulate) + number(call.weight_offset)
-            y = np.multiply(y, scales, out=last if bias is None else y)
-        if bias is not None:
-            if spec.rounding == "every_op":
-                rounded(y)
-            np.add(y, bias[..., columns].astype(accumulate), out=last)
-        if not wide:
-            np.copyto(out[..., columns], last, casting="unsafe")
+
+def _scale(
+    chunk: _Chunk,
+    columns: slice,
+    values: np.ndarray,
+    inverse: np.ndarray,
+    scale: np.ndarray | None,
+    shift: np.ndarray | None,
+    out: np.ndarray,
+) -> None:
+    """Write a block of results: centred values by the inverse root, the weight and the bias."""
+    rounding = chunk.spec.rounding
+    # The last step writes where the result belongs, so that it passes the cache once.
+    last = out if chunk.wide else chunk.buffer(0, columns)
+    plain = scale is None and shift is None
+    y = np.multiply(values, inverse, out=last if plain else chunk.buffer(1, columns))
+    if rounding in ("before_weight", "every_op"):
+        chunk.round(y)
+    if scale is not None:
+        y = np.multiply(y, scale, out=last if shift is None else y)
+    if shift is not None:
+        if rounding == "every_op":
+            chunk.round(y)
+        np.add(y, shift, out=last)
+    if not chunk.wide:
+        np.copyto(out, last, casting="unsafe")
