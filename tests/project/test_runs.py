@@ -55,6 +55,27 @@ def test_a_plugin_may_warn_while_it_is_configured_and_a_test_may_not(tmp_path):
     assert "said by a plugin" in done.stderr
 
 
+LATE = """
+import warnings
+import pytest
+from _pytest.config import apply_warning_filters
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    with warnings.catch_warnings():
+        apply_warning_filters(config.getini("filterwarnings"), [])
+        warnings.warn("Benchmarks are automatically disabled because xdist plugin is active.")
+"""
+
+
+def test_pytest_benchmark_may_say_that_it_is_off(tmp_path):
+    """Before pytest 9.2 the settings' filters hold where its plugin says so, up to 5.2 at least."""
+    (tmp_path / "late.py").write_text(LATE)
+    (tmp_path / "test_it.py").write_text("def test_nothing():\n    pass\n")
+    done = run(tmp_path, ".", "-p", "late", "-p", "conftest")
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
 SAY = """
 import os
 
