@@ -13,7 +13,8 @@ from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._arrays.views import AnyArray, Array
 from cupy_headnorm._calls import dispatch
 from cupy_headnorm._calls.operands import Given
-from cupy_headnorm._calls.parameters import Held, HeldNorm, device_of, snapshot
+from cupy_headnorm._calls.parameters import HeldNorm
+from cupy_headnorm._calls.uploads import Held, device_of, snapshot
 from cupy_headnorm._cuda import environment
 from cupy_headnorm._described import Described
 from cupy_headnorm._plans.geometry import LaunchConfig

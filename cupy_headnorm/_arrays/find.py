@@ -47,9 +47,9 @@ def _find(x: Any, role: str) -> Library:
     if isinstance(x, getattr(cupy, "ndarray", ())):
         if cupy.cuda.runtime.is_hip:
             raise TypeError(f"{role} is a CuPy array of a ROCm build; needs CuPy for CUDA")
-        return _once(CuPy, cupy, (cupy.ndarray,))
+        return _once(CuPy, cupy, cupy.ndarray)
     if isinstance(x, getattr(torch, "Tensor", ())):
-        return _once(Torch, torch, (torch.Tensor, torch.nn.Parameter))
+        return _once(Torch, torch, torch.Tensor)
     if isinstance(x, getattr(getattr(jax, "core", None), "Tracer", ())):
         raise TypeError(
             f"{role} is a {type(x).__name__}, without memory: the call is inside jax.jit or "
@@ -66,13 +66,13 @@ def _find(x: Any, role: str) -> Library:
     )
 
 
-def _once(adapter: Callable[[Any], Library], module: Any, plain: tuple[type, ...]) -> Library:
-    """Make the adapter of a library whose `plain` types are looked at, or return the one made."""
+def _once(adapter: Callable[[Any], Library], module: Any, array: type) -> Library:
+    """Make the adapter of a library whose plain arrays are looked at, or return the one made."""
     known = quick if _hidden is None else _hidden
-    library = known.get(plain[0])
+    library = known.get(array)
     if library is None:
-        library = known.setdefault(plain[0], adapter(module))
-    for kind in plain:
+        library = known.setdefault(array, adapter(module))
+    for kind in library.plain:
         known[kind] = library
     return library
 

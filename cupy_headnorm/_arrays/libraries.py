@@ -49,6 +49,7 @@ class CuPy(Plain):
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
+        self.plain = (cupy.ndarray,)
         self._current_stream = cupy.cuda.get_current_stream
         self._current_device = cupy.cuda.runtime.getDevice
 

@@ -13,7 +13,7 @@ import numpy as np
 from cupy_headnorm._arrays import dlpack, dtypes
 from cupy_headnorm._arrays.dtypes import NUMBERS, Rows
 from cupy_headnorm._arrays.layout import dense_strides, is_dense
-from cupy_headnorm._arrays.views import ArrayView, Plain, view_of
+from cupy_headnorm._arrays.views import ArrayView, Looked, Plain, view_of
 
 
 class _Untraced:
@@ -63,23 +63,53 @@ _TRACERS = {
 """torch's modes that record operations, or run them on tensors without memory."""
 
 
-def _glance(torch: Any) -> Callable[[Any], tuple[int, tuple[Any, ...]] | None]:
+def _looks(torch: Any) -> tuple[Callable[[Any], Any], Callable[[tuple[Any, ...]], Any]]:
     """
-    Return `Library.glance` for plain tensors.
+    Return `Library.glance` and `Library.look` for plain tensors.
 
-    It refuses nothing itself: whatever `Torch.view` might refuse goes there. Reading the tensor's
-    own attributes takes 0.5 us on an H100's host, the C exchange API 2.4.
+    They refuse nothing themselves: whatever `Torch.view` might refuse goes there. Reading a
+    tensor's own attributes takes 0.8 us on an H200's host; whether anything looks on is asked
+    once a call.
     """
     is_grad_enabled, forward_ad = torch.is_grad_enabled, torch.autograd.forward_ad
     is_tracing, dispatch_modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack
     function_modes, mode_at = torch._C._len_torch_function_stack, torch._C._get_function_stack_at
+    plain = {torch.Tensor, torch.nn.Parameter}
 
     def only_default_devices() -> bool:
         # Any other mode may trace, or change what torch.empty_like makes.
         context = getattr(sys.modules.get("torch.utils._device"), "DeviceContext", None)
         return all(type(mode_at(i)) is context for i in range(function_modes()))
 
+    def look(arrays: tuple[Any, ...]) -> Looked | None:
+        if (
+            is_tracing()
+            or dispatch_modes()
+            or (function_modes() and not only_default_devices())
+            or forward_ad._current_level >= 0
+        ):
+            return None
+        addresses, keys = [], []
+        try:
+            for x in arrays:
+                if (
+                    type(x) not in plain
+                    or not x.is_cuda
+                    or x.is_neg()
+                    or (x.requires_grad and is_grad_enabled())
+                ):
+                    return None
+                address = x.data_ptr()
+                if not address:
+                    return None
+                addresses.append(address)
+                keys.append((x.get_device(), x.shape, x.stride(), x.dtype, address & 15))
+        except RuntimeError:  # a tensor without storage
+            return None
+        return tuple(addresses), tuple(keys)
+
     def glance(x: Any) -> tuple[int, tuple[Any, ...]] | None:
+        # `look` at one, written out: it would take 0.2 us more.
         try:
             if (
                 not x.is_cuda
@@ -95,10 +125,10 @@ def _glance(torch: Any) -> Callable[[Any], tuple[int, tuple[Any, ...]] | None]:
             if not address:
                 return None
             return address, (x.get_device(), x.shape, x.stride(), x.dtype, address & 15)
-        except RuntimeError:  # a tensor without storage
+        except RuntimeError:
             return None
 
-    return glance
+    return glance, look
 
 
 def _version_counter(torch: Any) -> Callable[[tuple[Any, ...]], None]:
@@ -123,13 +153,14 @@ class Torch(Plain):
     name = "torch"
     allocates_in_graphs = True
     glance: Callable[[Any], tuple[int, tuple[Any, ...]] | None]
+    look: Callable[[tuple[Any, ...]], Looked | None]
     wrote: Callable[[tuple[Any, ...]], None]
     stream: Callable[[int], int]
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
-        self.glance = _glance(torch)
-        self._kinds = (torch.Tensor, torch.nn.Parameter)
+        self.glance, self.look = _looks(torch)
+        self.plain = (torch.Tensor, torch.nn.Parameter)
         # Autograd must know of what was written, or a later backward uses the overwritten values
         # without an error: also where no gradient is recorded, as torch's own in-place functions
         # do. Tensors made in inference mode keep no account, and are left alone.
@@ -166,7 +197,7 @@ class Torch(Plain):
                 f"{role} is traced {traced}, which would lose this norm; needs an eager call, "
                 "outside of the trace"
             )
-        if type(x) not in self._kinds:
+        if type(x) not in self.plain:
             raise TypeError(
                 f"{role} is a {type(x).__name__}, a subclass of torch.Tensor; "
                 "needs a plain tensor or Parameter"

@@ -45,12 +45,17 @@ class ArrayView(NamedTuple):
         return as_numpy(self.pointer, self.layout, self.owner, self.writeable)
 
 
+Looked = tuple[tuple[int, ...], tuple[tuple[Any, ...], ...]]
+
+
 class Library(Protocol):
     """What the library asks of NumPy, CuPy, torch and everything that speaks DLPack."""
 
     name: str
     takes_out: bool
     """Whether a caller may give arrays of it as `out`."""
+    plain: tuple[type, ...]
+    """The types of arrays that are glanced at."""
     allocates_in_graphs: bool
     """Whether new memory may be asked for while its stream is captured into a CUDA graph."""
 
@@ -68,6 +73,9 @@ class Library(Protocol):
         The first of the rest is the device's index. None where only `view` can tell, or refuse.
         Asked of arrays whose types `find.quick` has alone.
         """
+
+    def look(self, arrays: tuple[Any, ...], /) -> Looked | None:
+        """Glance at several arrays, of any types; return their addresses, and the rest of each."""
 
     def address(self, x: Any) -> int:
         """Return the address of a result that the library made."""
@@ -102,11 +110,22 @@ class Plain(Library):
     """Defaults for a library whose arrays are written where they lie."""
 
     takes_out = True
+    plain: tuple[type, ...] = ()
     allocates_in_graphs = False
 
     def glance(self, x: Any, /) -> tuple[int, tuple[Any, ...]] | None:
         """Tell nothing: only `view` can."""
         return None
+
+    def look(self, arrays: tuple[Any, ...], /) -> Looked | None:
+        """Glance at one after the other."""
+        addresses, keys = [], []
+        for array in arrays:
+            if type(array) not in self.plain or (seen := self.glance(array)) is None:
+                return None
+            addresses.append(seen[0])
+            keys.append(seen[1])
+        return tuple(addresses), tuple(keys)
 
     def address(self, x: Any) -> int:
         """Return the address that `view` finds."""

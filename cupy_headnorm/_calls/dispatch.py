@@ -36,11 +36,11 @@ def lane(norm: HeldNorm, x: Any, out: Any) -> Any:
         bound = norm.ready.get(key[0])
         if bound is not None:
             stream = library.stream(key[0])  # that on which a result is made, too
-            identity, (weight, bias), _ = bound
+            identity, held, _ = bound
             if out is x:
                 call = thread.calls.get((identity, IN_PLACE, key))
                 if call is not None:
-                    call[0](stream, address, address, weight, bias)
+                    call[0](stream, (address, *held))
                     library.wrote((x,))
                     return x
             elif out is None:
@@ -51,13 +51,13 @@ def lane(norm: HeldNorm, x: Any, out: Any) -> Any:
                     result = call.makes[0](x)
                     target = library.address(result)
                     if target and not target & (call.alignments[0] - 1):
-                        call[0](stream, address, target, weight, bias)
+                        call[0](stream, (address, target, *held))
                         return result
             elif quick.get(type(out)) is library and (seen := library.glance(out)) is not None:
                 target, of_out = seen
                 call = thread.calls.get((identity, GIVEN, key, of_out))
                 if call is not None and remembered.lie_apart(call, address, target):
-                    call[0](stream, address, target, weight, bias)
+                    call[0](stream, (address, target, *held))
                     library.wrote((out,))
                     return out
     results = None if out is None else (out,)
@@ -94,7 +94,7 @@ def hit(operation: Operation, given: Given) -> tuple[Any, ...] | None:
     elif out is not None and len(addresses) > 1 and remembered.may_overlap(call, seen, given):
         return None
     if out is not None:
-        call.run(stream, *call.pick(call.words + addresses + bound.addresses))
+        call.run(stream, addresses + bound.addresses)
         library.wrote(out)
         return out
     results = remembered.made(call, given) if results is None else results
@@ -103,7 +103,7 @@ def hit(operation: Operation, given: Given) -> tuple[Any, ...] | None:
         if not target or target & (alignment - 1):
             return None
         addresses += (target,)
-    call.run(stream, *call.pick(call.words + addresses + bound.addresses))
+    call.run(stream, addresses + bound.addresses)
     return results
 
 
@@ -146,14 +146,14 @@ def step_by_step(
     if given.out is not None:
         _check_overlaps(operation, parts, outs, beside)
     if plan.launch is not None:
-        launch, words = launcher.runner(plan.launch)
-        arrays = (*parts, *beside.given, *(outs if given.results == operands.GIVEN else ()))
+        launch = launcher.runner(plan.launch, operation.form(given).sources)
+        arrays = (*parts, *beside.given, *(outs if given.results == GIVEN else ()))
         seen = None
         if config is None and quick.get(type(given.parts[0])) is library:
             seen = operands.glance(operation, library, given)
         if seen is not None:
             planned = remembered.Planned(
-                plan.launch, launch, words, makes, arrays, outs,
+                plan.launch, launch, makes, arrays, outs,
                 operation.axes_before_heads(beside, first.layout),
             )  # fmt: skip
             remembered.remember(operation, library, given, seen, planned)
@@ -162,7 +162,7 @@ def step_by_step(
     if plan.launch is not None:
         new = outs if given.results == NEW else ()
         addresses = tuple([v.pointer if v else 0 for v in (*arrays, *new, *beside.held)])
-        launch(stream, *operation.pick(given)(words + addresses))
+        launch(stream, addresses)
         library.launched(arrays, device.index, stream)
     elif not on_gpu:
         operation.on_host(

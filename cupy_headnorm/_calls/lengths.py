@@ -8,9 +8,9 @@ number of tokens alone: one plan supports all.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cupy_headnorm._arrays.views import ArrayView
@@ -46,39 +46,73 @@ class TokenStrides(NamedTuple):
     broadcasts: bool
 
 
-@functools.lru_cache(maxsize=256)
-def _axes_of(role: Role, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the tokens' axes of an array, and the others."""
-    every = tuple(range(ndim))
-    apart = every if role.apart is None else tuple(i % ndim for i in role.apart if ndim)
-    return tuple(i for i in every if i not in apart), apart
+class _Reading(NamedTuple):
+    """Where one array has the tokens' axes."""
+
+    own: Callable[[tuple[int, ...]], tuple[int, ...]]
+    others: Callable[[tuple[int, ...]], tuple[int, ...]]
+    missing: tuple[int, ...]
+    """0 for each axis that the first part has beside."""
+    broadcasts: bool
 
 
-def token_strides(keys: Sequence[tuple[Any, ...]], roles: Sequence[Role]) -> list[TokenStrides]:
-    """Return those of each array, from what a glance tells; none where their axes do not fit."""
-    first, apart = len(keys[0][1]), roles[0].apart or ()
-    axes = first - len(apart)
-    if axes < 1 or not all(-first <= axis < first for axis in apart):
-        return []
-    found, table = [], None
-    for (index, shape, strides, *rest), role in zip(keys, roles, strict=True):
-        if len(shape) < role.least:
+def _taking(axes: Sequence[int]) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+    """Return a function that takes some axes, in order, out of a tuple for all."""
+    if not axes:
+        return operator.itemgetter(slice(0))
+    if axes[-1] - axes[0] == len(axes) - 1:
+        return operator.itemgetter(slice(axes[0], axes[-1] + 1))
+    return operator.itemgetter(*axes)
+
+
+class Arrays:
+    """The arrays of a call: by their roles, and by numbers of axes that were met before."""
+
+    def __init__(self, roles: Sequence[Role]) -> None:
+        self.roles = tuple(roles)
+        self._tables = [i for i, role in enumerate(self.roles) if role == TABLE]
+        self._known: dict[tuple[int, ...], tuple[_Reading, ...]] = {}
+
+    def token_strides(self, keys: Sequence[tuple[Any, ...]]) -> list[TokenStrides]:
+        """Return those of each array, from what a glance tells; none where axes do not fit."""
+        ndims = tuple([len(key[1]) for key in keys])
+        readings = self._known.get(ndims)
+        if readings is None:
+            readings = self._known[ndims] = self._readings(ndims)
+        if self._tables and len({keys[i][1] for i in self._tables}) > 1:
             return []
-        if role is TABLE:
-            if table is not None and table != shape:
-                return []
-            table = shape
-        own, others = _axes_of(role, len(shape))
-        missing = axes - len(own)
-        if missing < 0 or (missing and not role.broadcasts):
-            return []
-        lengths = tuple([shape[i] for i in own])
-        steps = tuple([strides[i] if shape[i] != 1 else 0 for i in own])
-        if missing:
-            lengths, steps = (1,) * missing + lengths, (0,) * missing + steps
-        about = (index, *rest, *[(shape[i], strides[i]) for i in others])
-        found.append(TokenStrides(lengths, steps, about, role.broadcasts))
-    return found
+        found = []
+        for key, (own, others, missing, broadcasts) in zip(keys, readings, strict=False):
+            shape, strides = key[1:3]
+            lengths, steps = own(shape), own(strides)
+            if 1 in lengths:
+                steps = tuple([0 if n == 1 else s for n, s in zip(lengths, steps, strict=True)])
+            if missing:
+                lengths, steps = (*[1 for _ in missing], *lengths), missing + steps
+            rest = (key[0], key[3:], others(shape), others(strides))
+            found.append(TokenStrides(lengths, steps, rest, broadcasts))
+        return found
+
+    def in_bytes(self, views: Sequence[ArrayView]) -> list[TokenStrides]:
+        """Return the token strides of views in bytes, whatever their library counts in."""
+        return self.token_strides([(0, v.layout.shape, v.layout.strides) for v in views])
+
+    def _readings(self, ndims: tuple[int, ...]) -> tuple[_Reading, ...]:
+        found, first = [], ndims[0]
+        apart = self.roles[0].apart or ()
+        tokens = first - len(apart)
+        if tokens < 1 or not all(-first <= axis < first for axis in apart):
+            return ()
+        for role, ndim in zip(self.roles, ndims, strict=True):
+            every = range(ndim)
+            others = every if role.apart is None else [i % ndim for i in role.apart if ndim]
+            own = [i for i in every if i not in others]
+            missing = tokens - len(own)
+            if ndim < role.least or missing < 0 or (missing and not role.broadcasts):
+                return ()
+            taken = _taking(own), _taking(sorted(others))
+            found.append(_Reading(*taken, (0,) * missing, role.broadcasts))
+        return tuple(found)
 
 
 def leads(arrays: Sequence[TokenStrides]) -> list[int]:
@@ -115,12 +149,7 @@ def leads(arrays: Sequence[TokenStrides]) -> list[int]:
 
 def but_for_lengths(arrays: Sequence[TokenStrides], lead: int) -> tuple[Any, ...]:
     """Return all that is seen of the arrays but for the lengths of their axes up to `lead`."""
-    return (lead, *((a.lengths[lead + 1 :], a.strides[lead:], a.rest) for a in arrays))
-
-
-def in_bytes(views: Sequence[ArrayView], roles: Sequence[Role]) -> list[TokenStrides]:
-    """Return the token strides of views, whose strides are bytes whatever their library counts."""
-    return token_strides([(0, v.layout.shape, v.layout.strides) for v in views], roles)
+    return (lead, *[(a.lengths[lead + 1 :], a.strides[lead:], a.rest) for a in arrays])
 
 
 def is_outermost(lead: int, results: Sequence[ArrayView], strides: Sequence[TokenStrides]) -> bool:

@@ -7,12 +7,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from cupy_headnorm._arrays.find import quick
 from cupy_headnorm._arrays.layout import Layout
 from cupy_headnorm._arrays.views import ArrayView, Library
-from cupy_headnorm._calls.lengths import Role
-from cupy_headnorm._cuda import launcher
-from cupy_headnorm._cuda.launcher import Launch, Pick, Sources
+from cupy_headnorm._calls.lengths import Arrays, Role
+from cupy_headnorm._cuda.launcher import Launch, Sources
 
 NEW, GIVEN, IN_PLACE = 0, 1, 2
 """Where results go: to new arrays, to others than the parts, or to the parts themselves."""
@@ -72,7 +70,7 @@ class Bound(Protocol):
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Of what it holds, for the words that `Operation.held_words` names."""
+        """Those of what it holds, in the order of `Words.held`."""
 
 
 class Beside(NamedTuple):
@@ -99,6 +97,17 @@ arrays' addresses; and what is held, kept until the launch whoever unloads it me
 """
 
 
+class Form(NamedTuple):
+    """What calls that are given the same arrays have in common."""
+
+    arrays: Arrays
+    """`Given.arrays`."""
+    results: Arrays
+    """New results, or those of calls in place, which are parts too."""
+    both: Arrays
+    sources: Sources
+
+
 class Operation(Protocol):
     """What a call computes: of one norm, or of queries, keys and values."""
 
@@ -106,8 +115,8 @@ class Operation(Protocol):
     """Of the parts."""
     beside: tuple[str, ...]
     """Of what may lie beside them."""
-    picks: dict[int, Pick]
-    """What `pick` has returned, by form."""
+    forms: dict[int, Form]
+    """What `form` has returned, by `Given.form`."""
 
     def bind(self, given: Given, key: tuple[Any, ...]) -> Bound | None:
         """
@@ -115,9 +124,6 @@ class Operation(Protocol):
 
         None where it is not there yet.
         """
-
-    def roles(self, given: Given) -> list[Role]:
-        """Return what each of `Given.arrays` is."""
 
     def out_of(self, name: str) -> str:
         """Return what errors call the result of a part."""
@@ -136,17 +142,23 @@ class Operation(Protocol):
     def over(self, launch: Launch, before: int, after: int) -> Launch | None:
         """Return a launch with `after` tokens for every `before`; None where it is another."""
 
-    def words(self, given: Given) -> Words:
-        """Return where a launch takes the addresses."""
-
-    def pick(self, given: Given) -> Pick:
-        """Return what puts a launch's words together, as `launcher.picker` does."""
-        found = self.picks.get(given.form)
+    def form(self, given: Given) -> Form:
+        """Return what calls have in common with this one that are given the same arrays."""
+        found = self.forms.get(given.form)
         if found is None:
-            words = self.words(given)
-            made: Pick = launcher.picker(words.total, words.sources(given.results))
-            found = self.picks[given.form] = made
+            roles = self.roles(given)
+            of_results = roles[: len(given.parts)]
+            found = self.forms[given.form] = Form(
+                Arrays(roles), Arrays(of_results), Arrays((*roles, *of_results)),
+                self.sources(given),
+            )  # fmt: skip
         return found
+
+    def roles(self, given: Given) -> tuple[Role, ...]:
+        """Return what each of `Given.arrays` is."""
+
+    def sources(self, given: Given) -> Sources:
+        """Return where a launch takes the addresses from: of arrays, new results, what is held."""
 
     def axes_before_heads(self, beside: Beside, first: Layout) -> int | None:
         """Return how many axes come before the heads', where a role has that with the tokens'."""
@@ -163,41 +175,30 @@ class Words(NamedTuple):
     parts: tuple[int, ...]
     results: tuple[int, ...]
     given: tuple[int, ...]
-    """Of what the caller gave beside the parts."""
+    """Those of what the caller gave beside the parts."""
     held: tuple[int, ...]
-    """Of what `Bound.addresses` has."""
-    total: int
-    """Of all words."""
+    """Those of `Bound.addresses`."""
 
-    def sources(self, results: int) -> Sources:
-        """Return them as `launcher.runner` takes them: arrays, new results, what is held."""
-        beside = (*self.parts, *self.given)
-        first = 0 if results == IN_PLACE else len(beside)
-        after = first + len(self.results) if first else len(beside)
-        return (
-            *((word, place) for place, word in enumerate(beside)),
-            *((word, first + place) for place, word in enumerate(self.results)),
-            *((word, after + place) for place, word in enumerate(self.held)),
-        )
+
+def sources(words: Words, results: int) -> Sources:
+    """Return where each word comes from: a call's arrays, new results, then what is held."""
+    beside = (*words.parts, *words.given)
+    first = 0 if results == IN_PLACE else len(beside)
+    after = first + len(words.results) if first else len(beside)
+    return (
+        *((word, place) for place, word in enumerate(beside)),
+        *((word, first + place) for place, word in enumerate(words.results)),
+        *((word, after + place) for place, word in enumerate(words.held)),
+    )
 
 
 def glance(operation: Operation, library: Library, given: Given) -> Seen | None:
     """Look at a call's arrays; None where they need more than a look."""
-    look = library.glance
-    addresses, keys = [], []
-    for array in given.arrays:
-        if quick.get(type(array)) is not library or (seen := look(array)) is None:
-            return None
-        address, key = seen
-        addresses.append(address)
-        keys.append(key)
+    looked = library.look(given.arrays)
+    if looked is None:
+        return None
+    addresses, keys = looked
     bound = operation.bind(given, keys[0])
     if bound is None:
         return None
-    return (bound.identity, given.form, *keys), tuple(addresses), bound
-
-
-def keys_of(library: Library, arrays: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Return what a glance tells of arrays; none where they need more than a look."""
-    seen = [library.glance(array) for array in arrays]
-    return [] if None in seen else [found[1] for found in seen if found is not None]
+    return (bound.identity, given.form, *keys), addresses, bound

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupy_headnorm._arrays import find
-from cupy_headnorm._arrays.layout import CPU, Device, Layout
+from cupy_headnorm._arrays.layout import Layout
 from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._arrays.views import ArrayView
-from cupy_headnorm._calls import host, lengths, uploads
+from cupy_headnorm._calls import host, lengths
 from cupy_headnorm._calls.lengths import Role
-from cupy_headnorm._calls.operands import GIVEN, WITH_WEIGHT, Beside, Given, Operation, Words
-from cupy_headnorm._cuda import environment, memory
-from cupy_headnorm._cuda.launcher import Launch, Pick
-from cupy_headnorm._cuda.once import made_once
+from cupy_headnorm._calls.operands import (
+    GIVEN,
+    WITH_WEIGHT,
+    Beside,
+    Form,
+    Given,
+    Operation,
+    Words,
+    sources,
+)
+from cupy_headnorm._calls.uploads import Held, View
+from cupy_headnorm._cuda.launcher import Launch, Sources
 from cupy_headnorm._plans import head_norm
 from cupy_headnorm._rules import heads as head_rules
 from cupy_headnorm._rules import norm as norm_rules
@@ -27,7 +34,6 @@ from cupy_headnorm._rules.norm import NormCall
 from cupy_headnorm._rules.options import Kind, NormOptions
 from cupy_headnorm._rules.parts import PartNorm
 
-View = ArrayView | None
 Layouts = tuple[Layout, ...]
 Arrays = tuple[np.ndarray, ...]
 
@@ -74,16 +80,16 @@ class Norm(Operation):
     beside = ("weight", "bias")
 
     def __init__(self, options: NormOptions) -> None:
-        self.picks: dict[int, Pick] = {}
+        self.forms: dict[int, Form] = {}
         self.options = options
         self._parameters = Parameters(identity(options), ())
 
     def bind(self, given: Given, key: tuple[Any, ...]) -> Parameters | None:
         return self._parameters
 
-    def roles(self, given: Given) -> list[Role]:
+    def roles(self, given: Given) -> tuple[Role, ...]:
         beside = [lengths.PARAMETER for array in given.beside if array is not None]
-        return [_X, *beside, *([_X] if given.results == GIVEN else ())]
+        return (_X, *beside, *([_X] if given.results == GIVEN else ()))
 
     def out_of(self, name: str) -> str:
         return "out"
@@ -113,10 +119,10 @@ class Norm(Operation):
     def over(self, launch: Launch, before: int, after: int) -> Launch | None:
         return head_norm.over(launch, before, after)
 
-    def words(self, given: Given) -> Words:
-        parameters = zip(given.beside, (head_norm.WEIGHT, head_norm.BIAS), strict=True)
+    def sources(self, given: Given) -> Sources:
+        parameters = zip(given.beside, _PARAMETERS, strict=True)
         there = tuple(word for array, word in parameters if array is not None)
-        return Words((head_norm.X,), (head_norm.OUT,), there, (), head_norm.WORDS)
+        return sources(Words((head_norm.X,), (head_norm.OUT,), there, ()), given.results)
 
     def on_host(self, call: NormCall, beside: Beside, parts: Arrays, outs: Arrays) -> None:
         weight, bias = (view and view.as_numpy() for view in beside.views.values())
@@ -184,7 +190,7 @@ class HeldNorm(Norm):
 
     def unload(self) -> None:
         """Wait for the work in flight and free every device copy."""
-        self._held.unload([self, *self._others.values()])
+        self._held.unload([norm.forget for norm in (self, *self._others.values())])
 
     def forget(self) -> None:
         """Let go of what was held on devices, and let others who knew it."""
@@ -201,11 +207,11 @@ class HeldNorm(Norm):
         weight, bias = self.in_memory_of(first).views
         return self._lying(weight, bias, (), (weight, bias))
 
-    def words(self, given: Given) -> Words:
-        held = (head_norm.WEIGHT, head_norm.BIAS)
-        return Words((head_norm.X,), (head_norm.OUT,), (), held, head_norm.WORDS)
+    def sources(self, given: Given) -> Sources:
+        return sources(Words((head_norm.X,), (head_norm.OUT,), (), _PARAMETERS), given.results)
 
 
+_PARAMETERS = (head_norm.WEIGHT, head_norm.BIAS)
 _X = Role((-1,), 1, broadcasts=False)
 
 
@@ -223,86 +229,3 @@ def of_options(kind: Kind, **options: Any) -> Norm:
     if _IMMUTABLE.issuperset(map(type, (kind, *options.values()))):
         return _of_options(kind, **options)
     return Norm(option_rules.options(kind, **options))
-
-
-class Held:
-    """
-    A norm's weight and bias in each memory where they were needed.
-
-    No norm is referred to from here: one that is let go is freed at once, and with it its memory,
-    for which cudaFree waits until the device is idle. A collector would do that at any moment.
-    """
-
-    def __init__(self, weight: np.ndarray | None, bias: np.ndarray | None) -> None:
-        self._arrays = (weight, bias)
-        self.on_host: tuple[View, View] = (_viewed(weight, "weight"), _viewed(bias, "bias"))
-        self.on_device: dict[int, tuple[View, View]] = {}
-
-    def refuse_capture(self, x: ArrayView) -> None:
-        """Raise CaptureError where the first upload to the device of `x` would be captured."""
-        device = x.layout.device
-        if device.index not in self.on_device:
-            stream = x.library.stream(device.index)
-            memory.refuse_capture(stream, f"the weight is not on {device} yet")
-
-    def on(self, index: int) -> tuple[View, View]:
-        """Return both on a CUDA device, uploaded if need be."""
-        return made_once(self.on_device, index, lambda: self._uploaded(index))
-
-    def _uploaded(self, index: int) -> tuple[View, View]:
-        weight, bias = self._arrays
-        if weight is not None:
-            # Adding an offset, though it be 0, makes 0 of -0. A kernel that adds none, and
-            # multiplies two elements at once, has to give the same bits.
-            weight = np.where(weight == 0, weight.dtype.type(0), weight)
-        on_device = (
-            None if array is None else uploads.upload(array, index) for array in (weight, bias)
-        )
-        return next(on_device), next(on_device)
-
-    def unload(self, norms: Sequence[HeldNorm]) -> None:
-        """Wait for the work in flight and free every device copy, those of `norms` too."""
-        # An upload that another thread is at, or this one when a signal's handler came, is still
-        # put into `loaded`: the call that asked for it lets go of it last.
-        loaded, self.on_device = self.on_device, {}
-        for norm in norms:
-            norm.forget()
-        for index in loaded.copy():
-            memory.synchronize(index)
-
-
-def _viewed(array: np.ndarray | None, name: str) -> View:
-    return None if array is None else find.view(array, name)
-
-
-def snapshot(array: Any, role: str) -> np.ndarray | None:
-    """Return a read-only copy of an array of any library on the host; None of None."""
-    if array is None:
-        return None
-    library = find.library_of(array, role)
-    values = np.array(library.to_host(array, role), order="C", copy=True, subok=False)
-    values.flags.writeable = False
-    return values
-
-
-def device_of(device: Any) -> Device:
-    """Read a device as torch, CuPy and people write it."""
-    if device is None:
-        return Device("cuda", environment.import_cupy().cuda.runtime.getDevice())
-    if hasattr(device, "__index__"):
-        return Device("cuda", option_rules.integer(device, "device"))
-    kind, index = getattr(device, "type", None), getattr(device, "index", None)
-    if kind is None and hasattr(device, "id"):  # cupy.cuda.Device
-        kind, index = "cuda", device.id
-    if isinstance(device, str):
-        kind, _, number = device.partition(":")
-        index = int(number) if number.isdecimal() else None
-        if number and index is None:
-            kind = None
-    if kind == "cpu":
-        return CPU
-    if kind == "cuda":
-        return device_of(None) if index is None else Device("cuda", index)
-    raise ValueError(
-        f"device is {option_rules.shown(device)}; needs an index, 'cpu', 'cuda' or 'cuda:<index>'"
-    )

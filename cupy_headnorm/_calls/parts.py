@@ -9,12 +9,21 @@ from cupy_headnorm._arrays.layout import Layout
 from cupy_headnorm._arrays.views import ArrayView
 from cupy_headnorm._calls import host, lengths
 from cupy_headnorm._calls.lengths import Role
-from cupy_headnorm._calls.operands import BY_POSITIONS, GIVEN, Beside, Given, Operation, Words
+from cupy_headnorm._calls.operands import (
+    BY_POSITIONS,
+    GIVEN,
+    Beside,
+    Form,
+    Given,
+    Operation,
+    Words,
+    sources,
+)
 from cupy_headnorm._calls.parameters import Arrays, HeldNorm, Layouts, Parameters, identity
 from cupy_headnorm._calls.tables import Pair, RopeCall, Tables
-from cupy_headnorm._cuda.launcher import Launch, Pick
+from cupy_headnorm._cuda.launcher import Launch, Sources
 from cupy_headnorm._plans import qk_norm_rope
-from cupy_headnorm._plans.parts_params import COS, PART_WORDS, POSITIONS, SIN, WORDS
+from cupy_headnorm._plans.parts_params import COS, PART_WORDS, POSITIONS, SIN
 from cupy_headnorm._rules import options as option_rules
 from cupy_headnorm._rules import parts as part_rules
 from cupy_headnorm._rules.parts import PartNorm, PartsCall
@@ -43,7 +52,7 @@ class Parts(Operation):
     beside = ("positions", "cos", "sin")
 
     def __init__(self, norms: Mapping[str, HeldNorm], tables: Tables, heads_axis: int) -> None:
-        self.picks: dict[int, Pick] = {}
+        self.forms: dict[int, Form] = {}
         self._heads_axis = option_rules.checked_heads_axis(heads_axis)
         self.names = tuple(norms)
         self._norms = dict(norms)
@@ -52,7 +61,6 @@ class Parts(Operation):
         self._bound: dict[tuple[Any, ...], _Bound] = {}
         for norm in norms.values():
             norm.tell_of_unloading(self)
-        self._roles: dict[int, list[Role]] = {}
 
     def given(self, q: Any, k: Any, v: Any, positions: Any, cos: Any, sin: Any, out: Any) -> Given:
         """Check how many arrays a caller gave, and take them."""
@@ -97,24 +105,20 @@ class Parts(Operation):
         bound, kept = _Bound(stands_for, addresses, ready, tables), self._bound
         kept[index, dtype, without_positions] = bound
         still = [norm.ready.get(index) for norm in self._norms.values()]
-        if still != parameters or (tables and self._tables.seen.get((index, dtype)) is not tables):
+        # By what they are: equality would compare the arrays that they hold.
+        unloaded = any(a is not b for a, b in zip(still, parameters, strict=True))
+        if unloaded or (tables and self._tables.seen.get((index, dtype)) is not tables):
             kept.clear()  # unloaded meanwhile
         return bound
 
-    def roles(self, given: Given) -> list[Role]:
-        found = self._roles.get(given.form)
-        if found is None:
-            found = self._roles[given.form] = self._roles_of(given)
-        return found
-
-    def _roles_of(self, given: Given) -> list[Role]:
+    def roles(self, given: Given) -> tuple[Role, ...]:
         rope = self._tables.rope
         in_rows = rope is not None and rope.sections
         positions = lengths.ROWS_OF_POSITIONS if in_rows else lengths.POSITIONS
         of_beside = zip(given.beside, (positions, lengths.TABLE, lengths.TABLE), strict=True)
         parts = [self._part] * len(given.parts)
         beside = [role for array, role in of_beside if array is not None]
-        return [*parts, *beside, *(parts if given.results == GIVEN else ())]
+        return (*parts, *beside, *(parts if given.results == GIVEN else ()))
 
     def out_of(self, name: str) -> str:
         return f"out of {name}"
@@ -158,7 +162,7 @@ class Parts(Operation):
     def over(self, launch: Launch, before: int, after: int) -> Launch | None:
         return qk_norm_rope.over(launch, before, after)
 
-    def words(self, given: Given) -> Words:
+    def sources(self, given: Given) -> Sources:
         of_parts = PART_WORDS[: len(self.names)]
         there = zip(given.beside, (POSITIONS, COS, SIN), strict=True)
         of_caller = tuple(word for array, word in there if array is not None)
@@ -166,7 +170,7 @@ class Parts(Operation):
         if given.beside[0] is not None:
             held = (*held, COS, SIN)
         parts, results = (tuple(part[i] for part in of_parts) for i in range(2))
-        return Words(parts, results, of_caller, held, WORDS)
+        return sources(Words(parts, results, of_caller, held), given.results)
 
     def on_host(self, call: PartsCall, beside: Beside, parts: Arrays, outs: Arrays) -> None:
         if call.tokens == 0:

@@ -15,20 +15,16 @@ from typing import Any, NamedTuple
 
 from cupy_headnorm._arrays.layout import is_dense
 from cupy_headnorm._arrays.views import ArrayView, Library
-from cupy_headnorm._calls import lengths, operands
-from cupy_headnorm._calls.lengths import Role
+from cupy_headnorm._calls import lengths
 from cupy_headnorm._calls.operands import GIVEN, IN_PLACE, NEW, Given, Operation, Seen
 from cupy_headnorm._cuda import launcher
-from cupy_headnorm._cuda.launcher import Launch, Pick, Run
+from cupy_headnorm._cuda.launcher import Launch, Run
 
 
 class Call(NamedTuple):
     """A call that this thread has run before."""
 
     run: Run
-    words: tuple[int, ...]
-    pick: Pick
-    """Puts the words of `run` together, from those above and addresses."""
     makes: tuple[Any, ...]
     """Make the results from the parts, where none are given."""
     alignments: tuple[int, ...]
@@ -88,7 +84,7 @@ def may_overlap(call: Call, seen: Seen, given: Given, *, new: bool = False) -> b
     for i in range(outs, outs + count):
         low, high = ranges[i]
         for j, (start, end) in enumerate(ranges):
-            if start >= high or low >= end or i == j:
+            if start >= high or low >= end or outs <= j <= i:  # two results are compared once
                 continue
             part_of_i = j == i - outs
             in_place = part_of_i and addresses[i] == addresses[j] and key[2 + i] == key[2 + j]
@@ -138,8 +134,8 @@ def derive(
 
     Returns it, and the results that were made on the way where none are given.
     """
-    (key, addresses, _), roles = seen, operation.roles(given)
-    strides = _apart(given, lengths.token_strides(key[2:], roles))
+    (key, addresses, _), form = seen, operation.form(given)
+    strides = _apart(given, form.arrays.token_strides(key[2:]))
     for lead in lengths.leads(strides):
         known = thread.lengths.get(_key_of_lengths(key, strides, lead))
         if known is not None:
@@ -152,17 +148,20 @@ def derive(
         return None, None
     results = None
     if given.results == NEW:
-        # What their library makes decides the strides: look, before they are relied on.
+        # What their library makes decides the strides: look, before they are relied on. It may be
+        # of parts without the odd stride along an axis of length 1 of these.
         results = made(known.call, given)
-        of_results = _strides_of(library, results, roles, new=True)
+        looked = library.look(results)
+        if looked is None or not all(is_dense(*key[1:3]) for key in looked[1]):
+            return None, None
+        of_results = form.results.token_strides(looked[1])
         if (
-            not of_results
-            or lead not in lengths.leads([strides[0], *of_results])
+            lead not in lengths.leads([strides[0], *of_results])
             or lengths.but_for_lengths(of_results, lead) != known.results
         ):
             return None, None
-    run, words = launcher.runner(launch)
-    call = _over_length(known.call, run, words, operation.pick(given), length, addresses)
+    run = launcher.runner(launch, form.sources)
+    call = _over_length(known.call, run, length, addresses)
     if given.results != NEW and len(addresses) > 1 and may_overlap(call, seen, given, new=True):
         return None, None
     store(thread.calls, key, call)
@@ -189,14 +188,7 @@ def _key_of_lengths(
     return (identity, form, *lengths.but_for_lengths(strides, lead))
 
 
-def _over_length(
-    call: Call,
-    run: Run,
-    words: tuple[int, ...],
-    pick: Pick,
-    length: int,
-    addresses: tuple[int, ...],
-) -> Call:
+def _over_length(call: Call, run: Run, length: int, addresses: tuple[int, ...]) -> Call:
     """Return a call over another number of tokens, with the reach and places of its arrays."""
     more, count, first = length - call.length, len(addresses), addresses[0]
     reach = []
@@ -205,7 +197,7 @@ def _over_length(
         reach.append((low + grown, high) if step < 0 else (low, high + grown))
     places = tuple([address - first for address in addresses])
     makes, alignments, steps = call.makes, call.alignments, call.steps[:count]
-    return Call(run, words, pick, makes, alignments, tuple(reach), places, steps, length)
+    return Call(run, makes, alignments, tuple(reach), places, steps, length)
 
 
 def made(call: Call, given: Given) -> tuple[Any, ...]:
@@ -215,23 +207,11 @@ def made(call: Call, given: Given) -> tuple[Any, ...]:
     return tuple([make(x) for make, x in zip(call.makes, given.parts, strict=True)])
 
 
-def _strides_of(
-    library: Library, results: tuple[Any, ...], roles: Sequence[Role], *, new: bool = False
-) -> list[lengths.TokenStrides]:
-    """Look at results; none where they need more than a look, or new ones are not dense."""
-    keys = operands.keys_of(library, results)
-    # What made them may be of parts without the odd stride along an axis of length 1 of these.
-    if new and not all(is_dense(*key[1:3]) for key in keys):
-        return []
-    return lengths.token_strides(keys, roles[: len(keys)]) if keys else []
-
-
 class Planned(NamedTuple):
     """A call that went step by step, for `remember`."""
 
     launch: Launch
     run: Run
-    words: tuple[int, ...]
     makes: tuple[Any, ...]
     views: tuple[ArrayView, ...]
     """Of `Given.arrays`."""
@@ -244,40 +224,40 @@ def remember(
     operation: Operation, library: Library, given: Given, seen: Seen, planned: Planned
 ) -> None:
     """Let a call be found again, and derived over other numbers of tokens where layouts allow."""
-    key, outs, roles = seen[0], planned.results, operation.roles(given)
-    strides = _apart(given, lengths.token_strides(key[2:], roles))
-    of_results = _strides_of(library, tuple(view.owner for view in outs), roles)
-    leads = lengths.leads([*strides, *of_results]) if strides and of_results else []
-    of_parts = lengths.in_bytes(outs, roles[: len(outs)]) if leads else []
+    key, outs, count = seen[0], planned.results, len(planned.results)
+    keys, views, form = key[2:], planned.views, operation.form(given)
+    arrays = form.arrays
+    if given.results == NEW:
+        looked = library.look(tuple(view.owner for view in outs))
+        keys += () if looked is None else looked[1]
+        views, arrays = views + outs, form.both
+    strides = arrays.token_strides(keys) if len(keys) == len(views) else []
+    of_results = slice(count) if given.results == IN_PLACE else slice(-count, None)
+    leads = lengths.leads(strides)
+    in_bytes = arrays.in_bytes(views) if leads else []
     most = planned.axes_before_heads
     fits = (
         lead
         for lead in leads
-        if (most is None or lead < most) and lengths.is_outermost(lead, outs, of_parts)
+        if (most is None or lead < most) and lengths.is_outermost(lead, outs, in_bytes[of_results])
     )
     lead = next(fits, None)
-    views = _apart(given, planned.views)
-    steps, length = (0,) * len(views), 1
+    apart, given_arrays = _apart(given, planned.views), len(planned.views)
+    steps, length = (0,) * len(apart), 1
     if lead is not None:
-        of_views = _apart(given, lengths.in_bytes(planned.views, roles))
-        steps = tuple(s.strides[lead] for s in of_views)
+        steps = tuple(s.strides[lead] for s in _apart(given, in_bytes[:given_arrays]))
         length = math.prod(strides[0].lengths[: lead + 1])
     call = Call(
         planned.run,
-        planned.words,
-        operation.pick(given),
         planned.makes,
         tuple(view.layout.alignment for view in outs),
-        tuple(view.layout.extent(0) for view in views),
+        tuple(view.layout.extent(0) for view in apart),
         tuple(view.pointer - planned.views[0].pointer for view in planned.views),
         steps,
         length,
     )
     store(thread.calls, key, call)
     if lead is not None:
-        results = lengths.but_for_lengths(of_results, lead)
-        store(
-            thread.lengths,
-            _key_of_lengths(key, strides, lead),
-            Lengths(call, planned.launch, results),
-        )
+        of_key = _key_of_lengths(key, _apart(given, strides[:given_arrays]), lead)
+        results = lengths.but_for_lengths(strides[of_results], lead)
+        store(thread.lengths, of_key, Lengths(call, planned.launch, results))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from typing import Any, NamedTuple
 
 from cupy_headnorm._cuda import compiler
@@ -223,11 +222,8 @@ def _params(call: NormCall, config: LaunchConfig, axes: int) -> Any:
     return params
 
 
-_WORDS = struct.Struct("4Q")
-"""The addresses of x, out, weight and bias: the first fields of ``headnorm::Params``."""
-WORDS = 4
-X, OUT, WEIGHT, BIAS = range(WORDS)
-"""Places among the words of a launch."""
+X, OUT, WEIGHT, BIAS = range(4)
+"""Places among the words of a launch: the first fields of ``headnorm::Params``."""
 
 
 def prepare(call: NormCall, index: int, stream: int, config: LaunchConfig | None = None) -> Launch:
@@ -256,7 +252,7 @@ def prepare(call: NormCall, index: int, stream: int, config: LaunchConfig | None
     # rows_per_block is a run-time argument: every number of rows runs one kernel.
     compiled_for = (*_in_elements(config, call.spec), config.lanes, config.vectors_per_lane)
     function = compiler.loaded((call.spec, *compiled_for, memory, index), stream, make)
-    return Launch(function.ptr, blocks, config.threads, index, params, _WORDS, 0, config, call.spec)
+    return Launch(function.ptr, blocks, config.threads, index, params, 0, config, call.spec)
 
 
 def over(launch: Launch, before: int, after: int) -> Launch | None:
@@ -271,4 +267,4 @@ def over(launch: Launch, before: int, after: int) -> Launch | None:
     check_rows(rows, launch.config)
     params = type(launch.params).from_buffer_copy(launch.params)
     params.rows = rows
-    return launch._replace(blocks=launch.config.blocks(rows), params=params)
+    return launch.over(launch.config.blocks(rows), params)

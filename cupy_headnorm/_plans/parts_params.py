@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 
 from cupy_headnorm._plans.specialisation import ARRAYS, Real, Struct, fields
 from cupy_headnorm._rules.axes import PARTS
 
-STRUCT = struct.Struct("4Q4q" * PARTS + "3Q")
-"""``headnorm::PartsParams`` from its parts up to the addresses of cosines, sines and positions."""
 PART_WORDS = tuple(range(8 * part, 8 * part + 4) for part in range(PARTS))
-"""Places of each part's x, out, weight and bias among the words of a launch; its strides follow."""
-WORDS = 8 * PARTS + 3
-COS, SIN, POSITIONS = range(8 * PARTS, WORDS)
+"""
+Places of each part's x, out, weight and bias among the words of a launch; its strides follow.
+
+The first word is ``headnorm::PartsParams::part``.
+"""
+COS, SIN, POSITIONS = range(8 * PARTS, 8 * PARTS + 3)
 
 
 class _Part(ctypes.Structure):

@@ -9,7 +9,6 @@ from cupy_headnorm._cuda import compiler
 from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._plans import geometry, parts_params, specialisation
 from cupy_headnorm._plans.geometry import WARP
-from cupy_headnorm._plans.parts_params import STRUCT
 from cupy_headnorm._plans.specialisation import NONE
 from cupy_headnorm._rules.axes import PARTS, TokenAxis
 from cupy_headnorm._rules.parts import PartsCall, PartsSpec
@@ -279,9 +278,7 @@ def prepare(call: PartsCall, index: int, stream: int, config: PartsConfig | None
     function = compiler.loaded((call.spec, options, index), stream, make)
     blocks = config.blocks(params.groups)
     at = type(params).part.offset
-    return Launch(
-        function.ptr, blocks, config.threads, index, params, STRUCT, at, config, call.spec
-    )
+    return Launch(function.ptr, blocks, config.threads, index, params, at, config, call.spec)
 
 
 def over(launch: Launch, before: int, after: int) -> Launch | None:
@@ -298,4 +295,4 @@ def over(launch: Launch, before: int, after: int) -> Launch | None:
     if not alike or not counted or config.blocks(groups) > geometry.MAX_BLOCKS:
         return None
     params.groups = groups
-    return launch._replace(blocks=config.blocks(groups), params=params)
+    return launch.over(config.blocks(groups), params)

@@ -11,6 +11,8 @@ from cupy_headnorm._cuda import launcher
 from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._plans import head_norm
 
+WORDS = tuple((word, word) for word in range(4))
+
 
 class Launches:
     """CUDA for `launcher.runner`: two devices, 1 current, and what is launched on which."""
@@ -39,20 +41,20 @@ class Launches:
     @staticmethod
     def on(device):
         params = head_norm._PARAMS["float32", 1](rows=3)
-        return Launch(1, 2, 32, device, params, head_norm._WORDS, 0, None, None)
+        return Launch(1, 2, 32, device, params, 0, None, None)
 
 
 @pytest.mark.parametrize("device", [0, 1])
 def test_the_device_of_the_arrays_is_current_while_launching(device, monkeypatch):
     cuda = Launches(monkeypatch)
-    run = launcher.runner(cuda.on(device))[0]
+    run = launcher.runner(cuda.on(device), WORDS)
     assert cuda.current == 1
-    run(7, 10, 20, 30, 40)
+    run(7, (10, 20, 30, 40))
     assert cuda.found == [(device, 7, (10, 20, 30, 40))]
     assert cuda.current == 1
     cuda.broken = True
     with pytest.raises(RuntimeError, match="the launch failed"):
-        run(7, 10, 20, 30, 40)
+        run(7, (10, 20, 30, 40))
     assert cuda.current == 1
 
 
@@ -63,10 +65,10 @@ def test_a_threads_first_launch_makes_the_context_current(monkeypatch):
     chosen = []
     monkeypatch.setattr(cuda_runtime(), "setDevice", chosen.append)
     launch = cuda.on(0)
-    launcher.runner(launch), launcher.runner(launch)
+    launcher.runner(launch, WORDS), launcher.runner(launch, WORDS)
     assert chosen == [0]
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(launcher.runner, launch).result()[0](7, 1, 2, 3, 4)
+        pool.submit(launcher.runner, launch, WORDS).result()(7, (1, 2, 3, 4))
     assert chosen == [0, 0]
 
 
@@ -81,9 +83,9 @@ def test_runners_of_one_launch_share_nothing(monkeypatch):
     launch = cuda.on(1)
 
     def work(number):
-        run, _ = launcher.runner(launch)
+        run = launcher.runner(launch, WORDS)
         for n in range(20):
-            run(number, number, n, number, n)
+            run(number, (number, n, number, n))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))

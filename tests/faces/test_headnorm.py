@@ -15,7 +15,7 @@ import cupy_headnorm
 from cupy_headnorm import HeadNorm, LaunchConfig, layer_norm, rms_norm
 from cupy_headnorm._arrays.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from cupy_headnorm._arrays.layout import Device
-from cupy_headnorm._calls.parameters import device_of
+from cupy_headnorm._calls.uploads import device_of
 from cupy_headnorm._sources import of_model
 from cupy_headnorm.checkpoint.reader import ModelNorm
 from cupy_headnorm.headnorm import built, inside

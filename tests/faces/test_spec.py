@@ -364,7 +364,7 @@ def test_parameters_lie_on_the_device_of_x():
 def test_no_elements_have_no_axis_of_tokens():
     x = Layout((0, 3, 64), (768, 256, 4), FLOAT32, CPU, 16)
     key = (0, x.shape, x.strides, "float32", 0)
-    strides = lengths.token_strides([key], [lengths.Role((-1,), 1, broadcasts=False)])
+    strides = lengths.Arrays([lengths.Role((-1,), 1, broadcasts=False)]).token_strides([key])
     assert all(math.prod(x.shape[: lead + 1]) == 0 for lead in lengths.leads(strides))
 
 

@@ -99,9 +99,9 @@ def compiled(slow, monkeypatch):
         found.during()
         return launch_of(call)
 
-    def runner(launch):
+    def runner(launch, sources):
         found.launched.append(launch)
-        return runner_of(launch)
+        return runner_of(launch, sources)
 
     monkeypatch.setattr(compiler, "_functions", {})
     monkeypatch.setattr(
@@ -375,9 +375,9 @@ def test_calls_from_finalizers_of_forgotten_calls(slow, monkeypatch, rng):
             x = more.pop()
             results.append((norm(x), x))
 
-    def watched(launch):
-        found = runner(launch)
-        weakref.finalize(found[0], call_another).atexit = False
+    def watched(launch, sources):
+        found = runner(launch, sources)
+        weakref.finalize(found, call_another).atexit = False
         return found
 
     monkeypatch.setattr(launcher, "runner", watched)

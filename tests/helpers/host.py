@@ -26,7 +26,7 @@ from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.dtypes import DTYPES, INT32, INT64
 from cupy_headnorm._cuda import compiler, launcher
 from cupy_headnorm._cuda.launcher import Launch
-from cupy_headnorm._plans import geometry, head_norm, parts_params, qk_norm_rope
+from cupy_headnorm._plans import geometry, head_norm, qk_norm_rope
 from cupy_headnorm._rules.norm import NormSpec
 
 ITEMSIZE = {dtype.cuda: dtype.itemsize for dtype in (*DTYPES, INT32, INT64)}
@@ -155,6 +155,7 @@ class _HostAsCuda(type(find.library_of(np.empty(0), "x"))):
     """NumPy's adapter, for which host memory is that of a GPU, and calls are remembered."""
 
     allocates_in_graphs = True
+    plain = (np.ndarray,)
 
     def glance(self, x):
         address = x.ctypes.data
@@ -190,8 +191,7 @@ class _Device:
         found = self.find("head_norm.cu", macros, few_rows=few_rows)
         params = head_norm._params(call, config, int(dict(found.macros)["HN_AXES"]))
         blocks = config.blocks(call.rows)
-        words = head_norm._WORDS, 0
-        return Launch(found, blocks, config.threads, index, params, *words, config, call.spec)
+        return Launch(found, blocks, config.threads, index, params, 0, config, call.spec)
 
     def prepare_parts(self, call, index, stream, config=None):
         config = qk_norm_rope.plan(call) if config is None else config
@@ -199,11 +199,13 @@ class _Device:
         config = config._replace(axes=int(dict(found.macros)["HN_AXES"]))
         params = qk_norm_rope._params(call, config)
         blocks = config.blocks(params.groups)
-        words = parts_params.STRUCT, type(params).part.offset
-        return Launch(found, blocks, config.threads, index, params, *words, config, call.spec)
+        at = type(params).part.offset
+        return Launch(found, blocks, config.threads, index, params, at, config, call.spec)
 
     def packed(self, launch):
-        params = type(launch.params).from_buffer_copy(launch.params)
+        memory = bytearray(16)
+        memory += launch.params
+        params = type(launch.params).from_buffer(memory, 16)
         blocks = range(launch.blocks) if self.blocks is None else self.blocks
         uses = _norm_uses if isinstance(launch.spec, NormSpec) else _parts_uses
 
@@ -211,7 +213,7 @@ class _Device:
             found = uses(dict(launch.function.macros), params, blocks)
             run(self.built, launch.function, params, found, blocks, launch.threads, self.orders)
 
-        return params, (ctypes.c_void_p * 1)(ctypes.addressof(params)), start
+        return memory, start, True
 
 
 @contextlib.contextmanager
@@ -228,7 +230,6 @@ def device(built=None, *, orders=ORDERS, architecture=900, blocks=None):
         patch.setattr(compiler, "limits", lambda index: compiler.DeviceLimits())
         patch.setattr(head_norm, "prepare", gpu.prepare)
         patch.setattr(launcher, "packed", gpu.packed)
-        patch.setattr(launcher, "on_its_device", lambda launch_here, index: launch_here)
         patch.setattr(qk_norm_rope, "prepare", gpu.prepare_parts)
         forget_calls(patch)
         yield
@@ -244,14 +245,14 @@ def interrupted(handler):
     packed, left = launcher.packed, [handler]
 
     def packing(launch):
-        params, arguments, start = packed(launch)
+        memory, start, only_device = packed(launch)
 
         def start_later(*of_launch):
             if left:
                 left.pop()()
             start(*of_launch)
 
-        return params, arguments, start_later
+        return memory, start_later, only_device
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "packed", packing)

@@ -13,7 +13,7 @@ from cupy_headnorm import HeadNorm, QKNorm, Rope, reference
 from cupy_headnorm._arrays import layout as layouts
 from cupy_headnorm._arrays.dtypes import FLOAT32, INT64
 from cupy_headnorm._plans import qk_norm_rope
-from cupy_headnorm._plans.parts_params import COS, PART_WORDS, POSITIONS, SIN, WORDS
+from cupy_headnorm._plans.parts_params import COS, PART_WORDS, POSITIONS, SIN
 from cupy_headnorm._rules.parts import PartsCall
 from cupy_headnorm.rope import numpy as rope_numpy
 
@@ -22,7 +22,6 @@ class Launch(NamedTuple):
     """Does what the kernel does with the same addresses and strides."""
 
     call: PartsCall
-    words: int = WORDS
 
     def laid(self, address, shape, strides, dtype):
         strides = (*strides, dtype.itemsize)

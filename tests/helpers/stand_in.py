@@ -5,6 +5,8 @@ host.py runs the kernels themselves on NumPy's arrays, test_dispatch.py and test
 reference on torch's.
 """
 
+import collections
+import functools
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ import pytest
 from cupy_headnorm import reference
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.layout import Device, as_numpy
+from cupy_headnorm._arrays.views import Plain
 from cupy_headnorm._calls import dispatch, host, remembered, uploads
 from cupy_headnorm._cuda import environment, launcher, memory
 from cupy_headnorm._plans import head_norm
@@ -74,12 +77,12 @@ def list_steps(patch, of_given):
 def take_for_runner(patch):
     """Let launches that stand in for a kernel's run themselves."""
 
-    def runner(launch):
-        def run(stream, *words):
+    def runner(launch, sources):
+        def run(stream, addresses):
             assert stream == STREAM
-            launch.run(words)
+            launch.run(collections.defaultdict(int, {w: addresses[i] for w, i in sources}))
 
-        return run, (0,) * launch.words
+        return run
 
     patch.setattr(launcher, "runner", runner)
 
@@ -109,6 +112,7 @@ def torch_adapter():
                 return read(stand_in)
 
             self.glance = glance
+            self.look = functools.partial(Plain.look, self)
 
         def view(self, x, role, *rows):
             return on_cuda(super().view(x, role, *rows))
@@ -147,7 +151,6 @@ class Launch(NamedTuple):
     """Does what the kernel does with the same addresses and the same grid of rows."""
 
     call: NormCall
-    words: int = head_norm.WORDS
 
     def run(self, words):
         spec = self.call.spec
