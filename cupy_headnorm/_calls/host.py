@@ -6,14 +6,16 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from cupy_headnorm._calls import threads
 from cupy_headnorm._rules.axes import RowAxis
 from cupy_headnorm._rules.norm import NormCall, NormSpec
-from cupy_headnorm._rules.parts import Part, PartsCall
+
+if TYPE_CHECKING:  # one norm needs no rules of several, which take 2 ms to import
+    from cupy_headnorm._rules.parts import Part, PartsCall
 
 _CHUNK_BYTES = 1024 * 1024
 """Of widened values a chunk, beside as much scratch. 1 GiB of float32, head_dim 128, one core of a

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -32,7 +32,9 @@ from cupy_headnorm._rules import norm as norm_rules
 from cupy_headnorm._rules import options as option_rules
 from cupy_headnorm._rules.norm import NormCall
 from cupy_headnorm._rules.options import Kind, NormOptions
-from cupy_headnorm._rules.parts import PartNorm
+
+if TYPE_CHECKING:  # one norm needs no rules of several, which take 2 ms to import
+    from cupy_headnorm._rules.parts import PartNorm
 
 Layouts = tuple[Layout, ...]
 Arrays = tuple[np.ndarray, ...]
@@ -163,6 +165,8 @@ class HeldNorm(Norm):
     @property
     def part(self) -> PartNorm:
         """The norm as one of several, as it lies in host memory."""
+        from cupy_headnorm._rules.parts import PartNorm
+
         weight, bias = self._held.on_host
         return PartNorm(self.options, weight and weight.layout, bias and bias.layout)
 
