@@ -36,11 +36,11 @@ def lane(norm: HeldNorm, x: Any, out: Any) -> Any:
         bound = norm.ready.get(key[0])
         if bound is not None:
             stream = library.stream(key[0])  # that on which a result is made, too
-            identity, held, _ = bound
+            identity, (weight, bias), _ = bound
             if out is x:
                 call = thread.calls.get((identity, IN_PLACE, key))
                 if call is not None:
-                    call[0](stream, (address, *held))
+                    call[0](stream, (address, weight, bias))
                     library.wrote((x,))
                     return x
             elif out is None:
@@ -51,13 +51,13 @@ def lane(norm: HeldNorm, x: Any, out: Any) -> Any:
                     result = call.makes[0](x)
                     target = library.address(result)
                     if target and not target & (call.alignments[0] - 1):
-                        call[0](stream, (address, target, *held))
+                        call[0](stream, (address, target, weight, bias))
                         return result
             elif quick.get(type(out)) is library and (seen := library.glance(out)) is not None:
                 target, of_out = seen
                 call = thread.calls.get((identity, GIVEN, key, of_out))
                 if call is not None and remembered.lie_apart(call, address, target):
-                    call[0](stream, (address, target, *held))
+                    call[0](stream, (address, target, weight, bias))
                     library.wrote((out,))
                     return out
     results = None if out is None else (out,)

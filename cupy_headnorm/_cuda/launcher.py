@@ -41,19 +41,42 @@ class Launch(NamedTuple):
 _thread = threading.local()
 
 
-@functools.lru_cache(maxsize=256)
-def _writer(sources: Sources) -> Callable[[memoryview, tuple[int, ...]], None]:
-    """
-    Return a function that writes a call's addresses to a launch's words.
+_LAUNCHER = """
+def launcher(launch, words, start, address, again):
+    function, blocks, threads, *_ = launch
+    in_use = False
 
-    It has a statement for each address. A loop, or packing all words anew, takes 1 us more, of 12
-    that a call on q and k takes on an H200's host.
-    """
-    statements = "".join(f"\n    words[{word}] = addresses[{place}]" for word, place in sources)
+    def launch_here(stream, addresses):
+        nonlocal in_use
+        if in_use:
+            # Between any two steps Python may run a signal's handler or a finalizer: this is in
+            # one, and the parameters are those of the call below it.
+            again(launch)(stream, addresses)
+            return
+        in_use = True
+        try:
+            {writes}
+            start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
+        finally:
+            in_use = False
+
+    return launch_here
+"""
+"""
+The text of a function whose `writes` bring a call's addresses to a launch's words.
+
+There is a statement for each of them. Packing all words anew, or a loop, takes 1 us more, of 10
+that a call on q and k takes on an H200's host; a function for the writes alone 0.1.
+"""
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(sources: Sources) -> Callable[..., Run]:
+    writes = "; ".join(f"words[{word}] = addresses[{place}]" for word, place in sources)
     made: dict[str, Any] = {}
-    exec(f"def write(words, addresses):{statements}", made)
-    write: Callable[[memoryview, tuple[int, ...]], None] = made["write"]
-    return write
+    exec(compile(_LAUNCHER.format(writes=writes), __file__, "exec"), made)
+    launcher: Callable[..., Run] = made["launcher"]
+    return launcher
 
 
 def runner(launch: Launch, sources: Sources) -> Run:
@@ -62,27 +85,11 @@ def runner(launch: Launch, sources: Sources) -> Run:
 
     The parameters are packed here, once; a call writes its addresses over the last call's.
     """
-    function, blocks, threads, device = launch[:4]
     memory, start, only_device = packed(launch)
-    whole, write = memoryview(memory).cast("Q"), _writer(sources)
+    whole, again = memoryview(memory).cast("Q"), functools.partial(runner, sources=sources)
     address, words = whole[0] - _HEAD, whole[(_HEAD + launch.offset) // 8 :]
-    in_use = False
-
-    def launch_here(stream: int, addresses: tuple[int, ...]) -> None:
-        nonlocal in_use
-        if in_use:
-            # Between any two steps Python may run a signal's handler or a finalizer: this is in
-            # one, and the parameters are those of the call below it.
-            runner(launch, sources)(stream, addresses)
-            return
-        in_use = True
-        try:
-            write(words, addresses)
-            start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
-        finally:
-            in_use = False
-
-    return launch_here if only_device else on_its_device(launch_here, device)
+    launch_here = _launcher(sources)(launch, words, start, address, again)
+    return launch_here if only_device else on_its_device(launch_here, launch.device)
 
 
 _HEAD = 16

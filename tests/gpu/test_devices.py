@@ -1,5 +1,6 @@
 """Devices that are not current, and producers that are known by DLPack alone, on a GPU."""
 
+import threading
 import weakref
 
 import ml_dtypes
@@ -24,6 +25,7 @@ from tolerances import assert_alike
 
 from cupy_headnorm import HeadNorm, reference, rms_norm
 from cupy_headnorm._arrays import find
+from cupy_headnorm._cuda import launcher
 
 pytestmark = pytest.mark.gpu
 torch = pytest.importorskip("torch")
@@ -48,6 +50,7 @@ class Devices:
         self.broken = False
         self._launch = cupy.cuda.driver.launchKernel
         runtime, driver = cupy.cuda.runtime, cupy.cuda.driver
+        monkeypatch.setattr(launcher, "_thread", threading.local())
         monkeypatch.setattr(runtime, "getDeviceCount", lambda: 2)
         monkeypatch.setattr(runtime, "getDevice", lambda: self.current)
         monkeypatch.setattr(runtime, "setDevice", self._set)
