@@ -94,7 +94,7 @@ def apply_parts(
         out_steps = [*(axis.out[i] for axis in call.axes), part.out]
         source = x = _rows(xs[i], sizes, x_steps, call.spec.head_dim)
         target = out = _rows(outs[i], sizes, out_steps, call.spec.head_dim)
-        if rotate is not None and part.turned and call.spec.rope is not None:
+        if rotate is not None and part.rotated and call.spec.rope is not None:
             if call.spec.rope.first:
                 source = rotate(x)
             else:

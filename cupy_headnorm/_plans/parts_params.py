@@ -46,7 +46,7 @@ def params_type(real: Real, axes: int) -> Struct:
         _fields_ = [
             *fields(ctypes.c_int64, "groups"),
             *fields(ctypes.c_int32, "heads_per_group", "groups_per_block"),
-            *fields(ctypes.c_int32 * PARTS, "groups_end", "num_heads", "turned"),
+            *fields(ctypes.c_int32 * PARTS, "groups_end", "num_heads", "rotated"),
             *fields(real * PARTS, "eps", "weight_offset"),
         ]
 

@@ -153,17 +153,17 @@ def _check(call: PartsCall, config: PartsConfig) -> None:
     shared = 2 * row * config.groups_per_block * spec.x.itemsize
     if spec.rope and shared > SHARED_BYTES:
         raise ValueError(
-            f"head_dim is {spec.head_dim}, which takes {shared} bytes of shared memory to turn; "
+            f"head_dim is {spec.head_dim}, which takes {shared} bytes of shared memory to rotate; "
             f"needs {SHARED_BYTES} at most"
         )
 
 
 def _heads_per_group(spec: PartsSpec, heads: int, lanes: int) -> int:
     many = heads * lanes > FEW_THREADS and lanes <= WARP
-    return HEADS_PER_GROUP[_turned_by(spec)] if many else 1
+    return HEADS_PER_GROUP[_rotated_by(spec)] if many else 1
 
 
-def _turned_by(spec: PartsSpec) -> str:
+def _rotated_by(spec: PartsSpec) -> str:
     """Return the key of `HEADS_PER_GROUP`; given cosines count as looked up if they are widened."""
     if spec.rope is None:
         return "none"
@@ -173,7 +173,7 @@ def _turned_by(spec: PartsSpec) -> str:
 def _resident_blocks(spec: PartsSpec, config: PartsConfig) -> int:
     """Return how many blocks a multiprocessor must have room for: that caps the registers."""
     small = config.vector * config.vectors <= FOLDED_VALUES and config.access == config.vector
-    given = _turned_by(spec) == "given"
+    given = _rotated_by(spec) == "given"
     capped = small and given and spec.x.itemsize == 2 and not spec.bias and config.lanes <= WARP
     return GROUP_BLOCKS if capped else 1
 
@@ -186,7 +186,7 @@ def macros(spec: PartsSpec, config: PartsConfig) -> dict[str, str]:
         name += f"_access{config.access}"
     found = specialisation.macros(spec.norm, name) | {
         "HN_OFFSET": str(spec.offset).lower(),
-        "HN_ALIKE": str(spec.alike).lower(),
+        "HN_ALIKE": str(spec.all_parts_alike).lower(),
         "HN_VEC": str(config.vector),
         "HN_ACCESS": str(config.access),
         "HN_PARAMETER_ACCESS": str(config.parameter_access),
@@ -248,7 +248,7 @@ def _params(call: PartsCall, config: PartsConfig) -> Any:
     for i, part in enumerate(call.parts):
         array = params.part[i]
         array.head_x, array.head_out, array.head_weight, array.head_bias = part[1:5]
-        params.num_heads[i], params.turned[i] = part.num_heads, part.turned
+        params.num_heads[i], params.rotated[i] = part.num_heads, part.rotated
         params.eps[i], params.weight_offset[i] = part.eps, part.weight_offset
     unneeded = [TokenAxis(1)] * (config.axes - 1 - len(call.axes))
     axes = (TokenAxis(ends[-1]), *unneeded, *reversed(call.axes))

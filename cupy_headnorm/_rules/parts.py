@@ -18,7 +18,7 @@ from cupy_headnorm._rules import options as option_rules
 from cupy_headnorm._rules.axes import TokenAxis, merged
 from cupy_headnorm._rules.norm import NormSpec
 from cupy_headnorm._rules.options import Kind, NormOptions, Rounding
-from cupy_headnorm._rules.rotary import RopeSpec, Steps, Turning
+from cupy_headnorm._rules.rotary import RopeSpec, Rotation, Steps
 
 
 class PartNorm(NamedTuple):
@@ -39,8 +39,8 @@ class PartsSpec(NamedTuple):
     head_dim: int
     rounding: Rounding
     offset: bool
-    alike: bool
-    """All parts turn, and all or none have a weight, and a bias."""
+    all_parts_alike: bool
+    """All parts rotate, and all or none have a weight, and a bias."""
     rope: RopeSpec | None
 
     @property
@@ -52,7 +52,7 @@ class PartsSpec(NamedTuple):
     def name(self) -> str:
         """The kernel's name in a profiler."""
         words = self.norm.words("qk_norm")
-        words += ["offset"] * self.offset + ["unlike"] * (not self.alike)
+        words += ["offset"] * self.offset + ["unlike"] * (not self.all_parts_alike)
         return "_".join(words + ([self.rope.name] if self.rope else []))
 
 
@@ -66,7 +66,7 @@ class Part(NamedTuple):
     bias: int
     eps: float
     weight_offset: float
-    turned: bool
+    rotated: bool
 
 
 class PartsCall(NamedTuple):
@@ -93,7 +93,7 @@ def describe(
     norms: Mapping[str, PartNorm],
     x: Mapping[str, Layout],
     out: Mapping[str, Layout],
-    turning: Turning | None,
+    rotation: Rotation | None,
     heads_axis: int,
 ) -> PartsCall:
     """
@@ -119,14 +119,16 @@ def describe(
     none = (0,) * len(tokens_shape)
     steps = Steps(none, none)
     tables = []
-    if turning is not None:
-        rope = rotary.rope_spec(turning, head_dim, q)
-        spec = spec._replace(rope=rope, alike=spec.alike and all(turning.turned))
-        parts = tuple(p._replace(turned=t) for p, t in zip(parts, turning.turned, strict=True))
-        tables = [turning.cos, turning.sin]
+    if rotation is not None:
+        rope = rotary.rope_spec(rotation, head_dim, q)
+        spec = spec._replace(
+            rope=rope, all_parts_alike=spec.all_parts_alike and all(rotation.rotated)
+        )
+        parts = tuple(p._replace(rotated=t) for p, t in zip(parts, rotation.rotated, strict=True))
+        tables = [rotation.cos, rotation.sin]
         for name, layout in zip(("cos", "sin"), tables, strict=True):
             heads.check_last_stride(layout, name)
-        steps = rotary.steps(turning, tokens_shape)
+        steps = rotary.steps(rotation, tokens_shape)
     axes = [
         TokenAxis(
             size,
@@ -295,5 +297,5 @@ def _part(
         0 if one else bias,
         norm.options.eps,
         norm.options.weight_offset,
-        turned=False,
+        rotated=False,
     )

@@ -1,7 +1,7 @@
 """
 What a call's rotary embedding means: its cosines and sines, given or by position, and the errors.
 
-Pairs of each head's first dims turn by the cosines and sines of the head's token.
+Pairs of each head's first dims rotate by the cosines and sines of the head's token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cupy_headnorm._arrays.dtypes import DType
 from cupy_headnorm._arrays.layout import Layout
 
 
-class Turning(NamedTuple):
+class Rotation(NamedTuple):
     """A rotary embedding beside a call: what it is, and the arrays that it is read from."""
 
     style: str
@@ -24,7 +24,7 @@ class Turning(NamedTuple):
     every_op: bool
     sections: tuple[int, ...]
     interleaved_sections: bool
-    turned: tuple[bool, ...]
+    rotated: tuple[bool, ...]
     """By part."""
     cos: Layout
     sin: Layout
@@ -73,10 +73,10 @@ class Steps(NamedTuple):
     """Number of positions in the tables."""
 
 
-def rope_spec(turning: Turning, head_dim: int, q: Layout) -> RopeSpec:
+def rope_spec(rotation: Rotation, head_dim: int, q: Layout) -> RopeSpec:
     """Check devices, dtypes and widths, and return what a kernel is compiled for."""
-    cos, sin, positions = turning.cos, turning.sin, turning.positions
-    rotary_dim = turning.rotary_dim
+    cos, sin, positions = rotation.cos, rotation.sin, rotation.positions
+    rotary_dim = rotation.rotary_dim
     if rotary_dim > head_dim:
         raise ValueError(f"rotary_dim is {rotary_dim}; needs head_dim={head_dim} at most")
     for name, layout in (("cos", cos), ("sin", sin), ("positions", positions)):
@@ -96,22 +96,22 @@ def rope_spec(turning: Turning, head_dim: int, q: Layout) -> RopeSpec:
             f"for rotary_dim={rotary_dim}"
         )
     return RopeSpec(
-        turning.style,
-        turning.first,
+        rotation.style,
+        rotation.first,
         rotary_dim,
-        turning.every_op,
+        rotation.every_op,
         cos.dtype,
         width == rotary_dim,
         None if positions is None else positions.dtype,
-        turning.sections,
-        turning.interleaved_sections,
+        rotation.sections,
+        rotation.interleaved_sections,
     )
 
 
-def steps(turning: Turning, tokens: tuple[int, ...]) -> Steps:
+def steps(rotation: Rotation, tokens: tuple[int, ...]) -> Steps:
     """Check that every token has its cosines and sines, and return where they are."""
     none = (0,) * len(tokens)
-    cos, sin, positions = turning.cos, turning.sin, turning.positions
+    cos, sin, positions = rotation.cos, rotation.sin, rotation.positions
     # The stride of one entry says nothing, nor do those of no entries.
     strides = zip(cos.shape, cos.strides, sin.strides, strict=True)
     if cos.size and any(n > 1 and of_cos != of_sin for n, of_cos, of_sin in strides):
@@ -128,8 +128,8 @@ def steps(turning: Turning, tokens: tuple[int, ...]) -> Steps:
             f"positions are aligned to {aligned} bytes; needs {positions.dtype.itemsize}, the size "
             f"of {positions.dtype}"
         )
-    if turning.sections:
-        rows = len(turning.sections)
+    if rotation.sections:
+        rows = len(rotation.sections)
         least = 2 if tokens else 1  # (3,) may be meant as one position for each of 3 tokens
         if len(positions.shape) < least or positions.shape[0] != rows:
             raise ValueError(

@@ -110,16 +110,16 @@ def test_parts_of_another_number_of_tokens(kernel, rng, monkeypatch):
     monkeypatch.setattr(qk_norm_rope, "over", listing)
 
     def call(sequences, length):
-        # Axes of what turns a part, from its end: positions have none of head_dim.
+        # Axes of what rotates a part, from its end: positions have none of head_dim.
         last = -1 if "positions" in beside else -2
-        turning = {}
+        rotation = {}
         for name, array in beside.items():
             array = np.take(array, range(min(length, array.shape[last])), last)
             if array.ndim >= 1 - last:
                 array = np.take(array, range(min(sequences, array.shape[last - 1])), last - 1)
-            turning[name] = np.ascontiguousarray(array)
+            rotation[name] = np.ascontiguousarray(array)
         arrays = [np.ascontiguousarray(part[:sequences, :length]) for part in parts]
-        return [y.tobytes() for y in qk(*arrays, **turning)]
+        return [y.tobytes() for y in qk(*arrays, **rotation)]
 
     tokens = parts[0].shape[1]
     smaller = [(1, tokens), (2, 1), (1, 2), (2, tokens)]

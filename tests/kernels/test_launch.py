@@ -16,7 +16,7 @@ from cupy_headnorm._rules import parts as part_rules
 from cupy_headnorm._rules.axes import RowAxis
 from cupy_headnorm._rules.norm import NormCall, NormSpec
 from cupy_headnorm._rules.options import options
-from cupy_headnorm._rules.rotary import Turning
+from cupy_headnorm._rules.rotary import Rotation
 
 HEAD_DIMS = [*range(1, 300), 320, 384, 511, 512, 513, 576, 640, 768, 1000, 1001, 1024, 1025, 1536]
 HEAD_DIMS += [2047, 2048, 4095, 4096, 4099, 8192, 16384, 20000, 65536, 100003, 10_000_001]
@@ -185,7 +185,7 @@ def test_every_length_of_31_bits_has_a_multiplier(size):
         assert (axis.multiplier, axis.shift) == divider
 
 
-def parts_call(tokens, *, turned):
+def parts_call(tokens, *, rotated):
     """32 and 8 heads of 128."""
     x, table, rows = dtypes.BFLOAT16, dtypes.FLOAT32, dtypes.INT64
     device = Device("cuda", 0)
@@ -193,22 +193,22 @@ def parts_call(tokens, *, turned):
         name: Layout((tokens, heads, 128), (heads * 256, 256, 2), x, device, 16)
         for name, heads in (("q", 32), ("k", 8))
     }
-    norm, turning = part_rules.PartNorm(options("rms"), None, None), None
-    if turned:
+    norm, rotation = part_rules.PartNorm(options("rms"), None, None), None
+    if rotated:
         tables = [Layout((100, 64), (256, 4), table, device, 16)] * 2
         positions = Layout((tokens,), (8,), rows, device, 16)
-        turning = Turning("half", False, 128, True, (), False, (True, True), *tables, positions)
-    return part_rules.describe(dict.fromkeys("qk", norm), layouts, layouts, turning, -2)
+        rotation = Rotation("half", False, 128, True, (), False, (True, True), *tables, positions)
+    return part_rules.describe(dict.fromkeys("qk", norm), layouts, layouts, rotation, -2)
 
 
-@pytest.mark.parametrize("turned", [True, False], ids=["by positions", "not turned"])
+@pytest.mark.parametrize("rotated", [True, False], ids=["by positions", "not rotated"])
 @pytest.mark.parametrize("before", [2, 2500, 2600, 2**26])
-def test_a_launch_over_other_tokens_is_the_one_that_is_planned(before, turned, monkeypatch):
+def test_a_launch_over_other_tokens_is_the_one_that_is_planned(before, rotated, monkeypatch):
     """Or there is none, where a plan has another kernel, another geometry, or an error."""
     monkeypatch.setattr(compiler, "loaded", lambda *_: SimpleNamespace(ptr=1))
 
     def planned_over(tokens):
-        return qk_norm_rope.prepare(parts_call(tokens, turned=turned), index=0, stream=0)
+        return qk_norm_rope.prepare(parts_call(tokens, rotated=rotated), index=0, stream=0)
 
     known, derived = planned_over(before), []
     for after in (2, 3, 2500, 2534, 2535, 2600, 2**20, 2**26, 2**28, 2**34, 2**36):
@@ -234,7 +234,7 @@ def test_a_launch_over_other_tokens_is_the_one_that_is_planned(before, turned, m
             (True, False): [2535, 2600, 2**20, 2**26],
             (False, True): [2, 3, 2500, 2534, 2535, 2600, 2**20],
             (False, False): [2, 3, 2500, 2534, 2535, 2600, 2**20, 2**26, 2**28],
-        }[turned, before < 2600 if turned else before < 2**26]
+        }[rotated, before < 2600 if rotated else before < 2**26]
     )
 
 
