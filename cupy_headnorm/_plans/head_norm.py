@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ def check_config(config: LaunchConfig, spec: NormSpec, limits: DeviceLimits) -> 
 
 
 def check_call(call: NormCall, config: LaunchConfig) -> None:
-    """Raise ValueError where one launch as `config` says cannot serve the memory of a call."""
+    """Raise ValueError where one launch as `config` says cannot run over the memory of a call."""
     vector, access = _in_elements(config, call.spec)
     widest = _access(call, vector, ("x", "out"))
     if access > widest:
@@ -112,7 +113,7 @@ class Memory(NamedTuple):
 
 
 def memory_of(call: NormCall, config: LaunchConfig) -> Memory:
-    """Say which kernel serves the memory of a call."""
+    """Return which kernel fits the memory of a call."""
     few_rows = call.rows <= MAX_FEW_ROWS
     axes = next(n for n in AXES if len(call.axes) <= n and (n != FEW_AXES or few_rows))
     vector, _ = _in_elements(config, call.spec)
@@ -177,11 +178,6 @@ def macros(spec: NormSpec, config: LaunchConfig, memory: Memory) -> dict[str, st
     }
 
 
-def compile_options(spec: NormSpec, config: LaunchConfig, memory: Memory) -> tuple[str, ...]:
-    """Return the compiler's options for one specialisation."""
-    return compiler.options_of(macros(spec, config, memory))
-
-
 class _Axis(ctypes.Structure):
     """``headnorm::RowAxis``."""
 
@@ -191,6 +187,7 @@ class _Axis(ctypes.Structure):
     ]
 
 
+@functools.cache
 def _params_type(real: Real, axes: int) -> Struct:
     class Params(ctypes.Structure):
         """``headnorm::Params``."""
@@ -206,11 +203,8 @@ def _params_type(real: Real, axes: int) -> Struct:
     return Params
 
 
-_PARAMS = specialisation.by_accumulate(_params_type, AXES)
-
-
 def _params(call: NormCall, config: LaunchConfig, axes: int) -> Any:
-    params = _PARAMS[call.spec.x.accumulate.name, axes](
+    params: Any = _params_type(specialisation.real_of(call.spec), axes)(
         rows=call.rows,
         rows_per_block=config.rows_per_block,
         eps=call.eps,
@@ -230,33 +224,27 @@ X, OUT, WEIGHT, BIAS = range(WORDS)
 """Places among the words of a launch."""
 
 
-def prepare(call: NormCall, index: int, stream: int, config: LaunchConfig | None = None) -> Launch:
-    """
-    Plan `call` on CUDA device `index`, and compile and load its kernel where that is new.
+def launch_of(call: NormCall, config: LaunchConfig, axes: int, index: int) -> Launch:
+    """Return the launch of `call` on CUDA device `index`, but for its function."""
+    params = _params(call, config, axes)
+    blocks = config.blocks(call.rows)
+    return Launch(0, blocks, config.threads, index, params, _WORDS, 0, config, call.spec)
 
-    Raises
-    ------
-    CaptureError
-        It is new while `stream` is captured.
-    """
+
+def prepare(call: NormCall, index: int, stream: int, config: LaunchConfig | None = None) -> Launch:
+    """Plan `call` on CUDA device `index`; see `specialisation.loaded`."""
     if config is None:
         config = plan(call, compiler.limits(index))
     else:
         check_config(config, call.spec, compiler.limits(index))
         check_call(call, config)
-    memory = memory_of(call, config)
-    params = _params(call, config, memory.axes)
-    blocks = config.blocks(call.rows)
-
-    def make() -> Any:
-        options = compile_options(call.spec, config, memory)
-        empty = specialisation.of_no_rows(type(params))
-        return compiler.compiled("head_norm.cu", options, empty, config.threads, index)
-
+    spec, memory = call.spec, memory_of(call, config)
+    launch = launch_of(call, config, memory.axes, index)
     # rows_per_block is a run-time argument: every number of rows runs one kernel.
-    compiled_for = (*_in_elements(config, call.spec), config.lanes, config.vectors_per_lane)
-    function = compiler.loaded((call.spec, *compiled_for, memory, index), stream, make)
-    return Launch(function.ptr, blocks, config.threads, index, params, _WORDS, 0, config, call.spec)
+    key = (spec, *_in_elements(config, spec), config.lanes, config.vectors_per_lane, memory)
+    return specialisation.loaded(
+        launch, "head_norm.cu", key, lambda: macros(spec, config, memory), stream
+    )
 
 
 def over(launch: Launch, before: int, after: int) -> Launch | None:

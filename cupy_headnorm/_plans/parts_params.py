@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 
 from cupy_headnorm._plans.specialisation import ARRAYS, Real, Struct, fields
@@ -39,6 +40,7 @@ class _Axis(ctypes.Structure):
 _PART_ALIGNMENT = 16
 
 
+@functools.cache
 def params_type(real: Real, axes: int) -> Struct:
     """Return the type of the parameter of a kernel that adds in `real`."""
 

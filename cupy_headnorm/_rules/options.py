@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from cupy_headnorm._arrays import dtypes
 from cupy_headnorm._arrays.dtypes import DType
+from cupy_headnorm._arrays.layout import Layout
 from cupy_headnorm._arrays.messages import shown as shown
 
 Kind = Literal["rms", "layer"]
@@ -130,7 +131,7 @@ def check_parameters(opts: NormOptions, weight: object, bias: object) -> None:
         )
 
 
-def check_result(opts: NormOptions, x: DType, weight: DType | None, bias: DType | None) -> None:
+def check_result(opts: NormOptions, x: DType, weight: Layout | None, bias: Layout | None) -> None:
     """
     Refuse a call of a model's norm whose own result has another dtype than x.
 
@@ -139,12 +140,13 @@ def check_result(opts: NormOptions, x: DType, weight: DType | None, bias: DType 
     """
     own = x
     if opts.result == "weight":
-        own = weight or x
+        own = weight.dtype if weight else x
     elif opts.result == "promoted":
         for parameter in (weight, bias):
-            own = own if parameter is None else dtypes.promoted(own, parameter)
+            own = dtypes.promoted(own, parameter.dtype) if parameter else own
     if own is not x:
         raise TypeError(
-            f"x has dtype {x} and the weight {weight}, of which the model itself makes {own}; "
-            f"needs x of {own}, or rounding={opts.rounding!r} given explicitly for a result of {x}"
+            f"x has dtype {x} and the weight {weight and weight.dtype}, of which the model itself "
+            f"makes {own}; needs x of {own}, or rounding={opts.rounding!r} given explicitly for a "
+            f"result of {x}"
         )

@@ -85,10 +85,10 @@ def macros_of(call):
             call.spec, config, head_norm.memory_of(call, config)
         )
     rope = call.spec.rope
-    if rope and rope.position and not call.table_row:
+    if rope and rope.position and not call.lookup.table_row:
         # The host makes no tables. A GPU's have row after row.
         row = rope.rotary_dim // 2 * rope.table.itemsize
-        call = call._replace(table_alignment=math.gcd(16, row))
+        call = call._replace(lookup=call.lookup._replace(alignment=math.gcd(16, row)))
     return "qk_norm_rope.cu", qk_norm_rope.macros(call.spec, qk_norm_rope.plan(call))
 
 

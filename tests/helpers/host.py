@@ -25,8 +25,7 @@ from stand_in import forget_calls, on_cuda, take_for_gpu
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.dtypes import DTYPES, INT32, INT64
 from cupy_headnorm._cuda import compiler, launcher
-from cupy_headnorm._cuda.launcher import Launch
-from cupy_headnorm._plans import geometry, head_norm, parts_params, qk_norm_rope
+from cupy_headnorm._plans import geometry, head_norm, qk_norm_rope
 from cupy_headnorm._rules.norm import NormSpec
 
 ITEMSIZE = {dtype.cuda: dtype.itemsize for dtype in (*DTYPES, INT32, INT64)}
@@ -188,19 +187,14 @@ class _Device:
         macros = head_norm.macros(call.spec, config, head_norm.memory_of(call, config))
         few_rows = call.rows <= geometry.MAX_FEW_ROWS
         found = self.find("head_norm.cu", macros, few_rows=few_rows)
-        params = head_norm._params(call, config, int(dict(found.macros)["HN_AXES"]))
-        blocks = config.blocks(call.rows)
-        words = head_norm._WORDS, 0
-        return Launch(found, blocks, config.threads, index, params, *words, config, call.spec)
+        launch = head_norm.launch_of(call, config, int(dict(found.macros)["HN_AXES"]), index)
+        return launch._replace(function=found)
 
     def prepare_parts(self, call, index, stream, config=None):
         config = qk_norm_rope.plan(call) if config is None else config
         found = self.find("qk_norm_rope.cu", qk_norm_rope.macros(call.spec, config))
         config = config._replace(axes=int(dict(found.macros)["HN_AXES"]))
-        params = qk_norm_rope._params(call, config)
-        blocks = config.blocks(params.groups)
-        words = parts_params.STRUCT, type(params).part.offset
-        return Launch(found, blocks, config.threads, index, params, *words, config, call.spec)
+        return qk_norm_rope.launch_of(call, config, index)._replace(function=found)
 
     def packed(self, launch):
         params = type(launch.params).from_buffer_copy(launch.params)

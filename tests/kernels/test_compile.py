@@ -8,6 +8,7 @@ from cases import covering_specs
 
 from cupy_headnorm._arrays.dtypes import FLOAT16
 from cupy_headnorm._cuda import source as kernel_source
+from cupy_headnorm._cuda.compiler import options_of
 from cupy_headnorm._plans import geometry, head_norm
 from cupy_headnorm._rules.axes import RowAxis
 from cupy_headnorm._rules.norm import NormCall, NormSpec
@@ -30,10 +31,10 @@ def nvrtc():
 
 
 def compiled(spec, config, memory, target):
-    return built("head_norm.cu", head_norm.compile_options(spec, config, memory), target)
+    return built("head_norm.cu", head_norm.macros(spec, config, memory), target)
 
 
-def built(source, options, target):
+def built(source, macros, target):
     """Return the compiler's log, in which ptxas reports each kernel, and the PTX."""
     compiler = nvrtc()
     from cupy._core.core import assemble_cupy_compiler_options
@@ -41,7 +42,7 @@ def built(source, options, target):
     program = compiler.createProgram(kernel_source.pasted(source), source, (), ())
     options = (
         *assemble_cupy_compiler_options(()),
-        *options,
+        *options_of(macros),
         f"-arch={target}",
         "-ftz=true",
         "--device-as-default-execution-space",
