@@ -1,7 +1,7 @@
 // Normalizes the heads of queries, keys and values and rotates them by their positions, in one
 // launch.
 //
-// A group of lanes keeps the cosines and sines of one token and walks several of its heads.
+// A group of lanes keeps the cosines and sines of one token and goes through several of its heads.
 //
 // Set from outside, one set a specialisation, beside those of head_norm.cu:
 //   HN_ROPE         none, half, half_flipped or interleaved

@@ -11,30 +11,23 @@ from cupy_headnorm._cuda import compiler
 from cupy_headnorm._cuda.compiler import DeviceLimits
 from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._plans import geometry, specialisation
-from cupy_headnorm._plans.geometry import (
-    FEW_AXES,
-    MAX_BLOCKS,
-    MAX_FEW_ROWS,
-    MAX_VALUES_PER_LANE,
-    WARP,
-    LaunchConfig,
-)
+from cupy_headnorm._plans.geometry import FEW_AXES, MAX_VALUES_PER_LANE, WARP, LaunchConfig
 from cupy_headnorm._plans.specialisation import ARRAYS, Real, Struct, fields
 from cupy_headnorm._rules.axes import RowAxis
 from cupy_headnorm._rules.norm import NormCall, NormSpec
 
 GROUP_THREADS = 256
-"""Threads a block at most where rows share it; the kernels are compiled for this bound."""
+"""A block has no more where rows share it; the kernels are compiled for this bound."""
 GROUP_BLOCKS = 5
-"""Blocks of so many threads that a multiprocessor has room for at least, which leaves a thread 48
-registers. Layer, bfloat16, head_dim 160, 64 MB, H100: 1.00 of copy speed, without the cap 0.96."""
+"""A multiprocessor has room for so many such blocks at least, which leaves a thread 48 registers.
+Layer, bfloat16, head_dim 160, 64 MB, H100: 1.00 of copy speed, without the cap 0.96."""
 GROUP_BLOCKS_VALUES = 12
-"""Values of a lane at most for `GROUP_BLOCKS`; with more, a bias or narrower accesses the compiler
-spills."""
+"""`GROUP_BLOCKS` is for lanes of so many values at most; with more, a bias or narrower accesses the
+compiler spills."""
 MAX_HEAD_DIM = 2**31 - 2**17
 """The kernels count inside a row in 32 bits, up to a tile past its end."""
 AXES = (1, FEW_AXES, 8)
-"""Axes of the grid of rows that kernels are compiled for.
+"""Kernels are compiled for a grid of rows of so many axes.
 Contiguous arrays have 1, slices of model tensors 3 at most. Fewer are faster: 1 token x 32 heads x
 128, bfloat16, H100: 1.42 us with room for 8, 1.38 for 3, 1.36 for 1; 64 tokens 2.48, 2.39, 2.32."""
 
@@ -107,14 +100,14 @@ class Memory(NamedTuple):
     """What a kernel is compiled for beside the spec and the geometry: how the arrays lie."""
 
     axes: int
-    """One of `AXES`."""
+    """It is one of `AXES`."""
     parameter_access: int
-    """Elements of weight and bias moved by one load."""
+    """One load moves so many elements of weight or bias."""
 
 
 def memory_of(call: NormCall, config: LaunchConfig) -> Memory:
     """Return which kernel fits the memory of a call."""
-    few_rows = call.rows <= MAX_FEW_ROWS
+    few_rows = call.rows <= geometry.MAX_FEW_ROWS
     axes = next(n for n in AXES if len(call.axes) <= n and (n != FEW_AXES or few_rows))
     vector, _ = _in_elements(config, call.spec)
     return Memory(axes, _access(call, vector, ("weight", "bias")))
@@ -122,10 +115,7 @@ def memory_of(call: NormCall, config: LaunchConfig) -> Memory:
 
 def check_rows(rows: int, config: LaunchConfig) -> None:
     """Raise ValueError where a launch cannot have as many blocks."""
-    if config.blocks(rows) > MAX_BLOCKS:
-        raise ValueError(
-            f"x has {rows} rows, {config.blocks(rows)} blocks; needs {MAX_BLOCKS} at most"
-        )
+    geometry.check_blocks(config.blocks(rows), f"x has {rows} rows,")
 
 
 def plan(call: NormCall, limits: DeviceLimits = DeviceLimits()) -> LaunchConfig:
@@ -221,7 +211,7 @@ _WORDS = struct.Struct("4Q")
 """The addresses of x, out, weight and bias: the first fields of ``headnorm::Params``."""
 WORDS = 4
 X, OUT, WEIGHT, BIAS = range(WORDS)
-"""Places among the words of a launch."""
+"""These are places among the words of a launch."""
 
 
 def launch_of(call: NormCall, config: LaunchConfig, axes: int, index: int) -> Launch:
@@ -254,7 +244,7 @@ def over(launch: Launch, before: int, after: int) -> Launch | None:
     None where that takes another kernel.
     """
     rows = launch.params.rows // before * after
-    if len(launch.params.axis) == geometry.FEW_AXES and rows > geometry.MAX_FEW_ROWS:
+    if len(launch.params.axis) == FEW_AXES and rows > geometry.MAX_FEW_ROWS:
         return None
     check_rows(rows, launch.config)
     params = type(launch.params).from_buffer_copy(launch.params)

@@ -12,7 +12,7 @@ from cupy_headnorm._rules.axes import PARTS
 STRUCT = struct.Struct("4Q4q" * PARTS + "3Q")
 """``headnorm::PartsParams`` from its parts up to the addresses of cosines, sines and positions."""
 PART_WORDS = tuple(range(8 * part, 8 * part + 4) for part in range(PARTS))
-"""Places of each part's x, out, weight and bias among the words of a launch; its strides follow."""
+"""These are places of a part's x, out, weight and bias among a launch's words; strides follow."""
 WORDS = 8 * PARTS + 3
 COS, SIN, POSITIONS = range(8 * PARTS, WORDS)
 

@@ -16,26 +16,26 @@ from cupy_headnorm._rules.parts import PartsCall, PartsSpec
 from cupy_headnorm._rules.rotary import NO_ROPE
 
 AXES = (2, geometry.FEW_AXES, 8)
-"""Axes that kernels are compiled for: those of the tokens, and one for the groups of a token."""
+"""Kernels are compiled for so many axes: those of the tokens, and one for the groups of a token."""
 ANY_HEAD_DIM = {2: 4096, 4: 16384, 8: 8192}
-"""By itemsize: heads of any length up to here fit a block of threads. Of 16-bit ones 8,192 and
-16,384 do too."""
+"""Heads of any length up to here fit a block of threads, by itemsize. Those of 8,192 and 16,384
+16-bit elements do too."""
 GROUP_THREADS = 128
 SHARED_BYTES = 48 * 1024
-"""Of shared memory that any GPU gives a block."""
+"""Any GPU gives a block so much shared memory."""
 GROUP_BLOCKS = 6
-"""Blocks of so many threads that a multiprocessor has room for at least, which leaves a thread 80
-registers, where cosines are given and every operation is rounded. Others would spill."""
+"""A multiprocessor has room for so many blocks at least, which leaves a thread 80 registers, where
+cosines are given and every operation is rounded. Others would spill."""
 FOLDED_VALUES = 16
-"""Of a lane at most that does the work of two. Then the two elements of a pair lie in one lane, and
-half as many instructions go to a head. 16,384 tokens of 32 and 8 heads of 128, bfloat16, RoPE, on
-an H100: 0.95 of copy speed, not folded 0.90."""
+"""A lane that does the work of two has no more. Then the two elements of a pair lie in one lane,
+and half as many instructions go to a head. 16,384 tokens of 32 and 8 heads of 128, bfloat16, RoPE,
+on an H100: 0.95 of copy speed, not folded 0.90."""
 HEADS_PER_GROUP = {"none": 1, "given": 2, "positions": 4}
-"""That one group walks, cosines and sines in registers, where there are heads enough. In that case,
-by 1, 2, 4, 8 heads: without RoPE 0.97, 0.96, 0.95, 0.93; cosines given 0.95, 0.95, 0.94, 0.92; by
-positions 0.87, 0.93, 0.94, 0.92."""
+"""One group does so many, cosines and sines in registers, where there are heads enough. For the
+same tokens, by 1, 2, 4, 8 heads: without RoPE 0.97, 0.96, 0.95, 0.93; cosines given 0.95, 0.95,
+0.94, 0.92; by positions 0.87, 0.93, 0.94, 0.92."""
 MAX_HEADS = 2**31 - 1 - max(HEADS_PER_GROUP.values())
-"""Of a token, in all parts: the kernel counts them in 32 bits, up to a group past the last one."""
+"""A token has no more in all parts: the kernel counts in 32 bits, up to a group past the end."""
 FEW_THREADS = 3 * 132 * 2048
 """Up to so many lanes of all heads together each head has a group of its own: an H100 has room for
 a third of them at once. By positions with 1 / 2 heads a group: 1 token 1.74 / 1.97 us, 1,024 tokens
@@ -43,17 +43,17 @@ a third of them at once. By positions with 1 / 2 heads a group: 1 token 1.74 / 1
 
 
 class PartsConfig(NamedTuple):
-    """Which threads own which elements of a head, and how many heads they walk."""
+    """Which threads own which elements of a head, and how many heads they do."""
 
     vector: int
     """Neighbouring elements that a lane owns together."""
     lanes: int
     vectors: int
-    """Of a lane."""
+    """A lane has so many."""
     fold: int
-    """Lanes of ``head_norm.cu`` whose work one lane does, adding in their order."""
+    """One lane does the work of so many of ``head_norm.cu``, adding in their order."""
     access: int
-    """Elements of x and out moved by one load or store."""
+    """One load or store moves so many elements of x or out."""
     parameter_access: int
     table_access: int
     heads_per_group: int
@@ -62,7 +62,7 @@ class PartsConfig(NamedTuple):
 
     @property
     def threads(self) -> int:
-        """Threads a block."""
+        """Return the threads of a block."""
         return -(-self.lanes * self.groups_per_block // WARP) * WARP
 
     def blocks(self, groups: int) -> int:
@@ -137,17 +137,14 @@ def _axes(call: PartsCall, heads_per_group: int) -> int:
 
 
 def _ends(call: PartsCall, heads_per_group: int) -> list[int]:
-    """Return how many groups walk a token's heads up to the end of each part."""
+    """Return how many groups a token's heads take up to the end of each part."""
     return list(accumulate(-(-part.num_heads // heads_per_group) for part in call.parts))
 
 
 def _check(call: PartsCall, config: PartsConfig) -> None:
     """Raise ValueError where one launch has not as many blocks, or a block not the memory."""
     blocks = config.blocks(call.tokens * _ends(call, config.heads_per_group)[-1])
-    if blocks > geometry.MAX_BLOCKS:
-        raise ValueError(
-            f"{call.tokens} tokens take {blocks} blocks; needs {geometry.MAX_BLOCKS} at most"
-        )
+    geometry.check_blocks(blocks, f"{call.tokens} tokens take")
     norm = call.spec.norm
     row = config.lanes * config.vectors * config.vector
     shared = 2 * row * config.groups_per_block * norm.x.itemsize

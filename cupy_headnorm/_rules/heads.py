@@ -124,10 +124,12 @@ def head_axis(
     return True, outer
 
 
-def check_dtype(layout: Layout, name: str, first: Layout, of: str) -> None:
-    """Refuse an array of another dtype than that of the array called `of`."""
-    if layout.dtype is not first.dtype:
-        raise TypeError(f"{name} has dtype {layout.dtype}; needs that of {of}, {first.dtype}")
+def check_same(what: str, layout: Layout, name: str, first: Layout, of: str) -> None:
+    """Refuse an array of another shape or dtype, say `what`, than the array called `of`."""
+    found, needed = getattr(layout, what), getattr(first, what)
+    if found != needed:
+        error = ValueError if what == "shape" else TypeError
+        raise error(f"{name} has {what} {found}; needs that of {of}, {needed}")
 
 
 def check_device(layout: Layout | None, name: str, first: Layout, of: str) -> None:

@@ -34,7 +34,7 @@ class NormSpec(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The kernel's name in a profiler: ``head_norm_rms_bf16_f32_d128``."""
+        """Return the kernel's name in a profiler: ``head_norm_rms_bf16_f32_d128``."""
         return "_".join(self.words("head_norm"))
 
 
@@ -43,12 +43,12 @@ class NormCall(NamedTuple):
 
     spec: NormSpec
     axes: tuple[RowAxis, ...]
-    """Outermost first, neighbours merged where every array allows it."""
+    """The outermost comes first; neighbours are merged where every array allows it."""
     rows: int
     eps: float
     weight_offset: float
     alignments: tuple[int, ...]
-    """Largest power of two, at most 16, dividing every row's address in x, out, weight, bias."""
+    """The largest power of two, at most 16, that divides each row's address, by array."""
 
 
 def describe(
@@ -94,9 +94,8 @@ def _checked(
     """Check the arrays, and return what is known of the heads, and head_dim."""
     if not x.shape:
         raise ValueError("x has shape (); needs (..., num_heads, head_dim)")
-    if out.shape != x.shape:
-        raise ValueError(f"out has shape {out.shape}; needs that of x, {x.shape}")
-    head_rules.check_dtype(out, "out", x, "x")
+    head_rules.check_same("shape", out, "out", x, "x")
+    head_rules.check_same("dtype", out, "out", x, "x")
     for name, layout in (("weight", weight), ("bias", bias), ("out", out)):
         head_rules.check_device(layout, name, x, "x")
     heads = head_rules.geometry_of(opts, weight, bias)

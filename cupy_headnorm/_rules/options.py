@@ -15,13 +15,13 @@ Kind = Literal["rms", "layer"]
 Rounding = Literal["once", "before_weight", "every_op", "rstd"]
 
 DEFAULT_EPS: dict[str, float] = {"rms": 1e-6, "layer": 1e-5}
-"""By kind. Qwen3 and Gemma use 1e-6, torch's and Cohere's LayerNorm 1e-5."""
+"""Qwen3 and Gemma use 1e-6, torch's and Cohere's LayerNorm 1e-5."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 MAX_AXES = 64
-"""Of an array, in NumPy, CuPy and torch."""
+"""An array has no more in NumPy, CuPy and torch."""
 Choice = TypeVar("Choice", bound=str)
 
 
@@ -36,7 +36,7 @@ class NormOptions(NamedTuple):
     weight_offset: float
     rounding: Rounding
     result: str = "x"
-    """Dtype of a model's own result: see `check_result`."""
+    """It names the dtype of a model's own result: see `check_result`."""
 
 
 def one_of(value: Any, allowed: tuple[Choice, ...], name: str) -> Choice:

@@ -40,7 +40,7 @@ class PartsSpec(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The kernel's name in a profiler."""
+        """Return the kernel's name in a profiler."""
         words = self.norm.words("qk_norm")
         words += ["offset"] * self.offset + ["unlike"] * (not self.all_parts_alike)
         return "_".join(words + ([self.rope.name] if self.rope else []))
@@ -65,13 +65,13 @@ class PartsCall(NamedTuple):
     spec: PartsSpec
     parts: tuple[Part, ...]
     axes: tuple[TokenAxis, ...]
-    """Outermost first, neighbours merged where every array allows it."""
+    """The outermost comes first; neighbours are merged where every array allows it."""
     tokens: int
     lookup: Lookup
     alignment: int
-    """Largest power of two, at most 16, that divides the address of each row of x and out."""
+    """The largest power of two, at most 16, that divides the address of each row of x and out."""
     parameters: tuple[tuple[DType, int], ...]
-    """Dtype and such alignment of each weight and bias."""
+    """The dtype and such an alignment of each weight and bias."""
 
 
 def describe(
@@ -101,19 +101,12 @@ def describe(
         rotated = zip(parts, rotation.rotated, strict=True)
         parts = tuple(part._replace(rotated=of_part) for part, of_part in rotated)
     shape = _without_heads(q.shape, heads_axis)
-    position_strides, table_strides, lookup = rotary.strides(rotation, shape)
+    of_positions, of_tables, lookup = rotary.strides(rotation, shape)
     layouts = [*x.values(), *(out[name] for name in x)]
     strides = [_without_heads(layout.strides, heads_axis) for layout in layouts]
-    axes = [
-        TokenAxis(
-            size,
-            tuple(of_array[i] for of_array in strides[: len(x)]),
-            tuple(of_array[i] for of_array in strides[len(x) :]),
-            position_strides[i],
-            table_strides[i],
-        )
-        for i, size in enumerate(shape)
-    ]
+    of_x, of_out = (zip(*part, strict=True) for part in (strides[: len(x)], strides[len(x) :]))
+    by_axis = zip(shape, of_x, of_out, of_positions, of_tables, strict=True)
+    axes = [TokenAxis(*of_axis) for of_axis in by_axis]
     tokens = math.prod(shape)
     axes_merged = merged(axes, TokenAxis(1)) if tokens else ()
     steps = [step for axis in axes_merged for step in (*axis.x, *axis.out)]
@@ -134,7 +127,7 @@ def _check_part(
 ) -> None:
     """Check one part, beside q, and its result."""
     shape = x.shape
-    heads.check_dtype(x, name, q, "q")
+    heads.check_same("dtype", x, name, q, "q")
     heads.check_device(x, name, q, "q")
     if len(shape) != len(q.shape):
         raise ValueError(f"{name} has shape {shape} and q {q.shape}; needs as many axes as q")
@@ -150,10 +143,9 @@ def _check_part(
             f"{name} has shape {shape} and q {q.shape}; needs the same tokens, as they "
             f"differ on other axes than heads_axis={heads_axis}"
         )
-    if out.shape != shape:
-        raise ValueError(f"out of {name} has shape {out.shape}; needs that of {name}, {shape}")
+    heads.check_same("shape", out, f"out of {name}", x, name)
     heads.check_device(out, f"out of {name}", x, "q")
-    heads.check_dtype(out, f"out of {name}", x, name)
+    heads.check_same("dtype", out, f"out of {name}", x, name)
     heads.check_last_stride(x, name)
     heads.check_last_stride(out, f"out of {name}")
 
@@ -183,28 +175,25 @@ def check_norms(norms: Mapping[str, PartNorm]) -> None:
     """Refuse norms that one kernel cannot run together."""
     first = norms["q"].options
     for name, (options, weight, bias) in norms.items():
-        if options.kind != first.kind:
-            raise ValueError(
-                f"the norm of {name} has kind {options.kind!r}; needs that of q, {first.kind!r}"
-            )
         # Without weight and bias nothing follows the first rounding.
         plain = weight is None and bias is None and "rstd" not in (options.rounding, first.rounding)
-        if options.rounding != first.rounding and not plain:
-            raise ValueError(
-                f"the norm of {name} has rounding {options.rounding!r}; needs that of q, "
-                f"{first.rounding!r}"
-            )
+        for what in ("kind",) if plain else ("kind", "rounding"):
+            found, needed = getattr(options, what), getattr(first, what)
+            if found != needed:
+                raise ValueError(
+                    f"the norm of {name} has {what} {found!r}; needs that of q, {needed!r}"
+                )
     dims = _head_dims(norms)
     for name, head_dim in dims.items():
-        one, needed = next(iter(dims.items()))
-        if head_dim != needed:
+        one = next(iter(dims))
+        if head_dim != dims[one]:
             raise ValueError(
-                f"the norms of {one} and {name} have head_dim {needed} and {head_dim}; needs one"
+                f"the norms of {one} and {name} have head_dim {dims[one]} and {head_dim}; needs one"
             )
     for role in ("weight", "bias"):
-        found = {n: getattr(norm, role).dtype for n, norm in norms.items() if getattr(norm, role)}
-        if len(set(found.values())) > 1:
-            told = ", ".join(f"{dtype} of {name}" for name, dtype in found.items())
+        dtypes = {n: getattr(norm, role).dtype for n, norm in norms.items() if getattr(norm, role)}
+        if len(set(dtypes.values())) > 1:
+            told = ", ".join(f"{dtype} of {name}" for name, dtype in dtypes.items())
             raise TypeError(f"dtypes of {role} are {told}; needs one for all")
 
 

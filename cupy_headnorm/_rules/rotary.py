@@ -26,7 +26,7 @@ class Rotation(NamedTuple):
     sections: tuple[int, ...]
     interleaved_sections: bool
     rotated: tuple[bool, ...]
-    """By part."""
+    """Which parts rotate."""
     cos: Layout
     sin: Layout
     positions: Layout | None
@@ -50,7 +50,7 @@ class RopeSpec(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Part of a kernel's name: ``rope_half_d128_bf16``."""
+        """Return a part of a kernel's name: ``rope_half_d128_bf16``."""
         words = ["rope", self.style.replace(" ", "_"), f"d{self.rotary_dim}", self.table.short]
         words += ["before"] * self.first + ["rounded_once"] * (not self.every_op)
         words += [f"positions_{self.position.short}"] if self.position else []
@@ -70,9 +70,9 @@ class Lookup(NamedTuple):
     position_row: int = 0
     """Bytes from one row of positions to the next."""
     max_position: int = 0
-    """Number of positions in the tables."""
+    """The number of positions in the tables."""
     alignment: int = 16
-    """Largest power of two, at most 16, that divides the address of each row of the tables."""
+    """The largest power of two, at most 16, that divides the address of each row of the tables."""
 
 
 def rope_spec(rotation: Rotation, head_dim: int, q: Layout) -> RopeSpec:
@@ -125,34 +125,27 @@ def strides(
     if positions is None:
         of_tables = _broadcast("cos", cos, tokens, 1)
         return none, of_tables, Lookup(alignment=math.gcd(aligned, *of_tables))
-    position_row, positions = _row_of_positions(positions, rotation.sections, tokens)
+    steps = (step for n, step in zip(positions.shape, positions.strides, strict=True) if n > 1)
+    aligned_to = math.gcd(positions.alignment, *steps)
+    if aligned_to % positions.dtype.itemsize:
+        raise ValueError(
+            f"positions are aligned to {aligned_to} bytes; needs {positions.dtype.itemsize}, the "
+            f"size of {positions.dtype}"
+        )
+    position_row, rows = 0, len(rotation.sections)
+    if rows:
+        least = 2 if tokens else 1  # (3,) may be meant as one position for each of 3 tokens
+        if len(positions.shape) < least or positions.shape[0] != rows:
+            raise ValueError(
+                f"positions have shape {positions.shape}; needs ({rows}, ...), a row for "
+                f"each of the sections, of {tokens} or what broadcasts to it"
+            )
+        position_row = positions.strides[0]
+        positions = positions._replace(shape=positions.shape[1:], strides=positions.strides[1:])
     of_positions = _broadcast("positions", positions, tokens, 0)
     table_row = cos.strides[0]
     lookup = Lookup(table_row, position_row, cos.shape[0], math.gcd(aligned, table_row))
     return of_positions, none, lookup
-
-
-def _row_of_positions(
-    positions: Layout, sections: tuple[int, ...], tokens: tuple[int, ...]
-) -> tuple[int, Layout]:
-    """Return the bytes from one row of positions to the next, and the layout of a row."""
-    steps = zip(positions.shape, positions.strides, strict=True)
-    aligned = math.gcd(positions.alignment, *(step for n, step in steps if n > 1))
-    if aligned % positions.dtype.itemsize:
-        raise ValueError(
-            f"positions are aligned to {aligned} bytes; needs {positions.dtype.itemsize}, the size "
-            f"of {positions.dtype}"
-        )
-    if not sections:
-        return 0, positions
-    least = 2 if tokens else 1  # (3,) may be meant as one position for each of 3 tokens
-    if len(positions.shape) < least or positions.shape[0] != len(sections):
-        raise ValueError(
-            f"positions have shape {positions.shape}; needs ({len(sections)}, ...), a row for "
-            f"each of the sections, of {tokens} or what broadcasts to it"
-        )
-    row = positions._replace(shape=positions.shape[1:], strides=positions.strides[1:])
-    return positions.strides[0], row
 
 
 def _broadcast(name: str, layout: Layout, tokens: tuple[int, ...], last: int) -> tuple[int, ...]:

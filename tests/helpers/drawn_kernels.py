@@ -21,7 +21,7 @@ from cupy_headnorm._rules.rotary import Rotation
 from cupy_headnorm.headnorm import inside
 
 KEYS = {"head_norm.cu": NORM_KEYS, "qk_norm_rope.cu": QK_KEYS}
-"""By the file of their kernels."""
+"""They go by the file of their kernels."""
 
 
 def calls_of(key):
@@ -78,7 +78,7 @@ def rows_of(call):
 
 
 def macros_of(call):
-    """Return the file and the macros of the kernel that serves a call."""
+    """Return the file and the macros of the kernel that runs a call."""
     if isinstance(call, NormCall):
         config = head_norm.plan(call)
         return "head_norm.cu", head_norm.macros(
@@ -93,7 +93,7 @@ def macros_of(call):
 
 
 def kernel_of(call):
-    """Return the file and the compiler's options of the kernel that serves a call."""
+    """Return the file and the compiler's options of the kernel that runs a call."""
     file, macros = macros_of(call)
     return file, compiler.options_of(macros)
 
@@ -111,7 +111,7 @@ def keys_built_for_the_host(file):
 
     def runs(call):
         try:
-            return host.served_by(built, *macros_of(call), 900)
+            return host.kernel_for(built, *macros_of(call), 900)
         except host.NotBuilt:
             return None
 

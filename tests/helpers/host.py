@@ -32,7 +32,7 @@ ITEMSIZE = {dtype.cuda: dtype.itemsize for dtype in (*DTYPES, INT32, INT64)}
 
 
 class NotBuilt(LookupError):
-    """No specialisation that is compiled serves a call."""
+    """No specialisation that is compiled runs a call."""
 
 
 def require():
@@ -121,12 +121,12 @@ def _parts_uses(macros, params, blocks):
 
 # From the package to a launch.
 LOOSE = {"HN_NAME", "HN_BLOCKS", "HN_ACCESS", "HN_PARAMETER_ACCESS", "HN_TABLE_ACCESS", "HN_AXES"}
-"""Macros in which a kernel may differ and serve: it moves less at once, or has axes to spare."""
+"""A kernel may differ in these macros and still do: it moves less at once, or has axes to spare."""
 
 
-def served_by(kernels, source, macros, architecture, few_rows=True):
+def kernel_for(kernels, source, macros, architecture, few_rows=True):
     """
-    Return the specialisation that serves what `macros` ask for, itself or the next best one.
+    Return the specialisation that does what `macros` ask for, itself or the next best one.
 
     `few_rows` says that 32 bits count the rows: kernels of `geometry.FEW_AXES` do no more.
     """
@@ -176,7 +176,7 @@ class _Device:
 
     def __init__(self, built, orders, architecture, blocks):
         self.built, self.orders, self.blocks = built, orders, blocks
-        self.find = functools.partial(served_by, built.symbols, architecture=architecture)
+        self.find = functools.partial(kernel_for, built.symbols, architecture=architecture)
 
     def prepare(self, call, index, stream, config=None):
         if config is None:
@@ -214,7 +214,7 @@ def device(built=None, *, orders=ORDERS, architecture=900, blocks=None):
     Take NumPy arrays for those of a GPU, on which the kernels of `built` run.
 
     `blocks` are those to run, where a launch has more than a CPU can. NotBuilt is raised by calls
-    that no kernel serves, and Finding by those that go wrong.
+    that no kernel runs, and Finding by those that go wrong.
     """
     gpu = _Device(built or library(), orders, architecture, blocks)
     with pytest.MonkeyPatch.context() as patch:

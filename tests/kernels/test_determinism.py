@@ -20,9 +20,9 @@ from cupy_headnorm._arrays.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 RUNS = 100
 SOME = 18
-"""Runs where each takes long: two of each of `SHIFTS`."""
+"""There are so many runs where each takes long: two of each of `SHIFTS`."""
 ROWS = 40
-"""Different ones. A run gives them to its places in turn, and begins with another one."""
+"""A run gives them to its places in turn, and begins with another one."""
 SHIFTS = 9
 """Elements that the first row is moved by: 0 to 8."""
 ON_GPU = [
