@@ -102,9 +102,8 @@ def describe(
         parts = tuple(part._replace(rotated=of_part) for part, of_part in rotated)
     shape = _without_heads(q.shape, heads_axis)
     of_positions, of_tables, lookup = rotary.strides(rotation, shape)
-    layouts = [*x.values(), *(out[name] for name in x)]
-    strides = [_without_heads(layout.strides, heads_axis) for layout in layouts]
-    of_x, of_out = (zip(*part, strict=True) for part in (strides[: len(x)], strides[len(x) :]))
+    of_x = zip(*(_without_heads(x[name].strides, heads_axis) for name in x), strict=True)
+    of_out = zip(*(_without_heads(out[name].strides, heads_axis) for name in x), strict=True)
     by_axis = zip(shape, of_x, of_out, of_positions, of_tables, strict=True)
     axes = [TokenAxis(*of_axis) for of_axis in by_axis]
     tokens = math.prod(shape)
@@ -118,7 +117,7 @@ def describe(
         for layout, stride in ((norm.weight, part.weight), (norm.bias, part.bias))
         if layout is not None
     )
-    alignment = math.gcd(*(layout.alignment for layout in layouts), *steps)
+    alignment = math.gcd(*(v.alignment for v in (*x.values(), *out.values())), *steps)
     return PartsCall(spec, parts, axes_merged, tokens, lookup, alignment, parameters)
 
 

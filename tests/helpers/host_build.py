@@ -3,7 +3,7 @@ Kernels that `host` runs: which specialisations, and how g++ makes a library of 
 
 A new choice of a kernel is a row of `NORMS` or `PARTS` that has it, and its value in
 ``test_host.py::test_few_kernels_cover_all_choices``; test_host.py then runs it in every layout that
-it runs. There may be 40 rows, and there are: each takes half a second to compile. So put the
+it fits. There may be 40 rows, and there are: each takes half a second to compile. So put the
 choice into a row whose others occur elsewhere too: those that no row has any more, that test names.
 """
 

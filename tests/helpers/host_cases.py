@@ -115,7 +115,7 @@ def far_copy(values, step):
 
 
 MANY = 2**31 + 200
-"""Rows."""
+"""31 bits do not count so many rows."""
 
 
 def last_rows(using, rng):

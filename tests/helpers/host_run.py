@@ -84,7 +84,7 @@ class Use(NamedTuple):
     """Rows of bytes that a kernel may touch."""
 
     starts: np.ndarray
-    """Addresses."""
+    """The addresses of the rows."""
     width: int
     written: bool = False
 

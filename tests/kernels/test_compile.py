@@ -99,7 +99,7 @@ def test_compiles_without_spills(spec, architecture, request):
 @pytest.mark.parametrize("head_dim", [8, 10, 16, 20, 34, 40, 64, 100, 128, 1000])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_misaligned_rows_compile_without_spills(kind, head_dim, architecture):
-    """Elements one by one: through shared memory where a row has lanes enough."""
+    """They move element by element: through shared memory where a row has lanes enough."""
     spec = NormSpec(kind, FLOAT16, FLOAT16, None, head_dim, "once")
     for config, memory in list(specialisations(spec))[1:]:
         assert config.access_bytes == 2
@@ -109,7 +109,7 @@ def test_misaligned_rows_compile_without_spills(kind, head_dim, architecture):
 @pytest.mark.parametrize("head_dim", [33, 66, 127])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_small_stores_follow_one_another(kind, head_dim):
-    """Or pieces of one sector come too late to meet in the cache: see norm.cuh."""
+    """Otherwise pieces of one sector come too late to meet in the cache: see norm.cuh."""
     spec = NormSpec(kind, FLOAT16, FLOAT16, None, head_dim, "once")
     config, memory = next(specialisations(spec))
     _, text = compiled(spec, config, memory, "compute_90")

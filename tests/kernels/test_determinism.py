@@ -133,7 +133,7 @@ def test_a_row_alone_and_in_any_batch(library, name, rng, one_thread):
 @pytest.mark.parametrize("library", ON_GPU)
 @pytest.mark.parametrize("name", NORMS)
 def test_a_row_among_many(library, name, rng):
-    """So many that all multiprocessors are busy."""
+    """There are so many that all multiprocessors are busy."""
     norm, dtype, head_dim = made(rng, name)
     rows = max(300, 2**20 // head_dim)
     norm_depends_on_values_alone(library, norm, dtype, head_dim, rng, SOME, (rows,))
@@ -239,7 +239,7 @@ def test_a_head_alone_and_in_any_batch(library, name, rng, one_thread):
 @pytest.mark.parametrize("library", ON_GPU)
 @pytest.mark.parametrize("name", [name for name in QKS if "2048" not in name])
 def test_a_head_among_many(library, name, rng):
-    """So many that a group of lanes walks several heads."""
+    """There are so many that a group of lanes does several heads."""
     qk, dtype, head_dim, rotation = qk_made(rng, name)
     qk_depends_on_values_alone(library, qk, dtype, head_dim, rotation, rng, 4, (4096,), ((40, 16),))
 

@@ -67,7 +67,7 @@ def test_rows_of_1_kib_and_less_share_a_block_and_longer_ones_get_one():
 
 
 def test_every_number_of_rows_has_one_geometry():
-    """Or a call over another number of tokens could not be derived from one that is planned."""
+    """Otherwise no call over other tokens could be derived from one that is planned."""
     for head_dim in (64, 128, 4096):
         few, many = (head_norm.plan(call(head_dim, dtypes.BFLOAT16, n)) for n in (1, 10**6))
         assert few == many
@@ -186,7 +186,7 @@ def test_every_length_of_31_bits_has_a_multiplier(size):
 
 
 def parts_call(tokens, *, rotated):
-    """32 and 8 heads of 128."""
+    """Return a call on 32 and 8 heads of 128."""
     x, table, rows = dtypes.BFLOAT16, dtypes.FLOAT32, dtypes.INT64
     device = Device("cuda", 0)
     layouts = {
@@ -204,7 +204,7 @@ def parts_call(tokens, *, rotated):
 @pytest.mark.parametrize("rotated", [True, False], ids=["by positions", "not rotated"])
 @pytest.mark.parametrize("before", [2, 2500, 2600, 2**26])
 def test_a_launch_over_other_tokens_is_the_one_that_is_planned(before, rotated, monkeypatch):
-    """Or there is none, where a plan has another kernel, another geometry, or an error."""
+    """There is none where a plan has another kernel, another geometry, or an error."""
     monkeypatch.setattr(compiler, "loaded", lambda *_: SimpleNamespace(ptr=1))
 
     def planned_over(tokens):
