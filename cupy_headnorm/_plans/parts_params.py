@@ -37,9 +37,6 @@ class _Axis(ctypes.Structure):
     ]
 
 
-_PART_ALIGNMENT = 16
-
-
 @functools.cache
 def params_type(real: Real, axes: int) -> Struct:
     """Return the type of the parameter of a kernel that adds in `real`."""
@@ -56,7 +53,7 @@ def params_type(real: Real, axes: int) -> Struct:
         """``headnorm::PartsParams``."""
 
         _fields_ = [
-            ("unused", ctypes.c_uint8 * (-ctypes.sizeof(Scalars) % _PART_ALIGNMENT)),
+            ("unused", ctypes.c_uint8 * (-ctypes.sizeof(Scalars) % 16)),  # Part is alignas(16)
             ("part", _Part * PARTS),
             *fields(ctypes.c_uint64, "cosines", "sines", "positions"),
             *fields(ctypes.c_int64, "position_row", "table_row", "max_position"),

@@ -89,7 +89,9 @@ def describe(
     """
     q = x["q"]
     heads_axis = option_rules.checked_heads_axis(heads_axis)
-    head_dim = _head_dim(norms, q)
+    head_dim = next(iter(_head_dims(norms).values()), q.shape[-1] if q.shape else 0)
+    if head_dim == 0:
+        raise ValueError(f"q has shape {q.shape}; needs (..., num_heads, head_dim)")
     spec = _spec_of(norms, q.dtype, head_dim)
     for name in x:
         _check_part(name, x[name], out[name], q, head_dim, heads_axis)
@@ -159,15 +161,6 @@ def _head_dims(norms: Mapping[str, PartNorm]) -> dict[str, int]:
     """Return head_dim by part, of the norms that tell it."""
     found = {name: heads.geometry_of(*norm).head_dim for name, norm in norms.items()}
     return {name: head_dim for name, head_dim in found.items() if head_dim is not None}
-
-
-def _head_dim(norms: Mapping[str, PartNorm], q: Layout) -> int:
-    """Return the head_dim of the norms, or that of q."""
-    for head_dim in _head_dims(norms).values():
-        return head_dim
-    if not q.shape or q.shape[-1] == 0:
-        raise ValueError(f"q has shape {q.shape}; needs (..., num_heads, head_dim)")
-    return q.shape[-1]
 
 
 def check_norms(norms: Mapping[str, PartNorm]) -> None:
