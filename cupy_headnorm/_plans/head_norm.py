@@ -93,7 +93,7 @@ def check_call(call: NormCall, config: LaunchConfig) -> None:
             f"x and out have {len(call.axes)} axes that no common stride joins; "
             f"needs {AXES[-1]} at most"
         )
-    check_rows(call.rows, config)
+    geometry.check_blocks(config.blocks(call.rows), f"x has {call.rows} rows,")
 
 
 class Memory(NamedTuple):
@@ -111,11 +111,6 @@ def memory_of(call: NormCall, config: LaunchConfig) -> Memory:
     axes = next(n for n in AXES if len(call.axes) <= n and (n != FEW_AXES or few_rows))
     vector, _ = _in_elements(config, call.spec)
     return Memory(axes, _access(call, vector, ("weight", "bias")))
-
-
-def check_rows(rows: int, config: LaunchConfig) -> None:
-    """Raise ValueError where a launch cannot have as many blocks."""
-    geometry.check_blocks(config.blocks(rows), f"x has {rows} rows,")
 
 
 def plan(call: NormCall, limits: DeviceLimits = DeviceLimits()) -> LaunchConfig:
@@ -246,7 +241,8 @@ def over(launch: Launch, before: int, after: int) -> Launch | None:
     rows = launch.params.rows // before * after
     if len(launch.params.axis) == FEW_AXES and rows > geometry.MAX_FEW_ROWS:
         return None
-    check_rows(rows, launch.config)
+    blocks = launch.config.blocks(rows)
+    geometry.check_blocks(blocks, f"x has {rows} rows,")
     params = type(launch.params).from_buffer_copy(launch.params)
     params.rows = rows
-    return launch._replace(blocks=launch.config.blocks(rows), params=params)
+    return launch._replace(blocks=blocks, params=params)
