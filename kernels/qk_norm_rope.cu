@@ -1,12 +1,12 @@
-// Normalizes the heads of queries, keys and values and turns them by their positions, in one
+// Normalizes the heads of queries, keys and values and rotates them by their positions, in one
 // launch.
 //
-// A group of lanes keeps the cosines and sines of one token and walks several of its heads.
+// A group of lanes keeps the cosines and sines of one token and goes through several of its heads.
 //
 // Set from outside, one set a specialisation, beside those of head_norm.cu:
 //   HN_ROPE         none, half, half_flipped or interleaved
 //   HN_ROPE_FIRST   true where the norm comes after the rotary embedding
-//   HN_ROTARY_DIM   elements that turn, first ones first
+//   HN_ROTARY_DIM   elements that rotate, first ones first
 //   HN_EVERY_OP     true where every product and sum is rounded to x's type
 //   HN_TABLE        type of cosines and sines
 //   HN_WHOLE_ROWS   true where they have an entry for each element, not for each pair
@@ -16,7 +16,7 @@
 //   HN_AXES         axes of the tokens, and one for the groups of a token
 //   HN_FOLD         lanes of head_norm.cu whose work a lane does: 1 or 2
 //   HN_OFFSET       true where a weight has an offset
-//   HN_ALIKE        true where all parts turn, and all or none have a weight, and a bias
+//   HN_ALIKE        true where all parts rotate, and all or none have a weight, and a bias
 #include "headnorm/norm.cuh"
 #include "headnorm/parts.cuh"
 #include "headnorm/rope.cuh"
@@ -198,11 +198,11 @@ extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
 
   Row next;
   load(next, 0 < count);
-  Turn<T, HN_TABLE, R, G> turn;
+  Rotation<T, HN_TABLE, R, G> rotation;
   if constexpr (kRope) {
     long long rows[R::kPositionRows];
     find_rows<HN_POSITION>(rows, p, token, exists);
-    turn.template load<HN_TABLE_ACCESS>(p.cosines, p.sines, rows, lane, exists);
+    rotation.template load<HN_TABLE_ACCESS>(p.cosines, p.sines, rows, lane, exists);
   }
   Scales<HN_WEIGHT, HN_BIAS> scales;
   scales.load(p, part, first_head, lane, 0 < count);
@@ -222,11 +222,11 @@ extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
       scales.load(p, part, first_head + i, lane, i < count);
     }
     if constexpr (kRope && HN_ROPE_FIRST) {
-      rotate<HN_ALIKE>(row, turn, stage, lane, p.turned[part]);
+      rotate<HN_ALIKE>(row, rotation, stage, lane, p.rotated[part]);
     }
     normalize(row, scales, p.eps[part], lane, partial);
     if constexpr (kRope && !HN_ROPE_FIRST) {
-      rotate<HN_ALIKE>(row, turn, stage, lane, p.turned[part]);
+      rotate<HN_ALIKE>(row, rotation, stage, lane, p.rotated[part]);
     }
     const Mover<T, G> mover{reinterpret_cast<T*>(moved), lane, i < count};
     mover.store(row, reinterpret_cast<T*>(out), 0);

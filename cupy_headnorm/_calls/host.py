@@ -94,9 +94,9 @@ def apply_parts(
         sizes = [*(axis.size for axis in call.axes), part.num_heads]
         x_steps = [*(axis.x[i] for axis in call.axes), part.x]
         out_steps = [*(axis.out[i] for axis in call.axes), part.out]
-        source = x = _rows(xs[i], sizes, x_steps, call.spec.head_dim)
-        target = out = _rows(outs[i], sizes, out_steps, call.spec.head_dim)
-        if rotate is not None and part.turned and call.spec.rope is not None:
+        source = x = _rows(xs[i], sizes, x_steps, call.spec.norm.head_dim)
+        target = out = _rows(outs[i], sizes, out_steps, call.spec.norm.head_dim)
+        if rotate is not None and part.rotated and call.spec.rope is not None:
             if call.spec.rope.first:
                 source = rotate(x)
             else:
@@ -116,13 +116,13 @@ def _of_part(
     bias: np.ndarray | None,
 ) -> NormCall:
     """Return the call of one part's norm on heads of shape ``(*tokens, num_heads, head_dim)``."""
-    spec = call.spec
+    spec = call.spec.norm
     axes = [
         RowAxis(n, of_x, of_out, 0, 0)
         for n, of_x, of_out in zip(x.shape[:-1], x.strides[:-1], out.strides[:-1], strict=True)
     ]
     axes[-1] = axes[-1]._replace(weight=part.weight, bias=part.bias)
-    norm = spec.norm._replace(
+    norm = spec._replace(
         weight=None if weight is None else spec.weight, bias=None if bias is None else spec.bias
     )
     rows = call.tokens * part.num_heads

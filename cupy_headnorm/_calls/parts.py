@@ -141,15 +141,15 @@ class Parts(Operation):
             of_caller, held = (rope.positions,), (*held, rope.cos, rope.sin)
         elif rope is not None:
             of_caller = (rope.cos, rope.sin)
-        arguments = (norms, None if rope is None else rope.turning, self._heads_axis)
+        arguments = (norms, None if rope is None else rope.rotation, self._heads_axis)
         return Beside(arguments, views, of_caller, held, rope)
 
     def describe(self, beside: Beside, parts: Layouts, results: Layouts) -> PartsCall:
-        norms, turning, heads_axis = beside.arguments
+        norms, rotation, heads_axis = beside.arguments
         of_norms, xs, outs = (
             dict(zip(self.names, of_all, strict=True)) for of_all in (norms, parts, results)
         )
-        return part_rules.describe(of_norms, xs, outs, turning, heads_axis)
+        return part_rules.describe(of_norms, xs, outs, rotation, heads_axis)
 
     def axes_before_heads(self, beside: Beside, q: Layout) -> int | None:
         return None  # a part's role sets the heads' axis apart

@@ -14,7 +14,7 @@ from cupy_headnorm._calls.parameters import identity
 from cupy_headnorm._cuda import memory
 from cupy_headnorm._cuda.once import made_once
 from cupy_headnorm._rules.parts import PartsCall
-from cupy_headnorm._rules.rotary import Turning
+from cupy_headnorm._rules.rotary import Rotation
 from cupy_headnorm.rope import Rope
 from cupy_headnorm.rope import numpy as rope_numpy
 
@@ -23,7 +23,7 @@ class RopeCall(NamedTuple):
     """A rotary embedding beside a call, and the arrays that it is read from."""
 
     rope: Rope
-    turning: Turning
+    rotation: Rotation
     cos: ArrayView
     sin: ArrayView
     positions: ArrayView | None
@@ -117,7 +117,7 @@ class Tables:
             cos_view, sin_view = tables.cos, tables.sin
             if find.quick.get(type(q.owner)) is q.library:
                 self.saw(q.owner.dtype, tables)
-        turning = Turning(
+        rotation = Rotation(
             rope.style,
             rope.order == "before norm",
             rope.rotary_dim,
@@ -129,7 +129,7 @@ class Tables:
             sin_view.layout,
             None if seen is None else seen.layout,
         )
-        return RopeCall(rope, turning, cos_view, sin_view, seen)
+        return RopeCall(rope, rotation, cos_view, sin_view, seen)
 
     def _beside(self, rope: Rope, q: ArrayView, stream: int) -> Pair:
         """Return views of both tables for arrays like `q`; on the host shapes and dtypes alone."""

@@ -9,16 +9,16 @@ from cupy_headnorm._rules.options import integer
 WARP = 32
 MAX_BLOCKS = 2**31 - 1
 FEW_AXES = 3
-"""As kFewAxes in headnorm/rows.cuh."""
+"""This is kFewAxes in headnorm/rows.cuh."""
 MAX_FEW_ROWS = 2**31 - 1
-"""With few axes, but for one alone. Kernels for more count rows in 64 bits."""
+"""Kernels for few axes, but for one alone, count no more. Those for more count in 64 bits."""
 
 SHARED_ROW_BYTES = 1024
-"""Up to here rows share a block. One block per row is bound by block launch, at about 1.66 rows
-per ns on an H100: 28 % of copy speed at 256 bytes, 98.2 % at 1 KiB against 98.7 % shared."""
+"""Rows share a block up to this length. One block per row is bound by block launch, at about 1.66
+rows per ns on an H100: 28 % of copy speed at 256 bytes, 98.2 % at 1 KiB against 98.7 % shared."""
 
 MAX_VALUES_PER_LANE = 32
-"""Values a lane of a whole-block row keeps in registers; more spill at 1,024 threads a block."""
+"""A lane of a whole-block row keeps so many in registers; more spill at 1,024 threads a block."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LaunchConfig:
     lanes: int
     """Threads that share a row: a power of two."""
     vectors_per_lane: int
-    """Vectors a lane holds in registers at once; a longer row is walked in tiles."""
+    """Vectors a lane holds in registers at once; a longer row is gone through in tiles."""
     rows_per_block: int
     """1 is one block per (token, head) row."""
     access_bytes: int
@@ -47,19 +47,16 @@ class LaunchConfig:
 
     @property
     def threads(self) -> int:
-        """Threads a block: whole warps, since the shuffles need them."""
+        """Return the threads of a block: whole warps, since the shuffles need them."""
         return -(-self.lanes * self.rows_per_block // WARP) * WARP
 
     def blocks(self, rows: int) -> int:
-        """Blocks that cover `rows`."""
+        """Return how many blocks cover `rows`."""
         return -(-rows // self.rows_per_block)
 
 
-def _power_of_two_up_to(value: float) -> int:
-    power = 1
-    while power * 2 <= value:
-        power *= 2
-    return power
+def _power_of_two_up_to(value: int) -> int:
+    return 1 << value.bit_length() - 1
 
 
 def vector_choices(head_dim: int, itemsize: int) -> list[int]:
@@ -80,11 +77,11 @@ def row_geometry(head_dim: int, itemsize: int) -> tuple[int, int, int]:
     choices = vector_choices(head_dim, itemsize)
     if row_bytes > SHARED_ROW_BYTES:
         per_lane = 32 if row_bytes < 8192 else 64
-        lanes = min(max(_power_of_two_up_to(row_bytes / per_lane), 2 * WARP), 1024)
+        lanes = min(max(_power_of_two_up_to(row_bytes // per_lane), 2 * WARP), 1024)
     else:
         # 2-byte loads need more lanes to cover sectors: head_dim 37 1x8x5 0.87, 73 1x16x5 0.87.
         per_lane = 8 if choices[0] * itemsize < 4 else 16
-        lanes = min(_power_of_two_up_to(max(row_bytes / per_lane, 1)), WARP)
+        lanes = min(_power_of_two_up_to(max(row_bytes // per_lane, 1)), WARP)
 
     def used(vector: int) -> float:
         return head_dim / (_vectors(head_dim, vector, lanes) * lanes * vector)
@@ -119,6 +116,12 @@ def widest_access(
     while min(vector * itemsize, 16) > alignment:
         vector //= 2
     return vector
+
+
+def check_blocks(blocks: int, told: str) -> None:
+    """Refuse more blocks than a launch can have; `told` begins the message."""
+    if blocks > MAX_BLOCKS:
+        raise ValueError(f"{told} {blocks} blocks; needs {MAX_BLOCKS} at most")
 
 
 def division(divisor: int) -> tuple[int, int]:

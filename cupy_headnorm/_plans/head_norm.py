@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, NamedTuple
 
 from cupy_headnorm._cuda import compiler
 from cupy_headnorm._cuda.compiler import DeviceLimits
 from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._plans import geometry, specialisation
-from cupy_headnorm._plans.geometry import (
-    FEW_AXES,
-    MAX_BLOCKS,
-    MAX_FEW_ROWS,
-    MAX_VALUES_PER_LANE,
-    WARP,
-    LaunchConfig,
-)
+from cupy_headnorm._plans.geometry import FEW_AXES, MAX_VALUES_PER_LANE, WARP, LaunchConfig
 from cupy_headnorm._plans.specialisation import ARRAYS, Real, Struct, fields
 from cupy_headnorm._rules.axes import RowAxis
 from cupy_headnorm._rules.norm import NormCall, NormSpec
 
 GROUP_THREADS = 256
-"""Threads a block at most where rows share it; the kernels are compiled for this bound."""
+"""A block has no more where rows share it; the kernels are compiled for this bound."""
 GROUP_BLOCKS = 5
-"""Blocks of so many threads that a multiprocessor has room for at least, which leaves a thread 48
-registers. Layer, bfloat16, head_dim 160, 64 MB, H100: 1.00 of copy speed, without the cap 0.96."""
+"""A multiprocessor has room for so many such blocks at least, which leaves a thread 48 registers.
+Layer, bfloat16, head_dim 160, 64 MB, H100: 1.00 of copy speed, without the cap 0.96."""
 GROUP_BLOCKS_VALUES = 12
-"""Values of a lane at most for `GROUP_BLOCKS`; with more, a bias or narrower accesses the compiler
-spills."""
+"""`GROUP_BLOCKS` is for lanes of so many values at most; with more, a bias or narrower accesses the
+compiler spills."""
 MAX_HEAD_DIM = 2**31 - 2**17
 """The kernels count inside a row in 32 bits, up to a tile past its end."""
 AXES = (1, FEW_AXES, 8)
-"""Axes of the grid of rows that kernels are compiled for.
+"""Kernels are compiled for a grid of rows of so many axes.
 Contiguous arrays have 1, slices of model tensors 3 at most. Fewer are faster: 1 token x 32 heads x
 128, bfloat16, H100: 1.42 us with room for 8, 1.38 for 3, 1.36 for 1; 64 tokens 2.48, 2.39, 2.32."""
 
@@ -83,7 +77,7 @@ def check_config(config: LaunchConfig, spec: NormSpec, limits: DeviceLimits) -> 
 
 
 def check_call(call: NormCall, config: LaunchConfig) -> None:
-    """Raise ValueError where one launch as `config` says cannot serve the memory of a call."""
+    """Raise ValueError where one launch as `config` says cannot run over the memory of a call."""
     vector, access = _in_elements(config, call.spec)
     widest = _access(call, vector, ("x", "out"))
     if access > widest:
@@ -98,32 +92,24 @@ def check_call(call: NormCall, config: LaunchConfig) -> None:
             f"x and out have {len(call.axes)} axes that no common stride joins; "
             f"needs {AXES[-1]} at most"
         )
-    check_rows(call.rows, config)
+    geometry.check_blocks(config.blocks(call.rows), f"x has {call.rows} rows,")
 
 
 class Memory(NamedTuple):
     """What a kernel is compiled for beside the spec and the geometry: how the arrays lie."""
 
     axes: int
-    """One of `AXES`."""
+    """It is one of `AXES`."""
     parameter_access: int
-    """Elements of weight and bias moved by one load."""
+    """One load moves so many elements of weight or bias."""
 
 
 def memory_of(call: NormCall, config: LaunchConfig) -> Memory:
-    """Say which kernel serves the memory of a call."""
-    few_rows = call.rows <= MAX_FEW_ROWS
+    """Return which kernel fits the memory of a call."""
+    few_rows = call.rows <= geometry.MAX_FEW_ROWS
     axes = next(n for n in AXES if len(call.axes) <= n and (n != FEW_AXES or few_rows))
     vector, _ = _in_elements(config, call.spec)
     return Memory(axes, _access(call, vector, ("weight", "bias")))
-
-
-def check_rows(rows: int, config: LaunchConfig) -> None:
-    """Raise ValueError where a launch cannot have as many blocks."""
-    if config.blocks(rows) > MAX_BLOCKS:
-        raise ValueError(
-            f"x has {rows} rows, {config.blocks(rows)} blocks; needs {MAX_BLOCKS} at most"
-        )
 
 
 def plan(call: NormCall, limits: DeviceLimits = DeviceLimits()) -> LaunchConfig:
@@ -176,11 +162,6 @@ def macros(spec: NormSpec, config: LaunchConfig, memory: Memory) -> dict[str, st
     }
 
 
-def compile_options(spec: NormSpec, config: LaunchConfig, memory: Memory) -> tuple[str, ...]:
-    """Return the compiler's options for one specialisation."""
-    return compiler.options_of(macros(spec, config, memory))
-
-
 class _Axis(ctypes.Structure):
     """``headnorm::RowAxis``."""
 
@@ -190,6 +171,7 @@ class _Axis(ctypes.Structure):
     ]
 
 
+@functools.cache
 def _params_type(real: Real, axes: int) -> Struct:
     class Params(ctypes.Structure):
         """``headnorm::Params``."""
@@ -205,11 +187,8 @@ def _params_type(real: Real, axes: int) -> Struct:
     return Params
 
 
-_PARAMS = specialisation.by_accumulate(_params_type, AXES)
-
-
 def _params(call: NormCall, config: LaunchConfig, axes: int) -> Any:
-    params = _PARAMS[call.spec.x.accumulate.name, axes](
+    params: Any = _params_type(specialisation.real_of(call.spec), axes)(
         rows=call.rows,
         rows_per_block=config.rows_per_block,
         eps=call.eps,
@@ -223,36 +202,29 @@ def _params(call: NormCall, config: LaunchConfig, axes: int) -> Any:
 
 
 X, OUT, WEIGHT, BIAS = range(4)
-"""Places among the words of a launch: the first fields of ``headnorm::Params``."""
+"""These are places among the words of a launch: the first fields of ``headnorm::Params``."""
+
+
+def launch_of(call: NormCall, config: LaunchConfig, axes: int, index: int) -> Launch:
+    """Return the launch of `call` on CUDA device `index`, but for its function."""
+    params = _params(call, config, axes)
+    return Launch(0, config.blocks(call.rows), config.threads, index, params, 0, config, call.spec)
 
 
 def prepare(call: NormCall, index: int, stream: int, config: LaunchConfig | None = None) -> Launch:
-    """
-    Plan `call` on CUDA device `index`, and compile and load its kernel where that is new.
-
-    Raises
-    ------
-    CaptureError
-        It is new while `stream` is captured.
-    """
+    """Plan `call` on CUDA device `index`; see `specialisation.loaded`."""
     if config is None:
         config = plan(call, compiler.limits(index))
     else:
         check_config(config, call.spec, compiler.limits(index))
         check_call(call, config)
-    memory = memory_of(call, config)
-    params = _params(call, config, memory.axes)
-    blocks = config.blocks(call.rows)
-
-    def make() -> Any:
-        options = compile_options(call.spec, config, memory)
-        empty = specialisation.of_no_rows(type(params))
-        return compiler.compiled("head_norm.cu", options, empty, config.threads, index)
-
+    spec, memory = call.spec, memory_of(call, config)
+    launch = launch_of(call, config, memory.axes, index)
     # rows_per_block is a run-time argument: every number of rows runs one kernel.
-    compiled_for = (*_in_elements(config, call.spec), config.lanes, config.vectors_per_lane)
-    function = compiler.loaded((call.spec, *compiled_for, memory, index), stream, make)
-    return Launch(function.ptr, blocks, config.threads, index, params, 0, config, call.spec)
+    key = (spec, *_in_elements(config, spec), config.lanes, config.vectors_per_lane, memory)
+    return specialisation.loaded(
+        launch, "head_norm.cu", key, lambda: macros(spec, config, memory), stream
+    )
 
 
 def over(launch: Launch, before: int, after: int) -> Launch | None:
@@ -262,9 +234,10 @@ def over(launch: Launch, before: int, after: int) -> Launch | None:
     None where that takes another kernel.
     """
     rows = launch.params.rows // before * after
-    if len(launch.params.axis) == geometry.FEW_AXES and rows > geometry.MAX_FEW_ROWS:
+    if len(launch.params.axis) == FEW_AXES and rows > geometry.MAX_FEW_ROWS:
         return None
-    check_rows(rows, launch.config)
+    blocks = launch.config.blocks(rows)
+    geometry.check_blocks(blocks, f"x has {rows} rows,")
     params = type(launch.params).from_buffer_copy(launch.params)
     params.rows = rows
-    return launch.over(launch.config.blocks(rows), params)
+    return launch.over(blocks, params)

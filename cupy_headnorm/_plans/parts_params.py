@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 from cupy_headnorm._plans.specialisation import ARRAYS, Real, Struct, fields
 from cupy_headnorm._rules.axes import PARTS
 
 PART_WORDS = tuple(range(8 * part, 8 * part + 4) for part in range(PARTS))
 """
-Places of each part's x, out, weight and bias among the words of a launch; its strides follow.
+These are places of a part's x, out, weight and bias among a launch's words; strides follow.
 
 The first word is ``headnorm::PartsParams::part``.
 """
@@ -36,9 +37,7 @@ class _Axis(ctypes.Structure):
     ]
 
 
-_PART_ALIGNMENT = 16
-
-
+@functools.cache
 def params_type(real: Real, axes: int) -> Struct:
     """Return the type of the parameter of a kernel that adds in `real`."""
 
@@ -46,7 +45,7 @@ def params_type(real: Real, axes: int) -> Struct:
         _fields_ = [
             *fields(ctypes.c_int64, "groups"),
             *fields(ctypes.c_int32, "heads_per_group", "groups_per_block"),
-            *fields(ctypes.c_int32 * PARTS, "groups_end", "num_heads", "turned"),
+            *fields(ctypes.c_int32 * PARTS, "groups_end", "num_heads", "rotated"),
             *fields(real * PARTS, "eps", "weight_offset"),
         ]
 
@@ -54,7 +53,7 @@ def params_type(real: Real, axes: int) -> Struct:
         """``headnorm::PartsParams``."""
 
         _fields_ = [
-            ("unused", ctypes.c_uint8 * (-ctypes.sizeof(Scalars) % _PART_ALIGNMENT)),
+            ("unused", ctypes.c_uint8 * (-ctypes.sizeof(Scalars) % 16)),  # Part is alignas(16)
             ("part", _Part * PARTS),
             *fields(ctypes.c_uint64, "cosines", "sines", "positions"),
             *fields(ctypes.c_int64, "position_row", "table_row", "max_position"),

@@ -5,35 +5,36 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from cupy_headnorm._cuda import compiler
 from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._plans import geometry, parts_params, specialisation
 from cupy_headnorm._plans.geometry import WARP
 from cupy_headnorm._plans.specialisation import NONE
 from cupy_headnorm._rules.axes import PARTS, TokenAxis
+from cupy_headnorm._rules.norm import NormSpec
 from cupy_headnorm._rules.parts import PartsCall, PartsSpec
+from cupy_headnorm._rules.rotary import NO_ROPE
 
 AXES = (2, geometry.FEW_AXES, 8)
-"""Axes that kernels are compiled for: those of the tokens, and one for the groups of a token."""
+"""Kernels are compiled for so many axes: those of the tokens, and one for the groups of a token."""
 ANY_HEAD_DIM = {2: 4096, 4: 16384, 8: 8192}
-"""By itemsize: heads of any length up to here fit a block of threads. Of 16-bit ones 8,192 and
-16,384 do too."""
+"""Heads of any length up to here fit a block of threads, by itemsize. Those of 8,192 and 16,384
+16-bit elements do too."""
 GROUP_THREADS = 128
 SHARED_BYTES = 48 * 1024
-"""Of shared memory that any GPU gives a block."""
+"""Any GPU gives a block so much shared memory."""
 GROUP_BLOCKS = 6
-"""Blocks of so many threads that a multiprocessor has room for at least, which leaves a thread 80
-registers, where cosines are given and every operation is rounded. Others would spill."""
+"""A multiprocessor has room for so many blocks at least, which leaves a thread 80 registers, where
+cosines are given and every operation is rounded. Others would spill."""
 FOLDED_VALUES = 16
-"""Of a lane at most that does the work of two. Then the two elements of a pair lie in one lane, and
-half as many instructions go to a head. 16,384 tokens of 32 and 8 heads of 128, bfloat16, RoPE, on
-an H100: 0.95 of copy speed, not folded 0.90."""
+"""A lane that does the work of two has no more. Then the two elements of a pair lie in one lane,
+and half as many instructions go to a head. 16,384 tokens of 32 and 8 heads of 128, bfloat16, RoPE,
+on an H100: 0.95 of copy speed, not folded 0.90."""
 HEADS_PER_GROUP = {"none": 1, "given": 2, "positions": 4}
-"""That one group walks, cosines and sines in registers, where there are heads enough. In that case,
-by 1, 2, 4, 8 heads: without RoPE 0.97, 0.96, 0.95, 0.93; cosines given 0.95, 0.95, 0.94, 0.92; by
-positions 0.87, 0.93, 0.94, 0.92."""
+"""One group does so many, cosines and sines in registers, where there are heads enough. For the
+same tokens, by 1, 2, 4, 8 heads: without RoPE 0.97, 0.96, 0.95, 0.93; cosines given 0.95, 0.95,
+0.94, 0.92; by positions 0.87, 0.93, 0.94, 0.92."""
 MAX_HEADS = 2**31 - 1 - max(HEADS_PER_GROUP.values())
-"""Of a token, in all parts: the kernel counts them in 32 bits, up to a group past the last one."""
+"""A token has no more in all parts: the kernel counts in 32 bits, up to a group past the end."""
 FEW_THREADS = 3 * 132 * 2048
 """Up to so many lanes of all heads together each head has a group of its own: an H100 has room for
 a third of them at once. By positions with 1 / 2 heads a group: 1 token 1.74 / 1.97 us, 1,024 tokens
@@ -41,17 +42,17 @@ a third of them at once. By positions with 1 / 2 heads a group: 1 token 1.74 / 1
 
 
 class PartsConfig(NamedTuple):
-    """Which threads own which elements of a head, and how many heads they walk."""
+    """Which threads own which elements of a head, and how many heads they do."""
 
     vector: int
     """Neighbouring elements that a lane owns together."""
     lanes: int
     vectors: int
-    """Of a lane."""
+    """A lane has so many."""
     fold: int
-    """Lanes of ``head_norm.cu`` whose work one lane does, adding in their order."""
+    """One lane does the work of so many of ``head_norm.cu``, adding in their order."""
     access: int
-    """Elements of x and out moved by one load or store."""
+    """One load or store moves so many elements of x or out."""
     parameter_access: int
     table_access: int
     heads_per_group: int
@@ -60,7 +61,7 @@ class PartsConfig(NamedTuple):
 
     @property
     def threads(self) -> int:
-        """Threads a block."""
+        """Return the threads of a block."""
         return -(-self.lanes * self.groups_per_block // WARP) * WARP
 
     def blocks(self, groups: int) -> int:
@@ -70,43 +71,42 @@ class PartsConfig(NamedTuple):
 
 def plan(call: PartsCall) -> PartsConfig:
     """Choose how to run `call`; ValueError where one kernel cannot."""
-    spec = call.spec
-    vector, lanes, vectors, fold = _row(spec)
-    heads_per_group = _heads_per_group(spec, call.tokens * _heads(call), lanes)
+    rope = call.spec.rope
+    vector, lanes, vectors, fold = _row(call.spec.norm)
+    heads_per_group = _heads_per_group(call.spec, call.tokens * _heads(call), lanes)
+
+    def access(itemsize: int, alignment: int, arrays: str) -> int:
+        return geometry.widest_access(vector, alignment, itemsize, arrays)
+
     of_parameters = [
-        geometry.widest_access(vector, alignment, dtype.itemsize, "weights or biases have")
+        access(dtype.itemsize, alignment, "weights or biases have")
         for dtype, alignment in call.parameters
     ]
     of_tables = 1
-    if spec.rope:
-        itemsize = spec.rope.table.itemsize
-        alignment = call.table_alignment
-        of_tables = geometry.widest_access(vector, alignment, itemsize, "cos and sin have")
-    itemsize = spec.x.itemsize
+    if rope is not None:
+        of_tables = access(rope.table.itemsize, call.lookup.alignment, "cos and sin have")
     config = PartsConfig(
-        vector,
-        lanes,
-        vectors,
-        fold,
-        geometry.widest_access(vector, call.alignment, itemsize, "q, k, v or out have"),
-        min(of_parameters, default=1),
-        of_tables,
-        heads_per_group,
-        GROUP_THREADS // lanes if lanes <= WARP else 1,
-        _axes(call, heads_per_group),
+        vector=vector,
+        lanes=lanes,
+        vectors=vectors,
+        fold=fold,
+        access=access(call.spec.norm.x.itemsize, call.alignment, "q, k, v or out have"),
+        parameter_access=min(of_parameters, default=1),
+        table_access=of_tables,
+        heads_per_group=heads_per_group,
+        groups_per_block=GROUP_THREADS // lanes if lanes <= WARP else 1,
+        axes=_axes(call, heads_per_group),
     )
     _check(call, config)
     return config
 
 
-def _row(spec: PartsSpec) -> tuple[int, int, int, int]:
+def _row(spec: NormSpec) -> tuple[int, int, int, int]:
     """Return the elements of a vector, lanes, vectors of a lane, and what each lane folds."""
-    itemsize = spec.x.itemsize
-    vector, lanes, vectors = geometry.row_geometry(spec.head_dim, itemsize)
+    vector, lanes, vectors = geometry.row_geometry(spec.head_dim, spec.x.itemsize)
     if vector * lanes * vectors < spec.head_dim:
-        raise ValueError(
-            f"head_dim is {spec.head_dim}; needs {ANY_HEAD_DIM[itemsize]} at most for {spec.x}"
-        )
+        most = ANY_HEAD_DIM[spec.x.itemsize]
+        raise ValueError(f"head_dim is {spec.head_dim}; needs {most} at most for {spec.x}")
     if 2 <= lanes <= WARP and 2 * vectors * vector <= FOLDED_VALUES:
         return vector, lanes // 2, vectors * 2, 2
     return vector, lanes, vectors, 1
@@ -136,33 +136,30 @@ def _axes(call: PartsCall, heads_per_group: int) -> int:
 
 
 def _ends(call: PartsCall, heads_per_group: int) -> list[int]:
-    """Return how many groups walk a token's heads up to the end of each part."""
+    """Return how many groups a token's heads take up to the end of each part."""
     return list(accumulate(-(-part.num_heads // heads_per_group) for part in call.parts))
 
 
 def _check(call: PartsCall, config: PartsConfig) -> None:
     """Raise ValueError where one launch has not as many blocks, or a block not the memory."""
-    spec = call.spec
     blocks = config.blocks(call.tokens * _ends(call, config.heads_per_group)[-1])
-    if blocks > geometry.MAX_BLOCKS:
-        raise ValueError(
-            f"{call.tokens} tokens take {blocks} blocks; needs {geometry.MAX_BLOCKS} at most"
-        )
+    geometry.check_blocks(blocks, f"{call.tokens} tokens take")
+    norm = call.spec.norm
     row = config.lanes * config.vectors * config.vector
-    shared = 2 * row * config.groups_per_block * spec.x.itemsize
-    if spec.rope and shared > SHARED_BYTES:
+    shared = 2 * row * config.groups_per_block * norm.x.itemsize
+    if call.spec.rope and shared > SHARED_BYTES:
         raise ValueError(
-            f"head_dim is {spec.head_dim}, which takes {shared} bytes of shared memory to turn; "
+            f"head_dim is {norm.head_dim}, which takes {shared} bytes of shared memory to rotate; "
             f"needs {SHARED_BYTES} at most"
         )
 
 
 def _heads_per_group(spec: PartsSpec, heads: int, lanes: int) -> int:
     many = heads * lanes > FEW_THREADS and lanes <= WARP
-    return HEADS_PER_GROUP[_turned_by(spec)] if many else 1
+    return HEADS_PER_GROUP[_rotated_by(spec)] if many else 1
 
 
-def _turned_by(spec: PartsSpec) -> str:
+def _rotated_by(spec: PartsSpec) -> str:
     """Return the key of `HEADS_PER_GROUP`; given cosines count as looked up if they are widened."""
     if spec.rope is None:
         return "none"
@@ -171,21 +168,25 @@ def _turned_by(spec: PartsSpec) -> str:
 
 def _resident_blocks(spec: PartsSpec, config: PartsConfig) -> int:
     """Return how many blocks a multiprocessor must have room for: that caps the registers."""
+    norm = spec.norm
     small = config.vector * config.vectors <= FOLDED_VALUES and config.access == config.vector
-    given = _turned_by(spec) == "given"
-    capped = small and given and spec.x.itemsize == 2 and not spec.bias and config.lanes <= WARP
+    given = _rotated_by(spec) == "given"
+    capped = small and given and norm.x.itemsize == 2 and not norm.bias and config.lanes <= WARP
     return GROUP_BLOCKS if capped else 1
 
 
 def macros(spec: PartsSpec, config: PartsConfig) -> dict[str, str]:
     """Return the ``HN_*`` macros of one specialisation of ``qk_norm_rope.cu``."""
-    rope = spec.rope
+    rope = spec.rope or NO_ROPE
     name = spec.name
     if config.access != config.vector:
         name += f"_access{config.access}"
-    found = specialisation.macros(spec.norm, name) | {
+    sections = "none"
+    if rope.sections:
+        sections = "interleaved" if rope.interleaved_sections else "chunks"
+    return specialisation.macros(spec.norm, name) | {
         "HN_OFFSET": str(spec.offset).lower(),
-        "HN_ALIKE": str(spec.alike).lower(),
+        "HN_ALIKE": str(spec.all_parts_alike).lower(),
         "HN_VEC": str(config.vector),
         "HN_ACCESS": str(config.access),
         "HN_PARAMETER_ACCESS": str(config.parameter_access),
@@ -195,59 +196,35 @@ def macros(spec: PartsSpec, config: PartsConfig) -> dict[str, str]:
         "HN_THREADS": str(config.threads),
         "HN_BLOCKS": str(_resident_blocks(spec, config)),
         "HN_AXES": str(config.axes),
-        "HN_ROPE": "none",
-        "HN_ROPE_FIRST": "false",
-        "HN_ROTARY_DIM": "0",
-        "HN_EVERY_OP": "false",
-        "HN_TABLE": "float",
-        "HN_WHOLE_ROWS": "false",
-        "HN_TABLE_ACCESS": "1",
-        "HN_POSITION": NONE,
-        "HN_SECTIONS": "none",
-        "HN_SECTION_SIZES": "0",
+        "HN_ROPE": rope.style.replace(" ", "_"),
+        "HN_ROPE_FIRST": str(rope.first).lower(),
+        "HN_ROTARY_DIM": str(rope.rotary_dim),
+        "HN_EVERY_OP": str(rope.every_op).lower(),
+        "HN_TABLE": rope.table.cuda,
+        "HN_WHOLE_ROWS": str(rope.whole_rows).lower(),
+        "HN_TABLE_ACCESS": str(config.table_access),
+        "HN_POSITION": rope.position.cuda if rope.position else NONE,
+        "HN_SECTIONS": sections,
+        "HN_SECTION_SIZES": ",".join(map(str, rope.sections)) or "0",
     }
-    if rope is not None:
-        sections = "none"
-        if rope.sections:
-            sections = "interleaved" if rope.interleaved_sections else "chunks"
-        found |= {
-            "HN_ROPE": rope.style.replace(" ", "_"),
-            "HN_ROPE_FIRST": str(rope.first).lower(),
-            "HN_ROTARY_DIM": str(rope.rotary_dim),
-            "HN_EVERY_OP": str(rope.every_op).lower(),
-            "HN_TABLE": rope.table.cuda,
-            "HN_WHOLE_ROWS": str(rope.whole_rows).lower(),
-            "HN_TABLE_ACCESS": str(config.table_access),
-            "HN_POSITION": rope.position.cuda if rope.position else NONE,
-            "HN_SECTIONS": sections,
-            "HN_SECTION_SIZES": ",".join(map(str, rope.sections)) or "0",
-        }
-    return found
-
-
-def compile_options(spec: PartsSpec, config: PartsConfig) -> tuple[str, ...]:
-    """Return the compiler's options for one specialisation of ``qk_norm_rope.cu``."""
-    return compiler.options_of(macros(spec, config))
-
-
-_PARAMS = specialisation.by_accumulate(parts_params.params_type, AXES)
 
 
 def _params(call: PartsCall, config: PartsConfig) -> Any:
     ends = _ends(call, config.heads_per_group)
-    params: Any = _PARAMS[call.spec.x.accumulate.name, config.axes](
+    real = specialisation.real_of(call.spec.norm)
+    params: Any = parts_params.params_type(real, config.axes)(
         groups=call.tokens * ends[-1],
         heads_per_group=config.heads_per_group,
         groups_per_block=config.groups_per_block,
         groups_end=(*ends, *ends[-1:] * (PARTS - len(ends))),
-        position_row=call.position_row,
-        table_row=call.table_row,
-        max_position=call.max_position,
+        position_row=call.lookup.position_row,
+        table_row=call.lookup.table_row,
+        max_position=call.lookup.max_position,
     )
     for i, part in enumerate(call.parts):
         array = params.part[i]
         array.head_x, array.head_out, array.head_weight, array.head_bias = part[1:5]
-        params.num_heads[i], params.turned[i] = part.num_heads, part.turned
+        params.num_heads[i], params.rotated[i] = part.num_heads, part.rotated
         params.eps[i], params.weight_offset[i] = part.eps, part.weight_offset
     unneeded = [TokenAxis(1)] * (config.axes - 1 - len(call.axes))
     axes = (TokenAxis(ends[-1]), *unneeded, *reversed(call.axes))
@@ -258,27 +235,22 @@ def _params(call: PartsCall, config: PartsConfig) -> Any:
     return params
 
 
-def prepare(call: PartsCall, index: int, stream: int, config: PartsConfig | None = None) -> Launch:
-    """
-    Plan `call` on CUDA device `index`, and compile and load its kernel where that is new.
-
-    Raises
-    ------
-    CaptureError
-        It is new while `stream` is captured.
-    """
-    config = plan(call) if config is None else config
+def launch_of(call: PartsCall, config: PartsConfig, index: int) -> Launch:
+    """Return the launch of `call` on CUDA device `index`, but for its function."""
     params = _params(call, config)
-    options = compile_options(call.spec, config)
+    blocks, at = config.blocks(params.groups), type(params).part.offset
+    return Launch(0, blocks, config.threads, index, params, at, config, call.spec)
 
-    def make() -> Any:
-        empty = specialisation.of_no_rows(type(params))
-        return compiler.compiled("qk_norm_rope.cu", options, empty, config.threads, index)
 
-    function = compiler.loaded((call.spec, options, index), stream, make)
-    blocks = config.blocks(params.groups)
-    at = type(params).part.offset
-    return Launch(function.ptr, blocks, config.threads, index, params, at, config, call.spec)
+def prepare(call: PartsCall, index: int, stream: int, config: PartsConfig | None = None) -> Launch:
+    """Plan `call` on CUDA device `index`; see `specialisation.loaded`."""
+    config = plan(call) if config is None else config
+    spec = call.spec
+    key = (*spec, config._replace(heads_per_group=0))  # a run-time argument
+    launch = launch_of(call, config, index)
+    return specialisation.loaded(
+        launch, "qk_norm_rope.cu", key, lambda: macros(spec, config), stream
+    )
 
 
 def over(launch: Launch, before: int, after: int) -> Launch | None:

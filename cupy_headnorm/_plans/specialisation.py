@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
+from cupy_headnorm._cuda import compiler
+from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._rules.norm import NormSpec
 
 ARRAYS = ("x", "out", "weight", "bias")
@@ -33,21 +35,31 @@ def fields(of: Any, *names: str) -> list[tuple[str, Any]]:
     return [(name, of) for name in names]
 
 
-def by_accumulate(
-    make: Callable[[Real, int], Struct], axes: Iterable[int]
-) -> dict[tuple[str, int], Struct]:
-    """Return a kernel's parameter types by the name of the type it adds in and by its axes."""
-    reals: dict[str, Real] = {"float32": ctypes.c_float, "float64": ctypes.c_double}
-    return {(name, n): make(real, n) for name, real in reals.items() for n in axes}
+def real_of(spec: NormSpec) -> Real:
+    """Return the type that a kernel adds in."""
+    return ctypes.c_double if spec.x.accumulate.name == "float64" else ctypes.c_float
 
 
-def of_no_rows(params: Struct) -> Any:
+def loaded(
+    launch: Launch,
+    file: str,
+    key: tuple[Any, ...],
+    macros: Callable[[], dict[str, str]],
+    stream: int,
+) -> Launch:
     """
-    Return a parameter over no rows, to load a kernel by.
+    Return `launch` with its function, compiled and loaded where `key` is new on its device.
 
-    CUDA loads a function lazily, at its first launch, which a capture forbids.
+    CaptureError where it is new while `stream` is captured.
     """
-    empty: Any = params()
-    for axis in empty.axis:
-        axis.size = 1
-    return empty
+
+    def make() -> Any:
+        # Over no rows: CUDA loads a function lazily, at its first launch, which a capture forbids.
+        empty: Any = type(launch.params)()
+        for axis in empty.axis:
+            axis.size = 1
+        options = compiler.options_of(macros())
+        return compiler.compiled(file, options, empty, launch.threads, launch.device)
+
+    function = compiler.loaded((*key, launch.device), stream, make)
+    return launch._replace(function=function.ptr)

@@ -1,4 +1,4 @@
-"""The axes along which a kernel walks rows or tokens, and how neighbours become one."""
+"""The axes of rows or tokens that a kernel goes along, and how neighbours become one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
 PARTS = 3
-"""As kParts in headnorm/parts.cuh."""
+"""This is kParts in headnorm/parts.cuh."""
 
 
 class RowAxis(NamedTuple):
@@ -20,7 +20,7 @@ class RowAxis(NamedTuple):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """All strides, that of the result first."""
+        """Return all strides, that of the result first."""
         return (self.out, self.x, self.weight, self.bias)
 
 
@@ -35,7 +35,7 @@ class TokenAxis(NamedTuple):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """All strides, that of q's result first."""
+        """Return all strides, that of q's result first."""
         return (*self.out, *self.x, self.position, self.table)
 
 

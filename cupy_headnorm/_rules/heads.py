@@ -17,7 +17,7 @@ class Geometry(NamedTuple):
     num_heads: int | None
     head_dim: int | None
     read_as_flat: bool
-    """head_dim came from splitting a 1-D weight by num_heads: see `_head_axis`."""
+    """head_dim came from splitting a 1-D weight by num_heads: see `head_axis`."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -72,11 +72,16 @@ def geometry(
     return Geometry(num_heads, head_dim, read_as_flat)
 
 
+def geometry_of(opts: NormOptions, weight: Layout | None, bias: Layout | None) -> Geometry:
+    """Find the geometry of a norm's options and parameters."""
+    return geometry(opts.num_heads, opts.head_dim, weight and weight.shape, bias and bias.shape)
+
+
 def head_axis(
-    shape: Shape, num_heads: int | None, head_dim: int, heads_axis: int, *, read_as_flat: bool
+    shape: Shape, heads: Geometry, head_dim: int, heads_axis: int
 ) -> tuple[bool, int | None]:
     """Tell whether x is flat and, if heads matter, which of its axes (split, if flat) is theirs."""
-    outer = len(shape) - 1
+    outer, num_heads = len(shape) - 1, heads.num_heads
     if heads_axis != -2 and not (-len(shape) <= heads_axis < outer):
         raise ValueError(
             f"heads_axis is {heads_axis} and x has shape {shape}; needs one of its {outer} axes "
@@ -98,7 +103,7 @@ def head_axis(
             f"x has shape {shape}; needs a last axis of head_dim={head_dim}, "
             "or num_heads given for flat input"
         )
-    if read_as_flat:
+    if heads.read_as_flat:
         # A weight of 128 with 32 heads may be shared, or flat with 4 elements a head. Only x in
         # heads of 4 tells; read as flat, any other would silently be normalized in wrong groups.
         length = num_heads * head_dim
@@ -117,6 +122,20 @@ def head_axis(
             f"heads_axis is {heads_axis} and x of shape {shape} is flat; needs -2, or x unflattened"
         )
     return True, outer
+
+
+def check_same(what: str, layout: Layout, name: str, first: Layout, of: str) -> None:
+    """Refuse an array of another shape or dtype, say `what`, than the array called `of`."""
+    found, needed = getattr(layout, what), getattr(first, what)
+    if found != needed:
+        error = ValueError if what == "shape" else TypeError
+        raise error(f"{name} has {what} {found}; needs that of {of}, {needed}")
+
+
+def check_device(layout: Layout | None, name: str, first: Layout, of: str) -> None:
+    """Refuse an array on another device than that of the array called `of`."""
+    if layout is not None and layout.device != first.device:
+        raise TypeError(f"{name} is on {layout.device}; needs the device of {of}, {first.device}")
 
 
 def check_last_stride(layout: Layout, name: str) -> None:
@@ -142,7 +161,7 @@ def axes_before_heads(
     opts: NormOptions, weight: Layout | None, bias: Layout | None, x: Layout
 ) -> int | None:
     """Return the number of axes before the heads'; None where it does not matter which they are."""
-    heads = geometry(opts.num_heads, opts.head_dim, weight and weight.shape, bias and bias.shape)
+    heads = geometry_of(opts, weight, bias)
     flat = heads.head_dim is not None and x.shape[-1] != heads.head_dim
     if heads.num_heads in (None, 1) or flat:
         return None

@@ -10,6 +10,7 @@ from cupy_headnorm._arrays.layout import Layout
 from cupy_headnorm._rules import heads as head_rules
 from cupy_headnorm._rules import options
 from cupy_headnorm._rules.axes import RowAxis, merged
+from cupy_headnorm._rules.heads import Geometry
 from cupy_headnorm._rules.options import Kind, NormOptions, Rounding
 
 
@@ -33,7 +34,7 @@ class NormSpec(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The kernel's name in a profiler: ``head_norm_rms_bf16_f32_d128``."""
+        """Return the kernel's name in a profiler: ``head_norm_rms_bf16_f32_d128``."""
         return "_".join(self.words("head_norm"))
 
 
@@ -42,12 +43,12 @@ class NormCall(NamedTuple):
 
     spec: NormSpec
     axes: tuple[RowAxis, ...]
-    """Outermost first, neighbours merged where every array allows it."""
+    """The outermost comes first; neighbours are merged where every array allows it."""
     rows: int
     eps: float
     weight_offset: float
-    alignments: tuple[int, int, int, int]
-    """Largest power of two, at most 16, dividing every row's address in x, out, weight, bias."""
+    alignments: tuple[int, ...]
+    """The largest power of two, at most 16, that divides each row's address, by array."""
 
 
 def describe(
@@ -56,70 +57,53 @@ def describe(
     """
     Validate a call and reduce it to rows.
 
-    Raises
-    ------
-    ValueError
-        A shape, stride or count does not fit.
-    TypeError
-        A dtype or device does not fit.
+    TypeError where a dtype or device does not fit, ValueError where a shape, stride or count does
+    not.
     """
-    if not x.shape:
-        raise ValueError("x has shape (); needs (..., num_heads, head_dim)")
-    if out.shape != x.shape:
-        raise ValueError(f"out has shape {out.shape}; needs that of x, {x.shape}")
-    if out.dtype is not x.dtype:
-        raise TypeError(f"out has dtype {out.dtype}; needs that of x, {x.dtype}")
-    for name, layout in (("weight", weight), ("bias", bias), ("out", out)):
-        if layout is not None and layout.device != x.device:
-            raise TypeError(f"{name} is on {layout.device}; needs the device of x, {x.device}")
-    heads = head_rules.geometry(
-        opts.num_heads, opts.head_dim, weight and weight.shape, bias and bias.shape
-    )
-    head_dim = x.shape[-1] if heads.head_dim is None else heads.head_dim
-    if head_dim == 0:
-        raise ValueError(f"x has shape {x.shape}; needs a head_dim of 1 or more")
-    options.check_parameters(opts, weight, bias)
-    options.check_result(opts, x.dtype, weight and weight.dtype, bias and bias.dtype)
-    head_rules.check_last_stride(x, "x")
-    head_rules.check_last_stride(out, "out")
+    heads, head_dim = _checked(opts, x, weight, bias, out)
     weight_stride = head_rules.parameter_stride(weight, "weight", head_dim)
     bias_stride = head_rules.parameter_stride(bias, "bias", head_dim)
-
-    flat, heads_axis = head_rules.head_axis(
-        x.shape, heads.num_heads, head_dim, opts.heads_axis, read_as_flat=heads.read_as_flat
-    )
+    flat, heads_axis = head_rules.head_axis(x.shape, heads, head_dim, opts.heads_axis)
+    outer = zip(x.shape[:-1], x.strides[:-1], out.strides[:-1], strict=True)
     axes = [
-        RowAxis(n, sx, so, *((weight_stride, bias_stride) if axis == heads_axis else (0, 0)))
-        for axis, (n, sx, so) in enumerate(
-            zip(x.shape[:-1], x.strides[:-1], out.strides[:-1], strict=True)
-        )
+        RowAxis(*of_axis, *((weight_stride, bias_stride) if i == heads_axis else (0, 0)))
+        for i, of_axis in enumerate(outer)
     ]
     if flat:
         step = head_dim * x.dtype.itemsize
         axes.append(RowAxis(x.shape[-1] // head_dim, step, step, weight_stride, bias_stride))
     rows = math.prod(axis.size for axis in axes)
     axes_merged = merged(axes, RowAxis(1)) if rows else ()
-
-    def alignment(layout: Layout | None, strides: list[int]) -> int:
-        return math.gcd(layout.alignment, *strides) if layout else 16
-
+    dtypes = (x.dtype, weight and weight.dtype, bias and bias.dtype)
     return NormCall(
-        NormSpec(
-            opts.kind,
-            x.dtype,
-            weight and weight.dtype,
-            bias and bias.dtype,
-            head_dim,
-            opts.rounding,
-        ),
+        NormSpec(opts.kind, *dtypes, head_dim, opts.rounding),
         axes_merged,
         rows,
         opts.eps,
         opts.weight_offset,
-        (
-            alignment(x, [axis.x for axis in axes_merged]),
-            alignment(out, [axis.out for axis in axes_merged]),
-            alignment(weight, [axis.weight for axis in axes_merged]),
-            alignment(bias, [axis.bias for axis in axes_merged]),
+        tuple(
+            math.gcd(layout.alignment, *(axis[i] for axis in axes_merged)) if layout else 16
+            for i, layout in enumerate((x, out, weight, bias), 1)
         ),
     )
+
+
+def _checked(
+    opts: NormOptions, x: Layout, weight: Layout | None, bias: Layout | None, out: Layout
+) -> tuple[Geometry, int]:
+    """Check the arrays, and return what is known of the heads, and head_dim."""
+    if not x.shape:
+        raise ValueError("x has shape (); needs (..., num_heads, head_dim)")
+    head_rules.check_same("shape", out, "out", x, "x")
+    head_rules.check_same("dtype", out, "out", x, "x")
+    for name, layout in (("weight", weight), ("bias", bias), ("out", out)):
+        head_rules.check_device(layout, name, x, "x")
+    heads = head_rules.geometry_of(opts, weight, bias)
+    head_dim = x.shape[-1] if heads.head_dim is None else heads.head_dim
+    if head_dim == 0:
+        raise ValueError(f"x has shape {x.shape}; needs a head_dim of 1 or more")
+    options.check_parameters(opts, weight, bias)
+    options.check_result(opts, x.dtype, weight, bias)
+    head_rules.check_last_stride(x, "x")
+    head_rules.check_last_stride(out, "out")
+    return heads, head_dim

@@ -8,19 +8,20 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from cupy_headnorm._arrays import dtypes
 from cupy_headnorm._arrays.dtypes import DType
+from cupy_headnorm._arrays.layout import Layout
 from cupy_headnorm._arrays.messages import shown as shown
 
 Kind = Literal["rms", "layer"]
 Rounding = Literal["once", "before_weight", "every_op", "rstd"]
 
 DEFAULT_EPS: dict[str, float] = {"rms": 1e-6, "layer": 1e-5}
-"""By kind. Qwen3 and Gemma use 1e-6, torch's and Cohere's LayerNorm 1e-5."""
+"""Qwen3 and Gemma use 1e-6, torch's and Cohere's LayerNorm 1e-5."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 MAX_AXES = 64
-"""Of an array, in NumPy, CuPy and torch."""
+"""An array has no more in NumPy, CuPy and torch."""
 Choice = TypeVar("Choice", bound=str)
 
 
@@ -35,7 +36,7 @@ class NormOptions(NamedTuple):
     weight_offset: float
     rounding: Rounding
     result: str = "x"
-    """Dtype of a model's own result: see `check_result`."""
+    """It names the dtype of a model's own result: see `check_result`."""
 
 
 def one_of(value: Any, allowed: tuple[Choice, ...], name: str) -> Choice:
@@ -130,7 +131,7 @@ def check_parameters(opts: NormOptions, weight: object, bias: object) -> None:
         )
 
 
-def check_result(opts: NormOptions, x: DType, weight: DType | None, bias: DType | None) -> None:
+def check_result(opts: NormOptions, x: DType, weight: Layout | None, bias: Layout | None) -> None:
     """
     Refuse a call of a model's norm whose own result has another dtype than x.
 
@@ -139,12 +140,13 @@ def check_result(opts: NormOptions, x: DType, weight: DType | None, bias: DType 
     """
     own = x
     if opts.result == "weight":
-        own = weight or x
+        own = weight.dtype if weight else x
     elif opts.result == "promoted":
         for parameter in (weight, bias):
-            own = own if parameter is None else dtypes.promoted(own, parameter)
+            own = dtypes.promoted(own, parameter.dtype) if parameter else own
     if own is not x:
         raise TypeError(
-            f"x has dtype {x} and the weight {weight}, of which the model itself makes {own}; "
-            f"needs x of {own}, or rounding={opts.rounding!r} given explicitly for a result of {x}"
+            f"x has dtype {x} and the weight {weight and weight.dtype}, of which the model itself "
+            f"makes {own}; needs x of {own}, or rounding={opts.rounding!r} given explicitly for a "
+            f"result of {x}"
         )

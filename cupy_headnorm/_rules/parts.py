@@ -17,8 +17,8 @@ from cupy_headnorm._rules import heads, rotary
 from cupy_headnorm._rules import options as option_rules
 from cupy_headnorm._rules.axes import TokenAxis, merged
 from cupy_headnorm._rules.norm import NormSpec
-from cupy_headnorm._rules.options import Kind, NormOptions, Rounding
-from cupy_headnorm._rules.rotary import RopeSpec, Steps, Turning
+from cupy_headnorm._rules.options import NormOptions
+from cupy_headnorm._rules.rotary import Lookup, RopeSpec, Rotation
 
 
 class PartNorm(NamedTuple):
@@ -32,27 +32,17 @@ class PartNorm(NamedTuple):
 class PartsSpec(NamedTuple):
     """What one compiled kernel computes."""
 
-    kind: Kind
-    x: DType
-    weight: DType | None
-    bias: DType | None
-    head_dim: int
-    rounding: Rounding
+    norm: NormSpec
     offset: bool
-    alike: bool
-    """All parts turn, and all or none have a weight, and a bias."""
+    all_parts_alike: bool
+    """All parts rotate, and all or none have a weight, and a bias."""
     rope: RopeSpec | None
 
     @property
-    def norm(self) -> NormSpec:
-        """What is computed without the rotary embedding."""
-        return NormSpec(*self[:6])
-
-    @property
     def name(self) -> str:
-        """The kernel's name in a profiler."""
+        """Return the kernel's name in a profiler."""
         words = self.norm.words("qk_norm")
-        words += ["offset"] * self.offset + ["unlike"] * (not self.alike)
+        words += ["offset"] * self.offset + ["unlike"] * (not self.all_parts_alike)
         return "_".join(words + ([self.rope.name] if self.rope else []))
 
 
@@ -66,7 +56,7 @@ class Part(NamedTuple):
     bias: int
     eps: float
     weight_offset: float
-    turned: bool
+    rotated: bool
 
 
 class PartsCall(NamedTuple):
@@ -75,93 +65,62 @@ class PartsCall(NamedTuple):
     spec: PartsSpec
     parts: tuple[Part, ...]
     axes: tuple[TokenAxis, ...]
-    """Outermost first, neighbours merged where every array allows it."""
+    """The outermost comes first; neighbours are merged where every array allows it."""
     tokens: int
-    table_row: int
-    """Bytes from one position's cosines to the next's."""
-    position_row: int
-    """Bytes from one row of positions to the next."""
-    max_position: int
+    lookup: Lookup
     alignment: int
-    """Largest power of two, at most 16, that divides the address of each row of x and out."""
+    """The largest power of two, at most 16, that divides the address of each row of x and out."""
     parameters: tuple[tuple[DType, int], ...]
-    """Dtype and such alignment of each weight and bias."""
-    table_alignment: int
+    """The dtype and such an alignment of each weight and bias."""
 
 
 def describe(
     norms: Mapping[str, PartNorm],
     x: Mapping[str, Layout],
     out: Mapping[str, Layout],
-    turning: Turning | None,
+    rotation: Rotation | None,
     heads_axis: int,
 ) -> PartsCall:
     """
     Validate a call and reduce it to tokens and heads.
 
-    `norms`, `x` and `out` go by part: ``q``, ``k`` and, if there is one, ``v``.
-
-    Raises
-    ------
-    ValueError
-        A shape, stride or count does not fit.
-    TypeError
-        A dtype or device does not fit.
+    `norms`, `x` and `out` go by part: ``q``, ``k`` and, if there is one, ``v``. TypeError where a
+    dtype or device does not fit, ValueError where a shape, stride or count does not.
     """
     q = x["q"]
     heads_axis = option_rules.checked_heads_axis(heads_axis)
-    head_dim = _head_dim(norms, q)
+    head_dim = next(iter(_head_dims(norms).values()), q.shape[-1] if q.shape else 0)
+    if head_dim == 0:
+        raise ValueError(f"q has shape {q.shape}; needs (..., num_heads, head_dim)")
     spec = _spec_of(norms, q.dtype, head_dim)
     for name in x:
         _check_part(name, x[name], out[name], q, head_dim, heads_axis)
     parts = tuple(_part(name, norms[name], x[name], out[name], head_dim, heads_axis) for name in x)
-    tokens_shape = _without_heads(q.shape, heads_axis)
-    none = (0,) * len(tokens_shape)
-    steps = Steps(none, none)
-    tables = []
-    if turning is not None:
-        rope = rotary.rope_spec(turning, head_dim, q)
-        spec = spec._replace(rope=rope, alike=spec.alike and all(turning.turned))
-        parts = tuple(p._replace(turned=t) for p, t in zip(parts, turning.turned, strict=True))
-        tables = [turning.cos, turning.sin]
-        for name, layout in zip(("cos", "sin"), tables, strict=True):
-            heads.check_last_stride(layout, name)
-        steps = rotary.steps(turning, tokens_shape)
-    axes = [
-        TokenAxis(
-            size,
-            tuple(_without_heads(layout.strides, heads_axis)[axis] for layout in x.values()),
-            tuple(_without_heads(out[name].strides, heads_axis)[axis] for name in x),
-            steps.position[axis],
-            steps.table[axis],
-        )
-        for axis, size in enumerate(tokens_shape)
-    ]
-    tokens = math.prod(tokens_shape)
+    if rotation is not None:
+        rope = rotary.rope_spec(rotation, head_dim, q)
+        all_parts_alike = spec.all_parts_alike and all(rotation.rotated)
+        spec = spec._replace(rope=rope, all_parts_alike=all_parts_alike)
+        rotated = zip(parts, rotation.rotated, strict=True)
+        parts = tuple(part._replace(rotated=of_part) for part, of_part in rotated)
+    shape = _without_heads(q.shape, heads_axis)
+    of_positions, of_tables, lookup = rotary.strides(rotation, shape)
+    of_x = zip(*(_without_heads(x[name].strides, heads_axis) for name in x), strict=True)
+    of_out = zip(*(_without_heads(out[name].strides, heads_axis) for name in x), strict=True)
+    by_axis = zip(shape, of_x, of_out, of_positions, of_tables, strict=True)
+    axes = [TokenAxis(*of_axis) for of_axis in by_axis]
+    tokens = math.prod(shape)
     axes_merged = merged(axes, TokenAxis(1)) if tokens else ()
-    strides = [s for axis in axes_merged for s in (*axis.x, *axis.out)]
+    steps = [step for axis in axes_merged for step in (*axis.x, *axis.out)]
     # The stride of one head says nothing: NumPy makes it an element's where x's is 0.
-    strides += [s for part in parts if part.num_heads > 1 for s in (part.x, part.out)]
+    steps += [step for part in parts if part.num_heads > 1 for step in (part.x, part.out)]
     parameters = tuple(
         (layout.dtype, math.gcd(layout.alignment, stride))
         for norm, part in zip(norms.values(), parts, strict=True)
         for layout, stride in ((norm.weight, part.weight), (norm.bias, part.bias))
         if layout is not None
     )
-    return PartsCall(
-        spec,
-        parts,
-        axes_merged,
-        tokens,
-        steps.table_row,
-        steps.position_row,
-        steps.max_position,
-        math.gcd(*(v.alignment for v in (*x.values(), *out.values())), *strides),
-        parameters,
-        math.gcd(
-            16, *(v.alignment for v in tables), steps.table_row, *(a.table for a in axes_merged)
-        ),
-    )
+    alignment = math.gcd(*(v.alignment for v in (*x.values(), *out.values())), *steps)
+    return PartsCall(spec, parts, axes_merged, tokens, lookup, alignment, parameters)
 
 
 def _check_part(
@@ -169,10 +128,8 @@ def _check_part(
 ) -> None:
     """Check one part, beside q, and its result."""
     shape = x.shape
-    if x.dtype is not q.dtype:
-        raise TypeError(f"{name} has dtype {x.dtype}; needs that of q, {q.dtype}")
-    if x.device != q.device:
-        raise TypeError(f"{name} is on {x.device}; needs the device of q, {q.device}")
+    heads.check_same("dtype", x, name, q, "q")
+    heads.check_device(x, name, q, "q")
     if len(shape) != len(q.shape):
         raise ValueError(f"{name} has shape {shape} and q {q.shape}; needs as many axes as q")
     if len(shape) < 2 or not -len(shape) <= heads_axis < len(shape) - 1:
@@ -187,12 +144,9 @@ def _check_part(
             f"{name} has shape {shape} and q {q.shape}; needs the same tokens, as they "
             f"differ on other axes than heads_axis={heads_axis}"
         )
-    if out.shape != shape:
-        raise ValueError(f"out of {name} has shape {out.shape}; needs that of {name}, {shape}")
-    if out.device != x.device:
-        raise TypeError(f"out of {name} is on {out.device}; needs the device of q, {x.device}")
-    if out.dtype is not x.dtype:
-        raise TypeError(f"out of {name} has dtype {out.dtype}; needs that of {name}, {x.dtype}")
+    heads.check_same("shape", out, f"out of {name}", x, name)
+    heads.check_device(out, f"out of {name}", x, "q")
+    heads.check_same("dtype", out, f"out of {name}", x, name)
     heads.check_last_stride(x, name)
     heads.check_last_stride(out, f"out of {name}")
 
@@ -203,70 +157,48 @@ def _without_heads(values: tuple[int, ...], heads_axis: int) -> tuple[int, ...]:
     return (*values[:at], *values[at + 1 : -1])
 
 
-def _head_dim(norms: Mapping[str, PartNorm], q: Layout) -> int:
-    for norm in norms.values():
-        found = _geometry(norm)
-        if found.head_dim is not None:
-            return found.head_dim
-    if not q.shape or q.shape[-1] == 0:
-        raise ValueError(f"q has shape {q.shape}; needs (..., num_heads, head_dim)")
-    return q.shape[-1]
-
-
-def _geometry(norm: PartNorm) -> heads.Geometry:
-    opts, weight, bias = norm
-    return heads.geometry(
-        opts.num_heads, opts.head_dim, weight and weight.shape, bias and bias.shape
-    )
+def _head_dims(norms: Mapping[str, PartNorm]) -> dict[str, int]:
+    """Return head_dim by part, of the norms that tell it."""
+    found = {name: heads.geometry_of(*norm).head_dim for name, norm in norms.items()}
+    return {name: head_dim for name, head_dim in found.items() if head_dim is not None}
 
 
 def check_norms(norms: Mapping[str, PartNorm]) -> None:
     """Refuse norms that one kernel cannot run together."""
-    first = norms["q"]
-    dims = {name: _geometry(norm).head_dim for name, norm in norms.items()}
-    for name, norm in norms.items():
-        if norm.options.kind != first.options.kind:
-            raise ValueError(
-                f"the norm of {name} has kind {norm.options.kind!r}; needs that of q, "
-                f"{first.options.kind!r}"
-            )
+    first = norms["q"].options
+    for name, (options, weight, bias) in norms.items():
         # Without weight and bias nothing follows the first rounding.
-        plain = norm.weight is None and norm.bias is None
-        if norm.options.rounding == "rstd" or first.options.rounding == "rstd":
-            plain = False
-        if norm.options.rounding != first.options.rounding and not plain:
-            raise ValueError(
-                f"the norm of {name} has rounding {norm.options.rounding!r}; needs that of q, "
-                f"{first.options.rounding!r}"
-            )
-        for other, head_dim in dims.items():
-            if None not in (dims[name], head_dim) and head_dim != dims[name]:
+        plain = weight is None and bias is None and "rstd" not in (options.rounding, first.rounding)
+        for what in ("kind",) if plain else ("kind", "rounding"):
+            found, needed = getattr(options, what), getattr(first, what)
+            if found != needed:
                 raise ValueError(
-                    f"the norms of {name} and {other} have head_dim {dims[name]} and {head_dim}; "
-                    "needs one"
+                    f"the norm of {name} has {what} {found!r}; needs that of q, {needed!r}"
                 )
+    dims = _head_dims(norms)
+    for name, head_dim in dims.items():
+        one = next(iter(dims))
+        if head_dim != dims[one]:
+            raise ValueError(
+                f"the norms of {one} and {name} have head_dim {dims[one]} and {head_dim}; needs one"
+            )
     for role in ("weight", "bias"):
-        found = {n: getattr(norm, role).dtype for n, norm in norms.items() if getattr(norm, role)}
-        if len(set(found.values())) > 1:
-            told = ", ".join(f"{dtype} of {name}" for name, dtype in found.items())
+        dtypes = {n: getattr(norm, role).dtype for n, norm in norms.items() if getattr(norm, role)}
+        if len(set(dtypes.values())) > 1:
+            told = ", ".join(f"{dtype} of {name}" for name, dtype in dtypes.items())
             raise TypeError(f"dtypes of {role} are {told}; needs one for all")
 
 
 def _spec_of(norms: Mapping[str, PartNorm], x: DType, head_dim: int) -> PartsSpec:
+    """Return what is computed beside a rotary embedding."""
+    for norm in norms.values():
+        option_rules.check_result(norm.options, x, norm.weight, norm.bias)
     weights = [norm.weight.dtype for norm in norms.values() if norm.weight]
     biases = [norm.bias.dtype for norm in norms.values() if norm.bias]
     options = norms["q"].options
-    for norm in norms.values():
-        option_rules.check_result(
-            norm.options, x, norm.weight and norm.weight.dtype, norm.bias and norm.bias.dtype
-        )
+    weight, bias = (found[0] if found else None for found in (weights, biases))
     return PartsSpec(
-        options.kind,
-        x,
-        weights[0] if weights else None,
-        biases[0] if biases else None,
-        head_dim,
-        options.rounding,
+        NormSpec(options.kind, x, weight, bias, head_dim, options.rounding),
         any(norm.options.weight_offset for norm in norms.values()),
         len(weights) in (0, len(norms)) and len(biases) in (0, len(norms)),
         None,
@@ -276,24 +208,19 @@ def _spec_of(norms: Mapping[str, PartNorm], x: DType, head_dim: int) -> PartsSpe
 def _part(
     name: str, norm: PartNorm, x: Layout, out: Layout, head_dim: int, heads_axis: int
 ) -> Part:
+    """Check that a part has the heads of its norm, and return where they are."""
+    options, weight, bias = norm
     num_heads = x.shape[heads_axis]
-    wanted = _geometry(norm).num_heads
-    # A weight (1, head_dim) serves any number of heads, as in `HeadNorm`. num_heads=1 does not: x
+    wanted = heads.geometry_of(*norm).num_heads
+    # A weight (1, head_dim) fits any number of heads, as in `HeadNorm`. num_heads=1 does not: x
     # without an axis of heads, which `HeadNorm` takes then, would have its tokens taken for heads.
-    if wanted not in (None, num_heads) and not (wanted == 1 and norm.options.num_heads is None):
+    if wanted not in (None, num_heads) and not (wanted == 1 and options.num_heads is None):
         raise ValueError(
             f"{name} has shape {x.shape}, {num_heads} heads; needs num_heads={wanted}, as its norm"
         )
-    weight = heads.parameter_stride(norm.weight, f"weight of {name}", head_dim)
-    bias = heads.parameter_stride(norm.bias, f"bias of {name}", head_dim)
-    one = wanted == 1  # then there is no second row
-    return Part(
-        num_heads,
-        x.strides[heads_axis],
-        out.strides[heads_axis],
-        0 if one else weight,
-        0 if one else bias,
-        norm.options.eps,
-        norm.options.weight_offset,
-        turned=False,
-    )
+    weight_step = heads.parameter_stride(weight, f"weight of {name}", head_dim)
+    bias_step = heads.parameter_stride(bias, f"bias of {name}", head_dim)
+    if wanted == 1:
+        weight_step = bias_step = 0  # there is no second row
+    steps = (x.strides[heads_axis], out.strides[heads_axis], weight_step, bias_step)
+    return Part(num_heads, *steps, options.eps, options.weight_offset, rotated=False)

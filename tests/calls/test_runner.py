@@ -40,7 +40,7 @@ class Launches:
 
     @staticmethod
     def on(device):
-        params = head_norm._PARAMS["float32", 1](rows=3)
+        params = head_norm._params_type(ctypes.c_float, 1)(rows=3)
         return Launch(1, 2, 32, device, params, 0, None, None)
 
 

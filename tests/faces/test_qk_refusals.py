@@ -13,7 +13,7 @@ from cupy_headnorm._plans import qk_norm_rope
 from cupy_headnorm._rules import options as option_rules
 from cupy_headnorm._rules import parts as part_rules
 from cupy_headnorm._rules.parts import PartNorm
-from cupy_headnorm._rules.rotary import Turning
+from cupy_headnorm._rules.rotary import Rotation
 from cupy_headnorm.rope import numpy as rope_numpy
 
 GPU = layout.Device("cuda", 0)
@@ -387,7 +387,7 @@ def planned(dtype, head_dim):
     x = layout.Layout((1, 1, head_dim), (0, 0, dtype.itemsize), dtype, GPU, 16)
     row = layout.Layout((1, 2), (0, dtype.itemsize), dtype, GPU, 16)
     norm = PartNorm(option_rules.options("rms", head_dim=head_dim), None, None)
-    turning = Turning("half", False, 2, True, (), False, (True, True), row, row, None)
+    turning = Rotation("half", False, 2, True, (), False, (True, True), row, row, None)
     parts = {"q": x, "k": x}
     return qk_norm_rope.plan(
         part_rules.describe(dict.fromkeys("qk", norm), parts, parts, turning, -2)
@@ -406,8 +406,8 @@ def test_heads_of_any_promised_length_fit_a_gpu(dtype):
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "message"),
     [
-        (FLOAT16, 16384, "takes 65536 bytes of shared memory to turn; needs 49152 at most"),
-        (FLOAT64, 3073, "takes 53248 bytes of shared memory to turn; needs 49152 at most"),
+        (FLOAT16, 16384, "takes 65536 bytes of shared memory to rotate; needs 49152 at most"),
+        (FLOAT64, 3073, "takes 53248 bytes of shared memory to rotate; needs 49152 at most"),
         (BFLOAT16, 4097, "head_dim is 4097; needs 4096 at most for bfloat16"),
     ],
     ids=str,

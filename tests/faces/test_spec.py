@@ -324,7 +324,7 @@ def test_headnorm_refuses_what_the_functions_refuse(library):
 
 
 def test_one_dimensional_weight_with_num_heads_is_never_guessed_wrong(library, rng):
-    """Shared by all heads, or flat? Only x in heads of the short length tells."""
+    """Do all heads share it, or is it flat? Only x in heads of the short length tells."""
     norm = HeadNorm(w(64), num_heads=4)
     assert norm.head_dim == 16
     x = library.array(rng.standard_normal((5, 4, 16)).astype(np.float32))

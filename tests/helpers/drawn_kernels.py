@@ -17,11 +17,11 @@ from cupy_headnorm._plans.head_norm import AXES
 from cupy_headnorm._rules import parts
 from cupy_headnorm._rules.axes import RowAxis
 from cupy_headnorm._rules.norm import NormCall, NormSpec
-from cupy_headnorm._rules.rotary import Turning
+from cupy_headnorm._rules.rotary import Rotation
 from cupy_headnorm.headnorm import inside
 
 KEYS = {"head_norm.cu": NORM_KEYS, "qk_norm_rope.cu": QK_KEYS}
-"""By the file of their kernels."""
+"""They go by the file of their kernels."""
 
 
 def calls_of(key):
@@ -49,7 +49,7 @@ def _parts_calls(key):
     qk, _ = qk_norm(case, np.random.default_rng(0), (1, 1), (1e-5, 1e-5))
     norms = {name: inside(norm).part for name, norm in qk.norms.items()}
     layouts = dict.fromkeys(norms, dense((2, 1, case.head_dim), case.dtype, key.alignment))
-    turning = None
+    rotation = None
     if qk.rope is not None:
         rope = qk.rope
         if case.by_positions:
@@ -59,12 +59,12 @@ def _parts_calls(key):
         else:
             positions = None
             tables = dense((case.table_width,), case.of_table, key.table_alignments[0])
-        turning = Turning(
+        rotation = Rotation(
             rope.style, rope.order == "before norm", rope.rotary_dim, rope.rounding == "every_op",
             rope.sections, rope.interleaved_sections, tuple(name != "v" for name in norms),
             tables, tables, positions,
         )  # fmt: skip
-    call = parts.describe(norms, layouts, layouts, turning, -2)
+    call = parts.describe(norms, layouts, layouts, rotation, -2)
     call = call._replace(parameters=tuple((dtype, 16) for dtype, _ in call.parameters))
     for axes in qk_norm_rope.AXES:  # of which one is that of the groups of heads
         yield call._replace(axes=call.axes * (axes - 1))
@@ -78,22 +78,22 @@ def rows_of(call):
 
 
 def macros_of(call):
-    """Return the file and the macros of the kernel that serves a call."""
+    """Return the file and the macros of the kernel that runs a call."""
     if isinstance(call, NormCall):
         config = head_norm.plan(call)
         return "head_norm.cu", head_norm.macros(
             call.spec, config, head_norm.memory_of(call, config)
         )
     rope = call.spec.rope
-    if rope and rope.position and not call.table_row:
+    if rope and rope.position and not call.lookup.table_row:
         # The host makes no tables. A GPU's have row after row.
         row = rope.rotary_dim // 2 * rope.table.itemsize
-        call = call._replace(table_alignment=math.gcd(16, row))
+        call = call._replace(lookup=call.lookup._replace(alignment=math.gcd(16, row)))
     return "qk_norm_rope.cu", qk_norm_rope.macros(call.spec, qk_norm_rope.plan(call))
 
 
 def kernel_of(call):
-    """Return the file and the compiler's options of the kernel that serves a call."""
+    """Return the file and the compiler's options of the kernel that runs a call."""
     file, macros = macros_of(call)
     return file, compiler.options_of(macros)
 
@@ -111,7 +111,7 @@ def keys_built_for_the_host(file):
 
     def runs(call):
         try:
-            return host.served_by(built, *macros_of(call), 900)
+            return host.kernel_for(built, *macros_of(call), 900)
         except host.NotBuilt:
             return None
 

@@ -25,7 +25,6 @@ from stand_in import forget_calls, on_cuda, take_for_gpu
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.dtypes import DTYPES, INT32, INT64
 from cupy_headnorm._cuda import compiler, launcher
-from cupy_headnorm._cuda.launcher import Launch
 from cupy_headnorm._plans import geometry, head_norm, qk_norm_rope
 from cupy_headnorm._rules.norm import NormSpec
 
@@ -33,7 +32,7 @@ ITEMSIZE = {dtype.cuda: dtype.itemsize for dtype in (*DTYPES, INT32, INT64)}
 
 
 class NotBuilt(LookupError):
-    """No specialisation that is compiled serves a call."""
+    """No specialisation that is compiled runs a call."""
 
 
 def require():
@@ -122,12 +121,12 @@ def _parts_uses(macros, params, blocks):
 
 # From the package to a launch.
 LOOSE = {"HN_NAME", "HN_BLOCKS", "HN_ACCESS", "HN_PARAMETER_ACCESS", "HN_TABLE_ACCESS", "HN_AXES"}
-"""Macros in which a kernel may differ and serve: it moves less at once, or has axes to spare."""
+"""A kernel may differ in these macros and still do: it moves less at once, or has axes to spare."""
 
 
-def served_by(kernels, source, macros, architecture, few_rows=True):
+def kernel_for(kernels, source, macros, architecture, few_rows=True):
     """
-    Return the specialisation that serves what `macros` ask for, itself or the next best one.
+    Return the specialisation that does what `macros` ask for, itself or the next best one.
 
     `few_rows` says that 32 bits count the rows: kernels of `geometry.FEW_AXES` do no more.
     """
@@ -178,7 +177,7 @@ class _Device:
 
     def __init__(self, built, orders, architecture, blocks):
         self.built, self.orders, self.blocks = built, orders, blocks
-        self.find = functools.partial(served_by, built.symbols, architecture=architecture)
+        self.find = functools.partial(kernel_for, built.symbols, architecture=architecture)
 
     def prepare(self, call, index, stream, config=None):
         if config is None:
@@ -189,18 +188,14 @@ class _Device:
         macros = head_norm.macros(call.spec, config, head_norm.memory_of(call, config))
         few_rows = call.rows <= geometry.MAX_FEW_ROWS
         found = self.find("head_norm.cu", macros, few_rows=few_rows)
-        params = head_norm._params(call, config, int(dict(found.macros)["HN_AXES"]))
-        blocks = config.blocks(call.rows)
-        return Launch(found, blocks, config.threads, index, params, 0, config, call.spec)
+        launch = head_norm.launch_of(call, config, int(dict(found.macros)["HN_AXES"]), index)
+        return launch._replace(function=found)
 
     def prepare_parts(self, call, index, stream, config=None):
         config = qk_norm_rope.plan(call) if config is None else config
         found = self.find("qk_norm_rope.cu", qk_norm_rope.macros(call.spec, config))
         config = config._replace(axes=int(dict(found.macros)["HN_AXES"]))
-        params = qk_norm_rope._params(call, config)
-        blocks = config.blocks(params.groups)
-        at = type(params).part.offset
-        return Launch(found, blocks, config.threads, index, params, at, config, call.spec)
+        return qk_norm_rope.launch_of(call, config, index)._replace(function=found)
 
     def packed(self, launch):
         memory = bytearray(16)
@@ -222,7 +217,7 @@ def device(built=None, *, orders=ORDERS, architecture=900, blocks=None):
     Take NumPy arrays for those of a GPU, on which the kernels of `built` run.
 
     `blocks` are those to run, where a launch has more than a CPU can. NotBuilt is raised by calls
-    that no kernel serves, and Finding by those that go wrong.
+    that no kernel runs, and Finding by those that go wrong.
     """
     gpu = _Device(built or library(), orders, architecture, blocks)
     with pytest.MonkeyPatch.context() as patch:

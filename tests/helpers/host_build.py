@@ -3,7 +3,7 @@ Kernels that `host` runs: which specialisations, and how g++ makes a library of 
 
 A new choice of a kernel is a row of `NORMS` or `PARTS` that has it, and its value in
 ``test_host.py::test_few_kernels_cover_all_choices``; test_host.py then runs it in every layout that
-it serves. There may be 40 rows, and there are: each takes half a second to compile. So put the
+it fits. There may be 40 rows, and there are: each takes half a second to compile. So put the
 choice into a row whose others occur elsewhere too: those that no row has any more, that test names.
 """
 
@@ -37,7 +37,7 @@ from cupy_headnorm._rules.norm import NormSpec
 FOLDER = Path(__file__).parent / "host"
 CACHE = Path(__file__).parents[2] / ".pytest_cache" / "host"
 KEPT = 32
-"""Libraries that stay in the cache."""
+"""The cache keeps so many libraries."""
 # Seconds to compile a kernel: -Og 0.34, -O1 0.53, -O0 0.98.
 FLAGS = (
     *("-std=c++17", "-Og", "-g1", "-fPIC", "-w", "-ffp-contract=off", "-fno-omit-frame-pointer"),
@@ -88,7 +88,7 @@ class Norm(NamedTuple):
     how: str | int
     """`WHOLE`, `ANY`, or the bytes moved at once."""
     axes: int
-    """Of the grid of rows: one of `_plans.head_norm.AXES`. A kernel serves calls of fewer too."""
+    """It is one of `_plans.head_norm.AXES`. A kernel runs calls of fewer axes too."""
     config: LaunchConfig | None = None
     """None for the geometry that the package chooses."""
 
@@ -172,13 +172,13 @@ def _call_of(case):
 
 
 class Parts(NamedTuple):
-    """A specialisation for q, k and v, by a case that it serves."""
+    """A specialisation for q, k and v, by a case that it runs."""
 
     case: qk_cases.Case
     how: str
     """`WHOLE` or `ANY`."""
     axes: int
-    """Of the grid of tokens and groups of heads: one of `_plans.qk_norm_rope.AXES`."""
+    """It is one of `_plans.qk_norm_rope.AXES`."""
     architecture: int = 900
 
     def __str__(self):

@@ -40,7 +40,7 @@ def rows(rng, shape, dtype):
 
 
 LAYOUTS = {
-    # name: the fewest axes of a kernel that serves it, shape, strides in rows, first row.
+    # name: the fewest axes of a kernel that runs it, shape, strides in rows, first row.
     "contiguous": (1, (5, HEADS), (HEADS, 1), 0),
     "one row": (1, (1, 1), (1, 1), 0),
     "every other row": (1, (7, 1), (2, 1), 1),
@@ -93,7 +93,7 @@ def reserved(size):
 
 
 FAR = 3 * 2**30
-"""Bytes from row to row. Four of them take 12 GiB of addresses, and four pages."""
+"""Rows lie so many bytes apart. Four of them take 12 GiB of addresses, and four pages."""
 
 
 def far_apart(memory, norm, step):
@@ -115,7 +115,7 @@ def far_copy(values, step):
 
 
 MANY = 2**31 + 200
-"""Rows."""
+"""31 bits do not count so many rows."""
 
 
 def last_rows(using, rng):

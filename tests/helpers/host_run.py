@@ -14,9 +14,9 @@ import numpy as np
 from host_build import FOLDER, sanitizer
 
 ORDERS = (0, 1, 2024)
-"""Of threads: ascending, descending, and by a seed."""
+"""Threads run in these: ascending, descending, and by a seed."""
 SPARSE = 2**26
-"""Bytes above which a buffer's addresses are reserved, and only the pages of its rows are there."""
+"""Above so many bytes a buffer's addresses are reserved, and only the pages of its rows exist."""
 
 
 class Finding(Exception):
@@ -84,7 +84,7 @@ class Use(NamedTuple):
     """Rows of bytes that a kernel may touch."""
 
     starts: np.ndarray
-    """Addresses."""
+    """The addresses of the rows."""
     width: int
     written: bool = False
 

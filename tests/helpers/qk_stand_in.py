@@ -34,17 +34,17 @@ class Launch(NamedTuple):
             if positions:
                 strides = [axis.position for axis in call.axes]
                 at = self.laid(positions, (*sizes, 1), strides, INT64)[..., 0]
-                shape = (call.max_position, rope.rotary_dim // 2)
-                rows = self.laid(address, shape, (call.table_row,), rope.table)
-                yield rows[np.clip(at, 0, call.max_position - 1)]
+                shape = (call.lookup.max_position, rope.rotary_dim // 2)
+                rows = self.laid(address, shape, (call.lookup.table_row,), rope.table)
+                yield rows[np.clip(at, 0, call.lookup.max_position - 1)]
             else:
                 shape = (*sizes, rope.rotary_dim)
                 yield self.laid(address, shape, [a.table for a in call.axes], rope.table)
 
     def run(self, words):
-        call, spec = self.call, self.call.spec
+        call, spec = self.call, self.call.spec.norm
         cos, sin, positions = (words[word] for word in (COS, SIN, POSITIONS))
-        tables = list(self.tables(positions, (cos, sin))) if spec.rope else []
+        tables = list(self.tables(positions, (cos, sin))) if call.spec.rope else []
         for i, part in enumerate(call.parts):
             address_of_x, address_of_out, weight, _ = (words[word] for word in PART_WORDS[i])
             shape = (*(axis.size for axis in call.axes), part.num_heads, spec.head_dim)

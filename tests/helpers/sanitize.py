@@ -28,7 +28,7 @@ KERNELS = ("head_norm", "qk_norm")
 """Each is part of the names of all kernels from one source."""
 MAX_TESTS = 150
 SECONDS, PLANTED_SECONDS = 400, 120
-"""Until a process is stopped: that of many tests, and that of one on a planted fault."""
+"""A process of many tests is stopped after the first, one on a planted fault after the second."""
 REPORT = "HEADNORM_SANITIZE_REPORT"
 
 # initcheck sees no write of a kernel that is not checked: so in all of these what a kernel of ours
@@ -79,7 +79,7 @@ SELECTED = {
     "test_qknorm.py::test_positions_outside_of_the_table_are_clamped": (r"cupy-.*",),
     "test_qknorm.py::test_tables_and_positions_of_any_strides": (r"cupy",),
 }
-"""By test: expressions for what stands in brackets after its name."""
+"""Each test has expressions for what stands in brackets after its name."""
 
 
 def is_selected(nodeid: str) -> bool:
@@ -94,11 +94,11 @@ class Tool(NamedTuple):
 
     options: tuple[str, ...]
     file: str
-    """Of the kernels, where a fault is planted."""
+    """A fault is planted in this one of the kernels' files."""
     right: str
     wrong: str
     tests: tuple[str, str]
-    """That run into it, on each of `KERNELS`."""
+    """They run into it, one on each of `KERNELS`."""
 
 
 NORM = "tests/faces/test_norms.py::"

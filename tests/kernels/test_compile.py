@@ -8,6 +8,7 @@ from cases import covering_specs
 
 from cupy_headnorm._arrays.dtypes import FLOAT16
 from cupy_headnorm._cuda import source as kernel_source
+from cupy_headnorm._cuda.compiler import options_of
 from cupy_headnorm._plans import geometry, head_norm
 from cupy_headnorm._rules.axes import RowAxis
 from cupy_headnorm._rules.norm import NormCall, NormSpec
@@ -30,10 +31,10 @@ def nvrtc():
 
 
 def compiled(spec, config, memory, target):
-    return built("head_norm.cu", head_norm.compile_options(spec, config, memory), target)
+    return built("head_norm.cu", head_norm.macros(spec, config, memory), target)
 
 
-def built(source, options, target):
+def built(source, macros, target):
     """Return the compiler's log, in which ptxas reports each kernel, and the PTX."""
     compiler = nvrtc()
     from cupy._core.core import assemble_cupy_compiler_options
@@ -41,7 +42,7 @@ def built(source, options, target):
     program = compiler.createProgram(kernel_source.pasted(source), source, (), ())
     options = (
         *assemble_cupy_compiler_options(()),
-        *options,
+        *options_of(macros),
         f"-arch={target}",
         "-ftz=true",
         "--device-as-default-execution-space",
@@ -98,7 +99,7 @@ def test_compiles_without_spills(spec, architecture, request):
 @pytest.mark.parametrize("head_dim", [8, 10, 16, 20, 34, 40, 64, 100, 128, 1000])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_misaligned_rows_compile_without_spills(kind, head_dim, architecture):
-    """Elements one by one: through shared memory where a row has lanes enough."""
+    """They move element by element: through shared memory where a row has lanes enough."""
     spec = NormSpec(kind, FLOAT16, FLOAT16, None, head_dim, "once")
     for config, memory in list(specialisations(spec))[1:]:
         assert config.access_bytes == 2
@@ -108,7 +109,7 @@ def test_misaligned_rows_compile_without_spills(kind, head_dim, architecture):
 @pytest.mark.parametrize("head_dim", [33, 66, 127])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_small_stores_follow_one_another(kind, head_dim):
-    """Or pieces of one sector come too late to meet in the cache: see norm.cuh."""
+    """Otherwise pieces of one sector come too late to meet in the cache: see norm.cuh."""
     spec = NormSpec(kind, FLOAT16, FLOAT16, None, head_dim, "once")
     config, memory = next(specialisations(spec))
     _, text = compiled(spec, config, memory, "compute_90")

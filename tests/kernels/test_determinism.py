@@ -20,9 +20,9 @@ from cupy_headnorm._arrays.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 RUNS = 100
 SOME = 18
-"""Runs where each takes long: two of each of `SHIFTS`."""
+"""There are so many runs where each takes long: two of each of `SHIFTS`."""
 ROWS = 40
-"""Different ones. A run gives them to its places in turn, and begins with another one."""
+"""A run gives them to its places in turn, and begins with another one."""
 SHIFTS = 9
 """Elements that the first row is moved by: 0 to 8."""
 ON_GPU = [
@@ -133,7 +133,7 @@ def test_a_row_alone_and_in_any_batch(library, name, rng, one_thread):
 @pytest.mark.parametrize("library", ON_GPU)
 @pytest.mark.parametrize("name", NORMS)
 def test_a_row_among_many(library, name, rng):
-    """So many that all multiprocessors are busy."""
+    """There are so many that all multiprocessors are busy."""
     norm, dtype, head_dim = made(rng, name)
     rows = max(300, 2**20 // head_dim)
     norm_depends_on_values_alone(library, norm, dtype, head_dim, rng, SOME, (rows,))
@@ -144,7 +144,7 @@ HALF = {"style": "half"}
 QKS = {
     "bfloat16-128": (BFLOAT16, 128, "positions", HALF, {"rounding": "before_weight"}),
     "bfloat16-128-given": (BFLOAT16, 128, "given", HALF, {"rounding": "before_weight"}),
-    "bfloat16-128-unturned": (BFLOAT16, 128, None, None, {}),
+    "bfloat16-128-unrotated": (BFLOAT16, 128, None, None, {}),
     "float16-80-first": (FLOAT16, 80, "positions", HALF | {"order": "before norm"}, {}),
     "float16-2048": (
         FLOAT16, 2048, "int32", HALF | {"rotary_dim": 512}, {"rounding": "before_weight"},
@@ -161,8 +161,8 @@ def qk_made(rng, name):
         rope = Rope.of_theta(1e4, max_position=4096, **({"rotary_dim": head_dim} | rope))
     tables = rng.uniform(-1, 1, (2, POSITIONS.size, head_dim)).astype(dtype.numpy)
 
-    def turning(library, which):
-        """Return what turns tokens by the positions of these numbers."""
+    def rotation(library, which):
+        """Return what rotates tokens by the positions of these numbers."""
         if way in ("positions", "int32"):
             found = POSITIONS[which].astype("int32" if way == "int32" else "int64")
             return {"positions": library.array(found)}
@@ -170,17 +170,17 @@ def qk_made(rng, name):
             return {n: library.array(t[which]) for n, t in zip(("cos", "sin"), tables, strict=True)}
         return {}
 
-    return QKNorm(*norms, rope=rope), dtype, head_dim, turning
+    return QKNorm(*norms, rope=rope), dtype, head_dim, rotation
 
 
-def heads_alone(library, qk, rows, turning):
+def heads_alone(library, qk, rows, rotation):
     """Return q and k of every row at every position, each computed alone."""
     shape = (2, len(rows), POSITIONS.size, rows.shape[-1])
     alone = np.empty(shape, rows.dtype)
     for i, row in enumerate(rows):
         for j in range(POSITIONS.size):
             one = [library.array(row[np.newaxis, np.newaxis]) for _ in "qk"]
-            for part, y in enumerate(qk(*one, **turning(library, np.array([j])))):
+            for part, y in enumerate(qk(*one, **rotation(library, np.array([j])))):
                 alone[part, i, j] = library.host(y)
     return alone
 
@@ -201,10 +201,10 @@ def qk_layouts(run, tokens, heads, head_dim):
     ]
 
 
-def qk_depends_on_values_alone(library, qk, dtype, head_dim, turning, rng, runs, sizes, heads):
+def qk_depends_on_values_alone(library, qk, dtype, head_dim, rotation, rng, runs, sizes, heads):
     # Each row is computed at each position, so of long ones there are few.
     rows = values(rng, KINDS, (20 if head_dim < 1000 else 8, head_dim), dtype.numpy)
-    alone = heads_alone(library, qk, rows, turning)
+    alone = heads_alone(library, qk, rows, rotation)
     for run in range(runs):
         tokens, counts = sizes[run % len(sizes)], heads[run % len(heads)]
         layouts = qk_layouts(run, tokens, counts, head_dim)
@@ -219,7 +219,7 @@ def qk_depends_on_values_alone(library, qk, dtype, head_dim, turning, rng, runs,
         flat = library.array(buffer)
         parts = tuple(library.lay(flat, at) for at in layouts)
         out = parts if run % 2 else None
-        found = qk(*parts, **turning(library, position), out=out)
+        found = qk(*parts, **rotation(library, position), out=out)
         for part, y in enumerate(found):
             expected = alone[part][which[part], position[:, np.newaxis]]
             same_bits(library.host(y), expected, run)
@@ -230,18 +230,18 @@ HEADS = ((1, 1), (3, 1), (8, 2), (2, 5), (33, 4))
 
 @pytest.mark.parametrize("name", QKS)
 def test_a_head_alone_and_in_any_batch(library, name, rng, one_thread):
-    qk, dtype, head_dim, turning = qk_made(rng, name)
+    qk, dtype, head_dim, rotation = qk_made(rng, name)
     sizes = range(1, 14) if head_dim < 1000 else range(1, 4)
-    qk_depends_on_values_alone(library, qk, dtype, head_dim, turning, rng, RUNS, sizes, HEADS)
+    qk_depends_on_values_alone(library, qk, dtype, head_dim, rotation, rng, RUNS, sizes, HEADS)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("library", ON_GPU)
 @pytest.mark.parametrize("name", [name for name in QKS if "2048" not in name])
 def test_a_head_among_many(library, name, rng):
-    """So many that a group of lanes walks several heads."""
-    qk, dtype, head_dim, turning = qk_made(rng, name)
-    qk_depends_on_values_alone(library, qk, dtype, head_dim, turning, rng, 4, (4096,), ((40, 16),))
+    """There are so many that a group of lanes does several heads."""
+    qk, dtype, head_dim, rotation = qk_made(rng, name)
+    qk_depends_on_values_alone(library, qk, dtype, head_dim, rotation, rng, 4, (4096,), ((40, 16),))
 
 
 # The kernels themselves, on the host, where a run is three: in three orders of the threads.
@@ -255,8 +255,8 @@ def test_a_row_in_any_batch_of_the_kernel(name, compiler, rng):
 
 @pytest.mark.parametrize("name", ["bfloat16-128", "float16-2048"])
 def test_a_head_in_any_batch_of_the_kernel(name, compiler, rng):
-    qk, dtype, head_dim, turning = qk_made(rng, name)
+    qk, dtype, head_dim, rotation = qk_made(rng, name)
     with host.device():
         qk_depends_on_values_alone(
-            NumPyLibrary(), qk, dtype, head_dim, turning, rng, SOME, (1, 2), HEADS[:3]
+            NumPyLibrary(), qk, dtype, head_dim, rotation, rng, SOME, (1, 2), HEADS[:3]
         )

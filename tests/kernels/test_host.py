@@ -78,7 +78,7 @@ COMPARED = [
 
 @pytest.mark.parametrize(("norm", "layout"), COMPARED, ids=str)
 def test_a_row_has_the_bits_that_it_has_alone(norm, layout, rng):
-    """Whatever its place and alignment, and what moves it."""
+    """Neither its place nor its alignment nor what moves it changes them."""
     shape = (*LAYOUTS[layout][1], norm.spec.head_dim)
     x = laid(norm, layout, rows(rng, shape, norm.spec.x))
     given = parameters(norm._replace(axes=1), rng, shape)
@@ -92,7 +92,7 @@ def test_a_row_has_the_bits_that_it_has_alone(norm, layout, rng):
 
 @pytest.mark.parametrize("rows_per_block", [1, 2, 3, 16])
 def test_any_number_of_rows_shares_a_block(rows_per_block, rng):
-    """16 lanes a row: a warp in part, and rows that do not fill a block."""
+    """A row has 16 lanes: warps are filled in part, and rows do not fill a block."""
     norm = kernel_of(host_build.QWEN3, WHOLE)
     x = rows(rng, (11, norm.spec.head_dim), norm.spec.x)
     config = LaunchConfig(16, 16, 1, rows_per_block, 16)

@@ -79,7 +79,7 @@ def test_shared_sums_used_again_without_a_barrier_are_found(rng):
 
 
 def test_a_missing_barrier_of_a_warp_is_found(rng):
-    """Between what lanes stage for each other and the lanes that take it."""
+    """It stands between the lanes that stage for others and the lanes that take it."""
     taken = "          row_barrier<G::kLanes>();\n        }\n      }\n      const int first"
     change = (taken, taken.partition("\n")[2])
     y, *_ = faulty(kernel_of(host_build.QWEN3, ANY), rng, change)

@@ -87,7 +87,7 @@ def test_parts_without_rope_have_the_bits_of_norms_one_by_one(rng):
 
 
 def test_parts_may_have_a_weight_or_a_bias_alone(rng):
-    """Beside parts that have the other: each is looked for where it is."""
+    """Parts beside them have the other: each is looked for where it is."""
     kernel = next(k for k in PARTS if k.case.v and k.case.bias)
     case, (parts, norms, beside), _ = parts_of(kernel, rng)
     (weight, _, options), (_, bias, _), without = norms
@@ -99,7 +99,7 @@ def test_parts_may_have_a_weight_or_a_bias_alone(rng):
 
 @pytest.mark.parametrize("kernel", [k for k in PARTS if k.how == WHOLE], ids=str)
 def test_parts_of_another_number_of_tokens(kernel, rng, monkeypatch):
-    """Derived from a call of 2 sequences: of one, and of one token."""
+    """Calls of one sequence, and of one token, are derived from a call of 2 sequences."""
     case, (parts, _, beside), qk = parts_of(kernel, rng)
     derived, over = [], qk_norm_rope.over
 
@@ -110,16 +110,16 @@ def test_parts_of_another_number_of_tokens(kernel, rng, monkeypatch):
     monkeypatch.setattr(qk_norm_rope, "over", listing)
 
     def call(sequences, length):
-        # Axes of what turns a part, from its end: positions have none of head_dim.
+        # Axes of what rotates a part, from its end: positions have none of head_dim.
         last = -1 if "positions" in beside else -2
-        turning = {}
+        rotation = {}
         for name, array in beside.items():
             array = np.take(array, range(min(length, array.shape[last])), last)
             if array.ndim >= 1 - last:
                 array = np.take(array, range(min(sequences, array.shape[last - 1])), last - 1)
-            turning[name] = np.ascontiguousarray(array)
+            rotation[name] = np.ascontiguousarray(array)
         arrays = [np.ascontiguousarray(part[:sequences, :length]) for part in parts]
-        return [y.tobytes() for y in qk(*arrays, **turning)]
+        return [y.tobytes() for y in qk(*arrays, **rotation)]
 
     tokens = parts[0].shape[1]
     smaller = [(1, tokens), (2, 1), (1, 2), (2, tokens)]
@@ -152,7 +152,7 @@ def test_no_token_after_some_is_no_launch(rng, monkeypatch):
 
 
 def test_more_tokens_that_step_back_reach_further_back(rng):
-    """What one sequence leaves free 2 do not."""
+    """Two sequences use what one leaves free."""
     kernel = next(k for k in PARTS if k.case.by is None)
     _, (parts, *_), qk = parts_of(kernel, rng)
     q = np.concatenate([parts[0]] * 3)
@@ -197,7 +197,7 @@ def test_positions_outside_of_the_tables_are_clamped_and_read_nothing_else(rng):
 @pytest.mark.parametrize("step", [FAR, -FAR])
 @pytest.mark.parametrize("kernel", PARTS, ids=str)
 def test_rows_may_lie_further_apart_than_32_bits_count(kernel, step, rng, monkeypatch):
-    """Heads, tokens, positions, and cosines and sines, be they given or looked up."""
+    """They are those of heads, tokens, positions, and cosines and sines, given or looked up."""
     plan = qk_norm_rope.plan
     # Then a group begins with the third head, and each walks from head to head.
     monkeypatch.setattr(qk_norm_rope, "plan", lambda call: plan(call)._replace(heads_per_group=2))
@@ -226,7 +226,7 @@ def test_rows_may_lie_further_apart_than_32_bits_count(kernel, step, rng, monkey
 
 
 def test_more_groups_than_32_bits_count(rng, monkeypatch):
-    """Two of each token, of which those of the last block run."""
+    """Each token has two groups; those of the last block run."""
     kernel = next(k for k in PARTS if k.case.head_dim == 10)
     case, plan, planned = kernel.case._replace(heads=(1, 1), tokens=100), qk_norm_rope.plan, []
     monkeypatch.setattr(

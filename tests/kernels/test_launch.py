@@ -16,7 +16,7 @@ from cupy_headnorm._rules import parts as part_rules
 from cupy_headnorm._rules.axes import RowAxis
 from cupy_headnorm._rules.norm import NormCall, NormSpec
 from cupy_headnorm._rules.options import options
-from cupy_headnorm._rules.rotary import Turning
+from cupy_headnorm._rules.rotary import Rotation
 
 HEAD_DIMS = [*range(1, 300), 320, 384, 511, 512, 513, 576, 640, 768, 1000, 1001, 1024, 1025, 1536]
 HEAD_DIMS += [2047, 2048, 4095, 4096, 4099, 8192, 16384, 20000, 65536, 100003, 10_000_001]
@@ -67,7 +67,7 @@ def test_rows_of_1_kib_and_less_share_a_block_and_longer_ones_get_one():
 
 
 def test_every_number_of_rows_has_one_geometry():
-    """Or a call over another number of tokens could not be derived from one that is planned."""
+    """Otherwise no call over other tokens could be derived from one that is planned."""
     for head_dim in (64, 128, 4096):
         few, many = (head_norm.plan(call(head_dim, dtypes.BFLOAT16, n)) for n in (1, 10**6))
         assert few == many
@@ -185,30 +185,30 @@ def test_every_length_of_31_bits_has_a_multiplier(size):
         assert (axis.multiplier, axis.shift) == divider
 
 
-def parts_call(tokens, *, turned):
-    """32 and 8 heads of 128."""
+def parts_call(tokens, *, rotated):
+    """Return a call on 32 and 8 heads of 128."""
     x, table, rows = dtypes.BFLOAT16, dtypes.FLOAT32, dtypes.INT64
     device = Device("cuda", 0)
     layouts = {
         name: Layout((tokens, heads, 128), (heads * 256, 256, 2), x, device, 16)
         for name, heads in (("q", 32), ("k", 8))
     }
-    norm, turning = part_rules.PartNorm(options("rms"), None, None), None
-    if turned:
+    norm, rotation = part_rules.PartNorm(options("rms"), None, None), None
+    if rotated:
         tables = [Layout((100, 64), (256, 4), table, device, 16)] * 2
         positions = Layout((tokens,), (8,), rows, device, 16)
-        turning = Turning("half", False, 128, True, (), False, (True, True), *tables, positions)
-    return part_rules.describe(dict.fromkeys("qk", norm), layouts, layouts, turning, -2)
+        rotation = Rotation("half", False, 128, True, (), False, (True, True), *tables, positions)
+    return part_rules.describe(dict.fromkeys("qk", norm), layouts, layouts, rotation, -2)
 
 
-@pytest.mark.parametrize("turned", [True, False], ids=["by positions", "not turned"])
+@pytest.mark.parametrize("rotated", [True, False], ids=["by positions", "not rotated"])
 @pytest.mark.parametrize("before", [2, 2500, 2600, 2**26])
-def test_a_launch_over_other_tokens_is_the_one_that_is_planned(before, turned, monkeypatch):
-    """Or there is none, where a plan has another kernel, another geometry, or an error."""
+def test_a_launch_over_other_tokens_is_the_one_that_is_planned(before, rotated, monkeypatch):
+    """There is none where a plan has another kernel, another geometry, or an error."""
     monkeypatch.setattr(compiler, "loaded", lambda *_: SimpleNamespace(ptr=1))
 
     def planned_over(tokens):
-        return qk_norm_rope.prepare(parts_call(tokens, turned=turned), index=0, stream=0)
+        return qk_norm_rope.prepare(parts_call(tokens, rotated=rotated), index=0, stream=0)
 
     known, derived = planned_over(before), []
     for after in (2, 3, 2500, 2534, 2535, 2600, 2**20, 2**26, 2**28, 2**34, 2**36):
@@ -234,7 +234,7 @@ def test_a_launch_over_other_tokens_is_the_one_that_is_planned(before, turned, m
             (True, False): [2535, 2600, 2**20, 2**26],
             (False, True): [2, 3, 2500, 2534, 2535, 2600, 2**20],
             (False, False): [2, 3, 2500, 2534, 2535, 2600, 2**20, 2**26, 2**28],
-        }[turned, before < 2600 if turned else before < 2**26]
+        }[rotated, before < 2600 if rotated else before < 2**26]
     )
 
 

@@ -33,7 +33,7 @@ CHOICES = {
 }
 
 
-def served(row):
+def supported(row):
     chosen = dict(zip(CHOICES, row, strict=False))
     return chosen.get("weight", "x") is not None or not chosen.get("offset")
 
@@ -64,7 +64,7 @@ def call_of(c):
         )
         for name, n in heads.items()
     }
-    turning = None
+    rotation = None
     if c["style"]:
         rotary_dim = max(head_dim // (4 if c["partial"] else 2) * 2, 4)
         by, other, positions = c["by"], c["by_other"], None
@@ -74,18 +74,18 @@ def call_of(c):
             positions = placed((*([3] if sections else []), TOKENS), position)
         width = rotary_dim if by == "rows" and not other else rotary_dim // 2
         table = placed((TOKENS, width), dtype(c["table"]), aligned=c["aligned"])
-        turning = rotary.Turning(
+        rotation = rotary.Rotation(
             c["style"], c["first"], rotary_dim, c["every_op"], sections, other,
             tuple(name != "v" for name in heads), table, table, positions,
         )  # fmt: skip
-    return parts.describe(norms, rows, rows, turning, -2)
+    return parts.describe(norms, rows, rows, rotation, -2)
 
 
 def covering():
     names, values = CHOICES.keys(), list(CHOICES.values())
-    rows = [dict(zip(names, row, strict=True)) for row in AllPairs(values, filter_func=served)]
+    rows = [dict(zip(names, row, strict=True)) for row in AllPairs(values, filter_func=supported)]
     default = {name: choices[0] for name, choices in CHOICES.items()}
-    # Qwen3-VL, and without turning.
+    # Qwen3-VL, and without rotation.
     rows += [default | c for c in ({"by": "sections", "by_other": True}, {"style": None})]
     return [call_of(row) for row in rows]
 
@@ -114,7 +114,7 @@ def test_compiles_without_spills(call, architecture, request):
     if architecture != 90 and not request.config.getoption("--all-architectures"):
         chosen = chosen[:1]
     for config in chosen:
-        options = qk_norm_rope.compile_options(call.spec, config)
-        log, _ = built("qk_norm_rope.cu", options, f"sm_{architecture}")
-        assert qk_norm_rope.macros(call.spec, config)["HN_NAME"] in log
+        macros = qk_norm_rope.macros(call.spec, config)
+        log, _ = built("qk_norm_rope.cu", macros, f"sm_{architecture}")
+        assert macros["HN_NAME"] in log
         assert_none_spilt(log)

@@ -1,5 +1,6 @@
 """The text that goes to the compiler."""
 
+import ctypes
 import re
 from types import SimpleNamespace
 
@@ -85,7 +86,7 @@ def test_params_lie_as_in_rows_cuh():
     text = (source.kernels_folder() / "include/headnorm/rows.cuh").read_text()
     struct = re.search(r"struct Params \{(.*?)\n\};", text, re.DOTALL).group(1)
     fields = re.findall(r"(\w+)(?:\[kAxes\])?;", struct)
-    assert fields == [name for name, _ in head_norm._PARAMS["float32", 3]._fields_]
+    assert fields == [name for name, _ in head_norm._params_type(ctypes.c_float, 3)._fields_]
     axis = re.search(r"struct RowAxis \{(.*?)\n\};", text, re.DOTALL).group(1)
     fields = re.findall(r"(?:long long|unsigned int) (\w+);", axis)
     assert fields == [name for name, _ in head_norm._Axis._fields_]

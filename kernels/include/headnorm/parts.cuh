@@ -45,7 +45,7 @@ struct PartsParams {
   int groups_per_block;
   int groups_end[kParts];  // groups of heads of this part and of those before it, of one token
   int num_heads[kParts];
-  int turned[kParts];
+  int rotated[kParts];
   Acc eps[kParts];
   Acc weight_offset[kParts];
   Part part[kParts];

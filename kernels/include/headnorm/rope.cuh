@@ -18,7 +18,7 @@ struct Select<false, A, B> {
   using type = B;
 };
 
-// Which two elements turn about each other, R being rotary_dim:
+// Which two elements rotate about each other, R being rotary_dim:
 //   half          e and e + R / 2, the first one minus the other's sine (NeoX)
 //   half_flipped  the same, plus
 //   interleaved   2 i and 2 i + 1 (GPT-J)
@@ -41,7 +41,7 @@ struct Rope {
   static constexpr int kPositionRows = sizeof...(kSizes);
   static constexpr bool kInterleaved = kStyle == RopeStyle::interleaved;
   static_assert(kStyle == RopeStyle::none || (kRotaryDim >= 2 && kRotaryDim % 2 == 0),
-                "elements turn in pairs");
+                "elements rotate in pairs");
 
   // Pairs lie within a lane's vector, or in vectors of one lane so far apart.
   template <typename G>
@@ -94,12 +94,23 @@ struct Rope {
 // Sines have their partner's sign. They are in x's type where every operation is rounded, as in
 // the models that do so, else in the type of the arithmetic.
 template <typename T, typename Table, typename R, typename G>
-struct Turn {
+struct Rotation {
   using Acc = typename Accumulate<T>::type;
   using Factor = typename Select<R::kEveryOp, T, Acc>::type;
+  using Entries = Vec<Table, G::kVec>;
   Vec<Factor, G::kVec> cosine[G::kVectors];
   Vec<Factor, G::kVec> sine[G::kVectors];
 
+  // How the entries of a vector lie, for rotary_dim 8 and kVec 2:
+  //
+  //   element                  0 1   2 3   4 5   6 7
+  //   whole rows               0 1   2 3   4 5   6 7    together
+  //   one a pair, half         0 1   2 3   0 1   2 3    together
+  //   one a pair, interleaved  0 0   1 1   2 2   3 3    in halves: each entry is for two elements
+  //
+  // They lie apart where a vector has pairs of several rows of positions, or does not rotate as a
+  // whole, or kVec does not divide the number of pairs.
+  //
   // `row` holds the bytes from the first entries to the token's, for each row of positions. A
   // vector of entries lies on a boundary of kAccess of them.
   template <int kAccess>
@@ -113,7 +124,7 @@ struct Turn {
 #pragma unroll
     for (int j = 0; j < G::kVectors; ++j) {
       const int first = G::first_element(0, j, lane);
-      Vec<Table, G::kVec> entries[2] = {};
+      Entries entries[2] = {};
       if (exists && R::template rotates<G>(first)) {
         const Table* const cosines_at = reinterpret_cast<const Table*>(cosines + row[0]);
         const Table* const sines_at = reinterpret_cast<const Table*>(sines + row[0]);
@@ -122,65 +133,83 @@ struct Turn {
           entries[0].template load<kAccess>(cosines_at + at);
           entries[1].template load<kAccess>(sines_at + at);
         } else if constexpr (kHalves) {
-          constexpr int kHalf = G::kVec / 2;
-          constexpr int kHalfAccess = kAccess < kHalf ? kAccess : kHalf;
-          Vec<Table, kHalf> pairs[2];
-          pairs[0].template load<kHalfAccess>(cosines_at + first / 2);
-          pairs[1].template load<kHalfAccess>(sines_at + first / 2);
-#pragma unroll
-          for (int i = 0; i < G::kVec; ++i) {
-            entries[0].element[i] = pairs[0].element[i / 2];
-            entries[1].element[i] = pairs[1].element[i / 2];
-          }
+          load_halves<kAccess>(entries, cosines_at, sines_at, first);
         } else {
-#pragma unroll
-          for (int i = 0; i < G::kVec; ++i) {
-            const int element = first + i;
-            if (R::template rotates<G>(element)) {
-              const int at = R::kWholeRows ? element : R::pair(element);
-              const int section = R::position_row(R::pair(element));
-              long long bytes = row[0];
-#pragma unroll
-              for (int r = 1; r < R::kPositionRows; ++r) {
-                bytes = section == r ? row[r] : bytes;
-              }
-              entries[0].element[i] = reinterpret_cast<const Table*>(cosines + bytes)[at];
-              entries[1].element[i] = reinterpret_cast<const Table*>(sines + bytes)[at];
-            }
-          }
+          load_apart(entries, cosines, sines, row, first);
         }
       }
-      if constexpr (kSame<Table, Factor>) {
-        cosine[j] = entries[0];
-        sine[j] = entries[1];
-      } else {
+      keep(entries, j, first);
+    }
+  }
+
+  template <int kAccess>
+  static __device__ __forceinline__ void load_halves(Entries (&entries)[2], const Table* cosines,
+                                                     const Table* sines, int first) {
+    constexpr int kHalf = G::kVec / 2;
+    constexpr int kHalfAccess = kAccess < kHalf ? kAccess : kHalf;
+    Vec<Table, kHalf> pairs[2];
+    pairs[0].template load<kHalfAccess>(cosines + first / 2);
+    pairs[1].template load<kHalfAccess>(sines + first / 2);
 #pragma unroll
-        for (int i = 0; i < G::kVec; ++i) {
-          cosine[j].element[i] = Round<Factor>::from(widen<Acc>(entries[0].element[i]));
-          sine[j].element[i] = Round<Factor>::from(widen<Acc>(entries[1].element[i]));
+    for (int i = 0; i < G::kVec; ++i) {
+      entries[0].element[i] = pairs[0].element[i / 2];
+      entries[1].element[i] = pairs[1].element[i / 2];
+    }
+  }
+
+  static __device__ __forceinline__ void load_apart(Entries (&entries)[2], const char* cosines,
+                                                    const char* sines,
+                                                    const long long (&row)[R::kPositionRows],
+                                                    int first) {
+#pragma unroll
+    for (int i = 0; i < G::kVec; ++i) {
+      const int element = first + i;
+      if (R::template rotates<G>(element)) {
+        const int at = R::kWholeRows ? element : R::pair(element);
+        const int section = R::position_row(R::pair(element));
+        long long bytes = row[0];
+#pragma unroll
+        for (int r = 1; r < R::kPositionRows; ++r) {
+          bytes = section == r ? row[r] : bytes;
         }
+        entries[0].element[i] = reinterpret_cast<const Table*>(cosines + bytes)[at];
+        entries[1].element[i] = reinterpret_cast<const Table*>(sines + bytes)[at];
       }
-      if constexpr (R::template kVectorsApart<G> != 0) {
-        if (R::kSubtractsFirst == (j < R::template kVectorsApart<G>)) {
-          negate(sine[j].element);
-        }
-      } else {
+    }
+  }
+
+  // Keeps entries as factors, sines with their partner's sign.
+  __device__ __forceinline__ void keep(const Entries (&entries)[2], int j, int first) {
+    if constexpr (kSame<Table, Factor>) {
+      cosine[j] = entries[0];
+      sine[j] = entries[1];
+    } else {
 #pragma unroll
-        for (int i = 0; i < G::kVec; ++i) {
-          const Factor s = sine[j].element[i];
-          sine[j].element[i] = R::subtracts(first + i) ? -s : s;
-        }
+      for (int i = 0; i < G::kVec; ++i) {
+        cosine[j].element[i] = Round<Factor>::from(widen<Acc>(entries[0].element[i]));
+        sine[j].element[i] = Round<Factor>::from(widen<Acc>(entries[1].element[i]));
+      }
+    }
+    if constexpr (R::template kVectorsApart<G> != 0) {
+      if (R::kSubtractsFirst == (j < R::template kVectorsApart<G>)) {
+        negate(sine[j].element);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < G::kVec; ++i) {
+        const Factor s = sine[j].element[i];
+        sine[j].element[i] = R::subtracts(first + i) ? -s : s;
       }
     }
   }
 };
 
-// Turns a row. Partners that another lane owns come by `stage`, a tile of shared memory of the
+// Rotates a row. Partners that another lane owns come by `stage`, a tile of shared memory of the
 // row's own; all lanes of the warp, or of the block, must arrive.
-template <bool kAllTurned, typename T, typename Table, typename R, typename G>
+template <bool kAllRotated, typename T, typename Table, typename R, typename G>
 __device__ __forceinline__ void rotate(Vec<T, G::kVec> (&row)[G::kVectors],
-                                       const Turn<T, Table, R, G>& turn, T* stage, int lane,
-                                       bool turned) {
+                                       const Rotation<T, Table, R, G>& rotation, T* stage, int lane,
+                                       bool rotated) {
   using Acc = typename Accumulate<T>::type;
   Vec<T, G::kVec> partner[G::kVectors] = {};
   if constexpr (R::template kWithinVector<G>) {
@@ -225,20 +254,20 @@ __device__ __forceinline__ void rotate(Vec<T, G::kVec> (&row)[G::kVectors],
   for (int j = 0; j < G::kVectors; ++j) {
     Vec<T, G::kVec> result;
     if constexpr (R::kEveryOp) {
-      rounded_sum(result.element, row[j].element, turn.cosine[j].element, partner[j].element,
-                  turn.sine[j].element);
+      rounded_sum(result.element, row[j].element, rotation.cosine[j].element, partner[j].element,
+                  rotation.sine[j].element);
     } else {
       Acc y[G::kVec];
 #pragma unroll
       for (int i = 0; i < G::kVec; ++i) {
-        y[i] = widen<Acc>(row[j].element[i]) * turn.cosine[j].element[i] +
-               widen<Acc>(partner[j].element[i]) * turn.sine[j].element[i];
+        y[i] = widen<Acc>(row[j].element[i]) * rotation.cosine[j].element[i] +
+               widen<Acc>(partner[j].element[i]) * rotation.sine[j].element[i];
       }
       round_to(result.element, y);
     }
 #pragma unroll
     for (int i = 0; i < G::kVec; ++i) {
-      if ((kAllTurned || turned) && R::template rotates<G>(G::first_element(0, j, lane) + i)) {
+      if ((kAllRotated || rotated) && R::template rotates<G>(G::first_element(0, j, lane) + i)) {
         row[j].element[i] = result.element[i];
       }
     }

@@ -1,4 +1,4 @@
-"""Runs kernels for host.py in a process of their own, since AddressSanitizer must be loaded first.
+"""Run kernels for host.py in a process of their own, since AddressSanitizer must be loaded first.
 
 Requests come as pickles on the standard input, answers go as pickles to the standard output. What
 AddressSanitizer and UBSan find they write to the standard error, and end the process.
@@ -15,7 +15,7 @@ NO_ACCESS, READ_AND_WRITE = 0, 3
 PRIVATE_ANONYMOUS_UNRESERVED = 0x4022
 MAP_FAILED = 2**64 - 1
 SECONDS = 60
-"""That a kernel may take. Those of the tests take milliseconds."""
+"""A kernel may take so many. Those of the tests take milliseconds."""
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.mmap.restype = ctypes.c_void_p
