@@ -15,7 +15,7 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -51,9 +51,66 @@ def _replays(
     return statistics.median(times)
 
 
-class _OnGpu(ABC):
-    """What both GPU timers share."""
+class _Arrays(contextlib.ExitStack):
+    """The arrays of one library; they are made and used inside of it."""
 
+    name: str
+    """The library: ``numpy`` on the host, ``cupy`` or ``torch`` on a GPU."""
+    rounds = 1
+    xp: Any = np
+
+    def array(self, values: np.ndarray) -> Any:
+        """Copy `values`."""
+        return self.xp.array(values)
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
+        """Return new memory."""
+        return self.xp.empty(shape, dtype.numpy)
+
+    def host(self, array: Any) -> np.ndarray:
+        """Return `array`, of any of the libraries, as float64 on the host."""
+        if hasattr(array, "double"):  # NumPy cannot read torch's bfloat16
+            array = array.double().cpu()
+        return np.asarray(array.get() if hasattr(array, "get") else array, np.float64)
+
+    def copy(self, to: Any, source: Any) -> None:
+        """Copy contiguous bytes, on a GPU with the driver's own copy."""
+        self.xp.copyto(to, source)
+
+    def multiply(self, array: Any) -> None:
+        """Read and write every element in place."""
+        self.xp.multiply(array, array.dtype.type(1), out=array)
+
+
+class Host(_Arrays):
+    """Times calls on NumPy arrays by the clock."""
+
+    name = "numpy"
+
+    def rotation(self, nbytes: int) -> int:
+        """Return how many sets of buffers to walk through."""
+        return 2
+
+    def microseconds(self, call: Call, buffers: int) -> float:
+        """Return the time of ``call(i)``, i walking through the buffers."""
+        for i in range(buffers):
+            call(i)
+        began = time.perf_counter()
+        call(0)
+        # A millisecond of calls between two looks at the clock.
+        number = int(np.clip(1e-3 / (time.perf_counter() - began), 1, 1000))
+        times: list[float] = []
+        while len(times) < 3 or (
+            len(times) < _REPLAYS and time.perf_counter() - began < _HOST_SECONDS
+        ):
+            start = time.perf_counter()
+            for i in range(number):
+                call((len(times) + i) % buffers)
+            times.append((time.perf_counter() - start) * 1e6 / number)
+        return statistics.median(times)
+
+
+class _OnGpu(_Arrays, ABC):
     rounds = 3
     """
     The median of which counts: for some milliseconds a GPU may be 4 % slower. Of 300 times of one
@@ -83,41 +140,17 @@ class Gpu(_OnGpu):
     name = "cupy"
 
     def __init__(self) -> None:
-        import cupy
+        super().__init__()
+        self.xp = environment.import_cupy()
+        self.stream = self.xp.cuda.Stream(non_blocking=True)
 
-        self.xp = cupy
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-
-    def __enter__(self) -> Gpu:
-        self.stream.__enter__()
+    def __enter__(self) -> Self:
+        self.enter_context(self.stream)
         return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.stream.__exit__(*raised)
-
-    def array(self, values: np.ndarray) -> Any:
-        """Copy `values` to the device."""
-        return self.xp.array(values)
-
-    def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
-        """Return new memory."""
-        return self.xp.empty(shape, dtype.numpy)
-
-    def host(self, array: Any) -> np.ndarray:
-        """Return `array` as float64 on the host."""
-        values: np.ndarray = array.get()
-        return values.astype(np.float64)
 
     def copy(self, to: Any, source: Any) -> None:
         """Copy contiguous bytes with the driver's own copy."""
-        device_to_device = 3  # cudaMemcpyDeviceToDevice
-        self.xp.cuda.runtime.memcpyAsync(
-            to.data.ptr, source.data.ptr, source.nbytes, device_to_device, self.stream.ptr
-        )
-
-    def multiply(self, array: Any) -> None:
-        """Read and write every element in place."""
-        self.xp.multiply(array, array.dtype.type(1), out=array)
+        to.data.copy_from_device_async(source.data, source.nbytes, self.stream)
 
     def _milliseconds(self, calls: Iterator[Any]) -> float:
         stream, cuda = self.stream, self.xp.cuda
@@ -137,19 +170,16 @@ class TorchGpu(_OnGpu):
     name = "torch"
 
     def __init__(self) -> None:
+        super().__init__()
         import torch
 
-        self._torch: Any = torch  # annotated in part
-        self._stream = self._torch.cuda.Stream()
-        self._entered = contextlib.ExitStack()
+        self.xp = torch
+        self._stream = self.xp.cuda.Stream()
 
-    def __enter__(self) -> TorchGpu:
-        self._entered.enter_context(self._torch.inference_mode())
-        self._entered.enter_context(self._torch.cuda.stream(self._stream))
+    def __enter__(self) -> Self:
+        self.enter_context(self.xp.inference_mode())
+        self.enter_context(self.xp.cuda.stream(self._stream))
         return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._entered.close()
 
     def array(self, values: np.ndarray) -> Any:
         """Copy `values` to the device."""
@@ -157,12 +187,7 @@ class TorchGpu(_OnGpu):
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
         """Return new memory."""
-        return self._torch.empty(shape, dtype=getattr(self._torch, dtype.name), device="cuda")
-
-    def host(self, array: Any) -> np.ndarray:
-        """Return `array` as float64 on the host."""
-        values: np.ndarray = array.double().cpu().numpy()
-        return values
+        return self.xp.empty(shape, dtype=getattr(self.xp, dtype.name), device="cuda")
 
     def copy(self, to: Any, source: Any) -> None:
         """Copy contiguous bytes: torch asks the driver's own copy."""
@@ -173,77 +198,19 @@ class TorchGpu(_OnGpu):
         array.mul_(1)
 
     def _milliseconds(self, calls: Iterator[Any]) -> float:
-        cuda, stream = self._torch.cuda, self._stream
+        cuda, stream = self.xp.cuda, self._stream
         stream.synchronize()
         graph = cuda.CUDAGraph()
         with cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             # Results are kept, so that each call writes to memory of its own: the graph's pool
             # would hand the same block out again, and its writes would stay in the L2.
-            kept = list(calls)
-        spent = _replays(
+            _kept = list(calls)
+        return _replays(
             graph.replay,
             lambda: cuda.Event(enable_timing=True),
             lambda start, stop: start.elapsed_time(stop),
             stream,
         )
-        del kept
-        return spent
-
-
-class Host:
-    """Times calls on NumPy arrays by the clock."""
-
-    name = "numpy"
-    rounds = 1
-    xp = np
-
-    def __enter__(self) -> Host:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        pass
-
-    def rotation(self, nbytes: int) -> int:
-        """Return how many sets of buffers to walk through."""
-        return 2
-
-    def array(self, values: np.ndarray) -> Any:
-        """Copy `values`."""
-        return values.copy()
-
-    def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
-        """Return new memory."""
-        return np.empty(shape, dtype.numpy)
-
-    def host(self, array: Any) -> np.ndarray:
-        """Return `array`, of NumPy or torch, as float64."""
-        return np.asarray(array if isinstance(array, np.ndarray) else array.double(), np.float64)
-
-    def copy(self, to: Any, source: Any) -> None:
-        """Copy an array."""
-        np.copyto(to, source)
-
-    def multiply(self, array: Any) -> None:
-        """Read and write every element in place."""
-        np.multiply(array, array.dtype.type(1), out=array)
-
-    def microseconds(self, call: Call, buffers: int) -> float:
-        """Return the time of ``call(i)``, i walking through the buffers."""
-        for i in range(buffers):
-            call(i)
-        began = time.perf_counter()
-        call(0)
-        # A millisecond of calls between two looks at the clock.
-        number = int(np.clip(1e-3 / (time.perf_counter() - began), 1, 1000))
-        times: list[float] = []
-        while len(times) < 3 or (
-            len(times) < _REPLAYS and time.perf_counter() - began < _HOST_SECONDS
-        ):
-            start = time.perf_counter()
-            for i in range(number):
-                call((len(times) + i) % buffers)
-            times.append((time.perf_counter() - start) * 1e6 / number)
-        return statistics.median(times)
 
 
 Timer = Gpu | TorchGpu | Host

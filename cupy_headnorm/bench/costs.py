@@ -12,7 +12,6 @@ import time
 import timeit
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,8 @@ from cupy_headnorm._rules.options import DEFAULT_EPS
 from cupy_headnorm.bench import clocks, providers, workloads
 from cupy_headnorm.bench.clocks import Timer
 from cupy_headnorm.bench.record import HostTime
-from cupy_headnorm.bench.workloads import Case, Workload
-from cupy_headnorm.headnorm import HeadNorm
+from cupy_headnorm.bench.workloads import HOST_CASE, QK_CASE, Case, Workload
 
-HOST_CASE = Case(1, 32, 128, "bfloat16", "rms", "contiguous")
-"""One token of Qwen3-8B's queries: the device is done with it before the host."""
 LAUNCH = "cuLaunchKernel alone, three pointers"
 FUNCTION = "CuPy Function(...), three pointers"
 TORCH_IN_PLACE, TORCH_NEW = "ours, in place on torch", "ours, new result on torch"
@@ -68,11 +64,10 @@ print((time.perf_counter() - start) * 1e3)
 def host_times(on: Timer, names: list[str]) -> tuple[list[HostTime], dict[str, str]]:
     """Return the host's microseconds for each kind of call; the reasons of providers that fail."""
     failed: dict[str, str] = {}
-    with ExitStack() as contexts:
-        contexts.enter_context(on)
+    with on:
         synchronize = _synchronize(on)
         if on.name == "torch":  # its stream says nothing about CuPy's
-            contexts.enter_context(clocks.Gpu())
+            on.enter_context(clocks.Gpu())
         work = workloads.prepare(HOST_CASE, on, buffers=1)
         rows = [_host_row(label, call, synchronize) for label, call in _own_calls(work)]
         for name in names:
@@ -156,46 +151,38 @@ def plan_misses(on: Timer) -> dict[str, float]:
     # Layouts are known across libraries: each has numbers of its own, which nobody else uses.
     for library, first in zip(libraries, (1101, 1501), strict=False):
         lengths = range(first, first + _MISSES)
-        with library:
-            case = HOST_CASE._replace(tokens=lengths.stop)
-            work = workloads.prepare(case, library, buffers=1)
-            calls = partial(_calls_of_norm, work.norms[0], work.xs[0])
-            spent[library.name] = _new_lengths(calls, lengths, on)
-    with on:
-        # Two sequences each, of any such lengths.
-        case = HOST_CASE._replace(tokens=2 * lengths.stop)
-        work = workloads.prepare(case, on, buffers=1)
-        x = work.xs[0].reshape(2 * lengths.stop * case.num_heads * case.head_dim)
-        calls = partial(_calls_of_sequences, work.norms[0], x, case)
-        spent["sequences"] = _new_lengths(calls, lengths, on)
-        of_both = workloads.QK_CASE._replace(tokens=lengths.stop)
-        packed = workloads.prepare(of_both, on, buffers=1)
-        spent["q_and_k"] = _new_lengths(partial(_calls_of_both, packed), lengths, on)
+        spent[library.name] = _new_lengths(library, HOST_CASE, lengths, _calls_of_norm)
+    spent["sequences"] = _new_lengths(on, HOST_CASE, lengths, _calls_of_sequences)
+    spent["q_and_k"] = _new_lengths(on, QK_CASE, lengths, _calls_of_both)
     return {f"plan_miss_{name}_microseconds": found for name, found in spent.items()}
 
 
-def _new_lengths(calls: Callable[[int], Callable[[], Any]], lengths: range, on: Timer) -> float:
+def _new_lengths(
+    on: Timer, case: Case, lengths: range, calls: Callable[[Workload, int], Callable[[], Any]]
+) -> float:
     """Return the median of microseconds of a call over each of `lengths`, after one of `stop`."""
     synchronize, times = _synchronize(on), []
-    calls(lengths.stop)()
-    for call in [calls(length) for length in lengths]:
+    with on:
+        work = workloads.prepare(case._replace(tokens=2 * lengths.stop), on, buffers=1)
+        calls(work, lengths.stop)()
+        for call in [calls(work, length) for length in lengths]:
+            synchronize()
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
         synchronize()
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    synchronize()
     return round(statistics.median(times) * 1e6, 3)
 
 
-def _calls_of_norm(norm: HeadNorm, x: Any, length: int) -> Callable[[], Any]:
-    part = x[:length]
-    return partial(norm, part, out=part)
+def _calls_of_norm(work: Workload, length: int) -> Callable[[], Any]:
+    part = work.xs[0][:length]
+    return partial(work.norms[0], part, out=part)
 
 
-def _calls_of_sequences(norm: HeadNorm, x: Any, case: Case, length: int) -> Callable[[], Any]:
-    part = x[: 2 * length * case.num_heads * case.head_dim]
-    part = part.reshape(2, length, case.num_heads, case.head_dim)
-    return partial(norm, part, out=part)
+def _calls_of_sequences(work: Workload, length: int) -> Callable[[], Any]:
+    _, heads, head_dim = work.case.shape
+    part = work.xs[0][: 2 * length].reshape(2, length, heads, head_dim)
+    return partial(work.norms[0], part, out=part)
 
 
 def _calls_of_both(work: Workload, length: int) -> Callable[[], Any]:
@@ -206,14 +193,14 @@ def _calls_of_both(work: Workload, length: int) -> Callable[[], Any]:
 def _in_new_process(code: str, bytecode: str, **environment: str) -> float:
     """Return the number that `code` prints, with compiled modules kept in a folder of their own."""
     here = str(Path(__file__).resolve().parents[2])
-    known = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([here, known] if known else [here])
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    environment |= {"PYTHONPATH": path, "PYTHONPYCACHEPREFIX": bytecode}
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**inherited, "PYTHONPATH": path, "PYTHONPYCACHEPREFIX": bytecode, **environment},
+        env=inherited | environment,
         check=False,
     )
     if done.returncode:
@@ -264,17 +251,13 @@ def reference_costs(tokens: int = 2**16) -> dict[str, float]:
     extra = tracemalloc.get_traced_memory()[1] - result.nbytes
     tracemalloc.stop()
     del result
-    milliseconds = {
-        name: 1e3 * statistics.median(timeit.repeat(call, number=1, repeat=3))
-        for name, call in (
-            ("reference", lambda: reference.rms_norm(x, weight)),
-            ("whole_array", lambda: providers.whole_array(x, weight, "rms")),
-        )
+    calls = {
+        "reference_milliseconds": lambda: reference.rms_norm(x, weight),
+        "whole_array_milliseconds": lambda: providers.whole_array(x, weight, "rms"),
     }
-    return {
-        "reference_extra_mebibytes": round(extra / 2**20, 2),
-        "reference_milliseconds": round(milliseconds["reference"], 1),
-        "whole_array_milliseconds": round(milliseconds["whole_array"], 1),
+    return {"reference_extra_mebibytes": round(extra / 2**20, 2)} | {
+        name: round(1e3 * statistics.median(timeit.repeat(call, number=1, repeat=3)), 1)
+        for name, call in calls.items()
     }
 
 

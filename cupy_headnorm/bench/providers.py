@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupy_headnorm import ops
-from cupy_headnorm._arrays import dtypes
 from cupy_headnorm._rules import options
 from cupy_headnorm.bench import clocks
 from cupy_headnorm.bench.clocks import Call, Timer
@@ -39,29 +38,16 @@ def _ours_one_row(work: Workload) -> Call:
     return lambda i: ops.launch(config, xs[i], weight, kind=norm.kind, out=work.results[i][0])
 
 
-def _ours_tables(work: Workload) -> Call:
-    qk, inputs, results, cos, sin = work.qk, work.inputs, work.results, work.cos, work.sin
-    return lambda i: qk(*inputs[i], cos=cos, sin=sin, out=results[i])
-
-
-def _ours_positions(work: Workload) -> Call:
-    qk, inputs, results, positions = work.qk, work.inputs, work.results, work.positions
-    return lambda i: qk(*inputs[i], positions=positions, out=results[i])
-
-
-def _ours_plain(work: Workload) -> Call:
-    qk, inputs, results = QKNorm(*work.norms), work.inputs, work.results
-    return lambda i: qk(*inputs[i], out=results[i])
+def _ours_both(work: Workload, *given: str) -> Call:
+    """Take q and k in one call; they rotate by what is `given`, or not at all."""
+    qk = work.qk if given else QKNorm(*work.norms)
+    inputs, results, beside = work.inputs, work.results, {n: getattr(work, n) for n in given}
+    return lambda i: qk(*inputs[i], **beside, out=results[i])
 
 
 def _ours_two(work: Workload) -> Call:
-    (q_norm, k_norm), inputs, results = work.norms, work.inputs, work.results
-
-    def call(i: int) -> Arrays:
-        (q, k), (of_q, of_k) = inputs[i], results[i]
-        return q_norm(q, out=of_q), k_norm(k, out=of_k)
-
-    return call
+    (q_norm, k_norm), xs, ys = work.norms, work.inputs, work.results
+    return lambda i: (q_norm(xs[i][0], out=ys[i][0]), k_norm(xs[i][1], out=ys[i][1]))
 
 
 def whole_array(x: np.ndarray, weight: np.ndarray, kind: str) -> np.ndarray:
@@ -110,25 +96,22 @@ def _modules(work: Workload, make: Callable[..., Any], shape: Any) -> list[Any]:
     return modules
 
 
-def _in_model(work: Workload) -> Callable[..., Any]:
+def _in_model(work: Workload) -> Any:
     """Return what a model does to x, or to q and k between their projections and the softmax."""
     if work.case.kind == "layer":
         from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 
         # Cohere keeps a weight for every head; here all are the same.
-        (module,) = _modules(work, CohereLayerNorm, (work.case.num_heads, work.case.head_dim))
-        return cast(Callable[..., Any], module)
+        return _modules(work, CohereLayerNorm, (work.case.num_heads, work.case.head_dim))[0]
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
     norms = _modules(work, Qwen3RMSNorm, work.case.head_dim)
     if work.qk is None:
-        return cast(Callable[..., Any], norms[0])
+        return norms[0]
     q_norm, k_norm = norms
 
-    def rotated(q: Any, k: Any, cos: Any, sin: Any) -> Arrays:
-        parts = q_norm(q).transpose(1, 2), k_norm(k).transpose(1, 2)
-        results: Arrays = apply_rotary_pos_emb(*parts, cos, sin)
-        return results
+    def rotated(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        return apply_rotary_pos_emb(q_norm(q).transpose(1, 2), k_norm(k).transpose(1, 2), cos, sin)
 
     return rotated
 
@@ -142,14 +125,9 @@ def _as_model(work: Workload, function: Callable[..., Any]) -> Call:
     def batch_of_one(arrays: Arrays) -> Arrays:
         return tuple(_tensor(array, work.on).unsqueeze(0) for array in arrays)
 
-    inputs, tables = [batch_of_one(arrays) for arrays in work.inputs], (work.cos, work.sin)
-    cos, sin = batch_of_one(tables)
-
-    def call(i: int) -> Arrays:
-        q, k = function(*inputs[i], cos, sin)
-        return q[0].transpose(0, 1), k[0].transpose(0, 1)
-
-    return call
+    inputs = [batch_of_one(arrays) for arrays in work.inputs]
+    tables = batch_of_one((work.cos, work.sin))
+    return lambda i: tuple(y[0].transpose(0, 1) for y in function(*inputs[i], *tables))
 
 
 def _eager(work: Workload) -> Call:
@@ -204,11 +182,13 @@ PROVIDERS = {
 """Of one norm, in the order of tables."""
 QK_PROVIDERS = {
     **{name: PROVIDERS[name] for name in CEILINGS},
-    "ours": Provider("ours", _ours_tables, ANY, in_place=True),
-    "ours-positions": Provider("ours, by positions", _ours_positions, ANY, in_place=True),
-    "ours-plain": Provider("ours, not turned", _ours_plain, ANY, in_place=True, unrotated=True),
+    "ours": PROVIDERS["ours"]._replace(build=lambda work: _ours_both(work, "cos", "sin")),
+    "ours-positions": Provider(
+        "ours, by positions", lambda work: _ours_both(work, "positions"), ANY, in_place=True
+    ),
+    "ours-plain": Provider("ours, not rotated", _ours_both, ANY, in_place=True, unrotated=True),
     "ours-two": Provider(
-        "ours, two norms, not turned", _ours_two, ANY, in_place=True, unrotated=True
+        "ours, two norms, not rotated", _ours_two, ANY, in_place=True, unrotated=True
     ),
     # These return memory of their own, as in the model.
     "eager": PROVIDERS["eager"]._replace(timers=ANY, in_place=True),
@@ -241,11 +221,12 @@ def find(
     for name, provider in providers.items():
         if wanted and name not in wanted:
             continue
-        if on.name not in provider.timers:
-            if wanted:
-                unavailable[name] = f"runs on a {'GPU' if on.name == 'numpy' else 'CPU'} only"
+        if on.name in provider.timers:
+            reason = _missing(provider, on)
+        elif wanted:
+            reason = f"runs on a {'GPU' if on.name == 'numpy' else 'CPU'} only"
+        else:
             continue
-        reason = _missing(provider, on)
         if reason:
             unavailable[name] = reason
         else:
@@ -267,16 +248,17 @@ def _missing(provider: Provider, on: Timer) -> str:
     return ""
 
 
-def disagreement(provider: Provider, call: Call, work: Workload) -> str:
+def disagreement(name: str, call: Call, work: Workload) -> str:
     """Return how far a provider's result is from ours; empty where it is near enough."""
-    eps = dtypes.from_name(work.case.dtype, "dtype").eps
-    expected, result = work.expected(provider.unrotated), call(0)
+    if name in CEILINGS:
+        return ""  # nothing is normalized
+    expected, result = work.expected(OPS[work.case.op][name].unrotated), call(0)
     results = result if isinstance(result, tuple) else (result,)
     for own, other in zip(expected, results, strict=True):
         for part in (slice(None, 64), slice(-1, None)):
             ours, theirs = work.on.host(own[part]), work.on.host(other[part])
             error = np.abs(theirs - ours).max() / np.abs(ours).max()
             # And what float32 sums in another order are apart.
-            if not error <= work.tolerance * eps + 1e-6:
+            if not error <= work.tolerance * work.case.element.eps + 1e-6:
                 return f"disagrees with ours by {error:.2g} of the largest value at {work.case}"
     return ""

@@ -50,17 +50,14 @@ class TorchHost(clocks.Host):
     name = "torch"
 
     def __init__(self):
+        super().__init__()
         import torch
 
-        self.torch, self.mode = torch, torch.inference_mode(False)
+        self.torch = torch
 
     def __enter__(self):
-        self.mode = self.torch.inference_mode()
-        self.mode.__enter__()
+        self.enter_context(self.torch.inference_mode())
         return self
-
-    def __exit__(self, *raised):
-        self.mode.__exit__(*raised)
 
     def array(self, values):
         return clocks.as_torch(values).clone()
