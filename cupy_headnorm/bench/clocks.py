@@ -13,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -33,22 +33,6 @@ _HOST_SECONDS = 1.0
 
 Call = Callable[[int], Any]
 """Works on the buffers of that number and returns the result."""
-
-
-def _replays(
-    replay: Callable[[], None], event: Callable[[], Any], elapsed: Callable[..., float], stream: Any
-) -> float:
-    """Return the median of the milliseconds between two events around a replay."""
-    replay()
-    times = []
-    for _ in range(_REPLAYS):
-        start, stop = event(), event()
-        start.record(stream)
-        replay()
-        stop.record(stream)
-        stop.synchronize()
-        times.append(elapsed(start, stop))
-    return statistics.median(times)
 
 
 class _Arrays(contextlib.ExitStack):
@@ -110,12 +94,18 @@ class Host(_Arrays):
         return statistics.median(times)
 
 
-class _OnGpu(_Arrays, ABC):
+class _OnGpu(_Arrays):
     rounds = 3
     """
     The median of which counts: for some milliseconds a GPU may be 4 % slower. Of 300 times of one
     round each on an H100 1 to 4 were, others each time.
     """
+    stream: Any
+    _event: Callable[[], Any]
+    _elapsed: Callable[[Any, Any], float]
+    """Milliseconds between two events."""
+    _captured: Callable[[Iterator[Any]], Callable[[], Any]]
+    """Returns a replay of the graph of calls, each of which runs when it is next."""
 
     def rotation(self, nbytes: int) -> int:
         """Return how many sets of `nbytes` to walk through."""
@@ -123,15 +113,20 @@ class _OnGpu(_Arrays, ABC):
 
     def microseconds(self, call: Call, buffers: int) -> float:
         """Return the device time of ``call(i)``, i walking through the buffers."""
-        count = max(buffers, _CALLS)
+        count, times = max(buffers, _CALLS), []
         for i in range(buffers):
             call(i)
-        calls = (call(i % buffers) for i in range(count))
-        return self._milliseconds(calls) * 1e3 / count
-
-    @abstractmethod
-    def _milliseconds(self, calls: Iterator[Any]) -> float:
-        """Return the device time of a graph of `calls`, each of which runs when it is next."""
+        self.stream.synchronize()
+        replay = self._captured(call(i % buffers) for i in range(count))
+        replay()
+        for _ in range(_REPLAYS):
+            start, stop = self._event(), self._event()
+            start.record(self.stream)
+            replay()
+            stop.record(self.stream)
+            stop.synchronize()
+            times.append(self._elapsed(start, stop))
+        return statistics.median(times) * 1e3 / count
 
 
 class Gpu(_OnGpu):
@@ -142,6 +137,7 @@ class Gpu(_OnGpu):
     def __init__(self) -> None:
         super().__init__()
         self.xp = environment.import_cupy()
+        self._event, self._elapsed = self.xp.cuda.Event, self.xp.cuda.get_elapsed_time
         self.stream = self.xp.cuda.Stream(non_blocking=True)
 
     def __enter__(self) -> Self:
@@ -152,16 +148,14 @@ class Gpu(_OnGpu):
         """Copy contiguous bytes with the driver's own copy."""
         to.data.copy_from_device_async(source.data, source.nbytes, self.stream)
 
-    def _milliseconds(self, calls: Iterator[Any]) -> float:
-        stream, cuda = self.stream, self.xp.cuda
-        stream.synchronize()
-        stream.begin_capture()
+    def _captured(self, calls: Iterator[Any]) -> Callable[[], Any]:
+        self.stream.begin_capture()
         try:
             for _ in calls:
                 pass
         finally:
-            graph = stream.end_capture()
-        return _replays(lambda: graph.launch(stream), cuda.Event, cuda.get_elapsed_time, stream)
+            graph = self.stream.end_capture()
+        return partial(graph.launch, self.stream)
 
 
 class TorchGpu(_OnGpu):
@@ -174,11 +168,13 @@ class TorchGpu(_OnGpu):
         import torch
 
         self.xp = torch
-        self._stream = self.xp.cuda.Stream()
+        self._event = partial(self.xp.cuda.Event, enable_timing=True)
+        self._elapsed = self.xp.cuda.Event.elapsed_time
+        self.stream = self.xp.cuda.Stream()
 
     def __enter__(self) -> Self:
         self.enter_context(self.xp.inference_mode())
-        self.enter_context(self.xp.cuda.stream(self._stream))
+        self.enter_context(self.xp.cuda.stream(self.stream))
         return self
 
     def array(self, values: np.ndarray) -> Any:
@@ -197,20 +193,13 @@ class TorchGpu(_OnGpu):
         """Read and write every element in place."""
         array.mul_(1)
 
-    def _milliseconds(self, calls: Iterator[Any]) -> float:
-        cuda, stream = self.xp.cuda, self._stream
-        stream.synchronize()
-        graph = cuda.CUDAGraph()
-        with cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    def _captured(self, calls: Iterator[Any]) -> Callable[[], Any]:
+        graph = self.xp.cuda.CUDAGraph()
+        with self.xp.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             # Results are kept, so that each call writes to memory of its own: the graph's pool
             # would hand the same block out again, and its writes would stay in the L2.
-            _kept = list(calls)
-        return _replays(
-            graph.replay,
-            lambda: cuda.Event(enable_timing=True),
-            lambda start, stop: start.elapsed_time(stop),
-            stream,
-        )
+            kept = list(calls)
+        return lambda: (graph.replay(), kept)
 
 
 Timer = Gpu | TorchGpu | Host
