@@ -81,7 +81,7 @@ def _place(wanted: str) -> tuple[Any, str]:
     if wanted == "gpu" and found.reason:
         raise driver.GPUUnavailableError(f"{found.reason}; needs: {found.remedy}")
     if wanted != "cpu" and not found.reason:
-        return clocks.backend(), f"GPU kernel, since CuPy {found.cupy} sees {found.devices[0]}"
+        return clocks.Gpu(), f"GPU kernel, since CuPy {found.cupy} sees {found.devices[0]}"
     why = "as asked" if wanted == "cpu" else found.reason
     return clocks.Host(), f"NumPy reference on the CPU: {why}"
 
@@ -120,21 +120,18 @@ def _load(chosen: argparse.Namespace) -> HeadNorm:
 
 def _write_qwen3_like(folder: Path) -> list[str]:
     """Write the head norms of two Qwen3-8B-shaped layers, in a shard each, with their index."""
-    import ml_dtypes
+    from ml_dtypes import bfloat16
     from safetensors.numpy import save_file
 
-    random = np.random.default_rng(0)
-    shards = [f"model-{i + 1:05}-of-00002.safetensors" for i in range(2)]
-    weight_map, total = {}, 0
-    for layer, shard in enumerate(shards):
-        tensors = {}
-        for role in ("q_norm", "k_norm"):
-            values = random.uniform(0.5, 2.0, _DEMO_HEAD_DIM).astype(ml_dtypes.bfloat16)
-            tensors[f"model.layers.{layer}.self_attn.{role}.weight"] = values
-            total += values.nbytes
+    weights = np.random.default_rng(0).uniform(0.5, 2.0, (2, 2, _DEMO_HEAD_DIM)).astype(bfloat16)
+    shards, weight_map = [], {}
+    for layer, (q, k) in enumerate(weights):
+        shard, at = f"model-{layer + 1:05}-of-00002.safetensors", f"model.layers.{layer}.self_attn"
+        tensors = {f"{at}.q_norm.weight": q, f"{at}.k_norm.weight": k}
         save_file(tensors, folder / shard, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, shard))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        shards.append(shard)
+    index = {"metadata": {"total_size": weights.nbytes}, "weight_map": weight_map}
     (folder / files.INDEX).write_text(json.dumps(index, indent=1))
     return shards
 

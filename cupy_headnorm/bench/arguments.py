@@ -131,5 +131,5 @@ def cases(chosen: argparse.Namespace) -> Iterator[Case]:
         base, fields = QK_CASE, ["num_heads", "head_dim", "dtype", "num_kv_heads", "tokens"]
     if chosen.megabytes is not None:
         fields.remove("tokens")
-    chosen_fields = {name: getattr(chosen, name) for name in fields}
-    return workloads.cases(base, chosen.megabytes, **chosen_fields)
+    varied = {name: getattr(chosen, name) for name in fields}
+    return workloads.cases(base, chosen.megabytes, **varied)

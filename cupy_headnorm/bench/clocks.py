@@ -58,8 +58,8 @@ class _Arrays(contextlib.ExitStack):
         return np.asarray(array.get() if hasattr(array, "get") else array, np.float64)
 
     def copy(self, to: Any, source: Any) -> None:
-        """Copy contiguous bytes, on a GPU with the driver's own copy."""
-        self.xp.copyto(to, source)
+        """Copy contiguous bytes; torch asks the driver's own copy."""
+        to[:] = source
 
     def multiply(self, array: Any) -> None:
         """Read and write every element in place."""
@@ -103,7 +103,6 @@ class _OnGpu(_Arrays):
     stream: Any
     _event: Callable[[], Any]
     _elapsed: Callable[[Any, Any], float]
-    """Milliseconds between two events."""
     _captured: Callable[[Iterator[Any]], Callable[[], Any]]
     """Returns a replay of the graph of calls, each of which runs when it is next."""
 
@@ -185,10 +184,6 @@ class TorchGpu(_OnGpu):
         """Return new memory."""
         return self.xp.empty(shape, dtype=getattr(self.xp, dtype.name), device="cuda")
 
-    def copy(self, to: Any, source: Any) -> None:
-        """Copy contiguous bytes: torch asks the driver's own copy."""
-        to.copy_(source)
-
     def multiply(self, array: Any) -> None:
         """Read and write every element in place."""
         array.mul_(1)
@@ -205,18 +200,15 @@ class TorchGpu(_OnGpu):
 Timer = Gpu | TorchGpu | Host
 
 
-def as_torch(values: np.ndarray) -> Any:
-    """Return a torch tensor over the memory of `values`."""
+def as_torch(array: Any) -> Any:
+    """Return a torch tensor over the memory of a NumPy array; what is none, as it is."""
     import torch
 
+    if not isinstance(array, np.ndarray):
+        return array
     # NumPy cannot hand bfloat16 to torch, but its bits.
-    bits = torch.from_numpy(values.view(f"i{values.itemsize}"))
-    return bits.view(getattr(torch, values.dtype.name))
-
-
-def backend() -> Gpu | Host:
-    """Return the GPU's timer where a GPU can be used, else the host's."""
-    return Host() if environment.environment().reason else Gpu()
+    bits = torch.from_numpy(array.view(f"i{array.itemsize}"))
+    return bits.view(getattr(torch, array.dtype.name))
 
 
 def torch_on_gpu() -> str:
@@ -232,4 +224,6 @@ def torch_on_gpu() -> str:
 
 def timer() -> Timer:
     """Return the timer that the most providers run under: torch's, else CuPy's, else the host's."""
-    return backend() if environment.environment().reason or torch_on_gpu() else TorchGpu()
+    if environment.environment().reason:
+        return Host()
+    return Gpu() if torch_on_gpu() else TorchGpu()

@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import platform
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,10 @@ from typing import Any
 from cupy_headnorm._cuda import environment
 from cupy_headnorm._version import __version__
 from cupy_headnorm.bench import arguments, costs, record, report, workloads
-from cupy_headnorm.bench import providers as bench_providers
-from cupy_headnorm.bench import suite as bench_suite
 from cupy_headnorm.bench.clocks import Call, Timer, timer
-from cupy_headnorm.bench.providers import CEILINGS, OPS
+from cupy_headnorm.bench.providers import CEILINGS, OPS, disagreement, find, is_ours, one_line
 from cupy_headnorm.bench.record import Results, Timing
-from cupy_headnorm.bench.suite import suite
+from cupy_headnorm.bench.suite import judge, suite
 from cupy_headnorm.bench.workloads import NORM, Case
 
 
@@ -101,7 +100,7 @@ def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results
     ):
         step()
     if chosen.suite is not None:
-        results.targets = bench_suite.judge(results)
+        results.targets = judge(results)
     return results
 
 
@@ -109,28 +108,24 @@ def _steps(chosen: argparse.Namespace, on: Timer, results: Results) -> Iterator[
     """Yield all that is to be measured, each of which adds itself to the results."""
     found = {}
     for op in arguments.ops(chosen):
-        found[op], reasons = bench_providers.find(on, chosen.providers, OPS[op])
+        found[op], reasons = find(on, chosen.providers, OPS[op])
         results.unavailable |= reasons
     whole, of_norm, on_gpu = chosen.suite is not None, chosen.op == NORM, on.name != "numpy"
-    cases: Iterable[tuple[Case, list[str] | None]] = ()
-    if whole:
-        cases = suite(on)
-    elif not chosen.host:
-        cases = ((case, None) for case in arguments.cases(chosen))
-    for case, providers in cases:
+    described = suite(on) if whole else zip(arguments.cases(chosen), itertools.repeat(None))
+    for case, providers in [] if chosen.host else described:
         names = [name for name in found[case.op] if providers is None or name in providers]
         yield partial(_time, results, case, names, on)
     if of_norm:
         yield partial(_host, results, found[NORM], on)
-    for is_wanted, cost in (
-        (on_gpu and of_norm, partial(costs.plan_misses, on)),
+    for is_wanted, cost, *given in (
+        (on_gpu and of_norm, costs.plan_misses, on),
         (on_gpu and (chosen.host or whole), costs.first_calls),
         (chosen.host or whole, costs.import_times),
-        (chosen.host or whole, partial(costs.gpu_memory, on)),
+        (chosen.host or whole, costs.gpu_memory, on),
         (whole, costs.reference_costs),
     ):
         if is_wanted:
-            yield partial(_once, results, cost)
+            yield partial(_once, results, cost, *given)
 
 
 def _time(results: Results, case: Case, names: list[str], on: Timer) -> None:
@@ -138,16 +133,14 @@ def _time(results: Results, case: Case, names: list[str], on: Timer) -> None:
 
 
 def _host(results: Results, names: list[str], on: Timer) -> None:
-    results.host, failed = costs.host_times(on, names)
-    results.unavailable = failed | results.unavailable
+    results.host = costs.host_times(names, on, results.unavailable)
 
 
-def _once(results: Results, cost: Callable[[], dict[str, float]]) -> None:
+def _once(results: Results, cost: Any, *given: Any) -> None:
     try:
-        results.once.update(cost())
+        results.once.update(cost(*given))
     except Exception as error:  # minutes of timings are worth more than the last numbers
-        name = getattr(cost, "func", cost).__name__
-        results.unavailable[name] = bench_providers.one_line(error)
+        results.unavailable[cost.__name__] = one_line(error)
 
 
 def measure(case: Case, names: list[str], on: Timer, unavailable: dict[str, str]) -> list[Timing]:
@@ -157,8 +150,7 @@ def measure(case: Case, names: list[str], on: Timer, unavailable: dict[str, str]
     A peer that raises or that disagrees with us gets no row but an entry in `unavailable`; one that
     cannot work in place is left out where it would have to.
     """
-    calls: dict[str, Call] = {}
-    times: dict[str, list[float]] = {}
+    timed: dict[str, tuple[Call, list[float]]] = {}
     with on:
         work = workloads.prepare(case, on)
         buffers = len(work.plain)
@@ -168,20 +160,19 @@ def measure(case: Case, names: list[str], on: Timer, unavailable: dict[str, str]
                 continue
             try:
                 call = provider.build(work)
-                reason = bench_providers.disagreement(name, call, work)
+                reason = disagreement(name, call, work)
                 if not reason:
-                    times[name] = [on.microseconds(call, buffers)]
-                    calls[name] = call
+                    timed[name] = call, [on.microseconds(call, buffers)]
             except Exception as error:
-                if name in CEILINGS or bench_providers.is_ours(name):
+                if name in CEILINGS or is_ours(name):
                     raise
-                reason = f"{bench_providers.one_line(error)} at {case}"
+                reason = f"{one_line(error)} at {case}"
             if reason:
                 unavailable.setdefault(name, reason)
         for _ in range(on.rounds - 1):
-            for name, call in calls.items():
-                times[name].append(on.microseconds(call, buffers))
-    spent = {name: statistics.median(each) for name, each in times.items()}
+            for call, times in timed.values():
+                times.append(on.microseconds(call, buffers))
+    spent = {name: statistics.median(times) for name, (_, times) in timed.items()}
     ceiling = min(spent[name] for name in CEILINGS)
     rows: list[Any] = [
         case._asdict()

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from cupy_headnorm import reference
-from cupy_headnorm._cuda import environment as cuda_environment
+from cupy_headnorm._cuda.environment import import_cupy
 from cupy_headnorm._rules.options import DEFAULT_EPS
 from cupy_headnorm.bench import clocks, providers, workloads
 from cupy_headnorm.bench.clocks import Timer
 from cupy_headnorm.bench.record import HostTime
 from cupy_headnorm.bench.workloads import HOST_CASE, QK_CASE, Case, Workload
+from cupy_headnorm.headnorm import HeadNorm
 
 LAUNCH = "cuLaunchKernel alone, three pointers"
 FUNCTION = "CuPy Function(...), three pointers"
@@ -40,6 +41,13 @@ _MISSES = 200
 # Only the host is timed: the kernel need not do anything.
 _THREE_POINTERS = 'extern "C" __global__ void three_pointers(void*, void*, void*) {}'
 
+_IMPORT = """
+import time
+start = time.perf_counter()
+import cupy_headnorm
+print((time.perf_counter() - start) * 1e3)
+"""
+
 _FIRST_CALL = """
 import time, cupy, numpy
 cupy.zeros(1)
@@ -53,44 +61,32 @@ cupy.cuda.Device().synchronize()
 print((time.perf_counter() - start) * 1e3)
 """
 
-_IMPORT = """
-import time
-start = time.perf_counter()
-import cupy_headnorm
-print((time.perf_counter() - start) * 1e3)
-"""
 
-
-def host_times(on: Timer, names: list[str]) -> tuple[list[HostTime], dict[str, str]]:
-    """Return the host's microseconds for each kind of call; the reasons of providers that fail."""
-    failed: dict[str, str] = {}
+def host_times(names: list[str], on: Timer, unavailable: dict[str, str]) -> list[HostTime]:
+    """Return the host's microseconds for each kind of call; why a provider fails is added."""
     with on:
-        synchronize = _synchronize(on)
         if on.name == "torch":  # its stream says nothing about CuPy's
             on.enter_context(clocks.Gpu())
         work = workloads.prepare(HOST_CASE, on, buffers=1)
-        rows = [_host_row(label, call, synchronize) for label, call in _own_calls(work)]
+        rows = [_host_row(label, call, on) for label, call in _own_calls(work)]
         for name in names:
             if providers.is_ours(name) or name in (*providers.CEILINGS, "functional"):
                 continue
             provider = providers.PROVIDERS[name]
             try:
-                call = partial(provider.build(work), 0)
-                rows.append(_host_row(provider.label, call, synchronize))
+                rows.append(_host_row(provider.label, partial(provider.build(work), 0), on))
             except Exception as error:
-                failed[name] = f"{providers.one_line(error)} at a host call"
-    return rows, failed
+                unavailable.setdefault(name, f"{providers.one_line(error)} at a host call")
+    return rows
 
 
-def _synchronize(on: Timer) -> Callable[[], None]:
-    if on.name == "numpy":
-        return lambda: None
-    synchronize: Callable[[], None] = cuda_environment.import_cupy().cuda.Device().synchronize
-    return synchronize
+def _synchronize(on: Timer) -> None:
+    if on.name != "numpy":
+        import_cupy().cuda.Device().synchronize()
 
 
-def _host_row(label: str, call: Callable[[], Any], synchronize: Callable[[], None]) -> HostTime:
-    timer = timeit.Timer(call, setup=synchronize)
+def _host_row(label: str, call: Callable[[], Any], on: Timer) -> HostTime:
+    timer = timeit.Timer(call, setup=partial(_synchronize, on))
     timer.timeit(_CALLS)
     spent = statistics.median(timer.repeat(_BATCHES, _CALLS)) / _CALLS
     return {"call": label, "microseconds": round(spent * 1e6, 3)}
@@ -100,14 +96,13 @@ def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield our calls, and what is below them."""
     (norm,), (x,), (own_weight,) = work.norms, work.inputs[0], work.weights
     if work.on.name == "numpy":
-        yield "ours, in place on NumPy", partial(norm, x, out=x)
-        yield "ours, new result on NumPy", partial(norm, x)
+        yield from _of_ours(norm, x, "NumPy")
         if "functional" in providers.find(work.on)[0]:
-            tensor, weight = clocks.as_torch(x), clocks.as_torch(own_weight)
+            tensor = clocks.as_torch(x)
             yield "ours, new result on torch, host memory", partial(norm, tensor)
-            yield FUNCTIONAL, _functional(tensor, weight)
+            yield FUNCTIONAL, _functional(tensor, clocks.as_torch(own_weight))
         return
-    cupy = cuda_environment.import_cupy()
+    cupy = import_cupy()
     array, weight = x, own_weight
     if work.on.name == "torch":
         array, weight = cupy.from_dlpack(x), cupy.from_dlpack(own_weight)
@@ -120,13 +115,11 @@ def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
     grid, block = (1, 1, 1), (128, 1, 1)
     yield LAUNCH, partial(launch, kernel.kernel.ptr, *grid, *block, 0, stream, prepared, 0)
     yield FUNCTION, partial(kernel.kernel, grid, block, pointers)
-    yield CUPY_IN_PLACE, partial(norm, array, out=array)
-    yield CUPY_NEW, partial(norm, array)
+    yield from _of_ours(norm, array, "CuPy")
     if work.on.name == "torch":
         from torch.utils.dlpack import from_dlpack
 
-        yield TORCH_IN_PLACE, partial(norm, x, out=x)
-        yield TORCH_NEW, partial(norm, x)
+        yield from _of_ours(norm, x, "torch")
         yield FUNCTIONAL, _functional(x, own_weight)
 
         def through_dlpack() -> Any:
@@ -136,6 +129,11 @@ def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
             return from_dlpack(result)
 
         yield "from_dlpack, RawKernel, from_dlpack", through_dlpack
+
+
+def _of_ours(norm: HeadNorm, x: Any, library: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield f"ours, in place on {library}", partial(norm, x, out=x)
+    yield f"ours, new result on {library}", partial(norm, x)
 
 
 def _functional(x: Any, weight: Any) -> Callable[[], Any]:
@@ -151,43 +149,36 @@ def plan_misses(on: Timer) -> dict[str, float]:
     # Layouts are known across libraries: each has numbers of its own, which nobody else uses.
     for library, first in zip(libraries, (1101, 1501), strict=False):
         lengths = range(first, first + _MISSES)
-        spent[library.name] = _new_lengths(library, HOST_CASE, lengths, _calls_of_norm)
-    spent["sequences"] = _new_lengths(on, HOST_CASE, lengths, _calls_of_sequences)
-    spent["q_and_k"] = _new_lengths(on, QK_CASE, lengths, _calls_of_both)
+        spent[library.name] = _new_lengths(library, HOST_CASE, lengths)
+    spent["sequences"] = _new_lengths(on, HOST_CASE, lengths, sequences=2)
+    spent["q_and_k"] = _new_lengths(on, QK_CASE, lengths)
     return {f"plan_miss_{name}_microseconds": found for name, found in spent.items()}
 
 
-def _new_lengths(
-    on: Timer, case: Case, lengths: range, calls: Callable[[Workload, int], Callable[[], Any]]
-) -> float:
+def _new_lengths(on: Timer, case: Case, lengths: range, sequences: int = 0) -> float:
     """Return the median of microseconds of a call over each of `lengths`, after one of `stop`."""
-    synchronize, times = _synchronize(on), []
+    times = []
     with on:
         work = workloads.prepare(case._replace(tokens=2 * lengths.stop), on, buffers=1)
-        calls(work, lengths.stop)()
-        for call in [calls(work, length) for length in lengths]:
-            synchronize()
+        _calls_of_length(work, lengths.stop, sequences)()
+        for call in [_calls_of_length(work, length, sequences) for length in lengths]:
+            _synchronize(on)
             start = time.perf_counter()
             call()
             times.append(time.perf_counter() - start)
-        synchronize()
+        _synchronize(on)
     return round(statistics.median(times) * 1e6, 3)
 
 
-def _calls_of_norm(work: Workload, length: int) -> Callable[[], Any]:
-    part = work.xs[0][:length]
-    return partial(work.norms[0], part, out=part)
-
-
-def _calls_of_sequences(work: Workload, length: int) -> Callable[[], Any]:
-    _, heads, head_dim = work.case.shape
-    part = work.xs[0][: 2 * length].reshape(2, length, heads, head_dim)
-    return partial(work.norms[0], part, out=part)
-
-
-def _calls_of_both(work: Workload, length: int) -> Callable[[], Any]:
-    q, k = (part[:length] for part in work.inputs[0])
-    return partial(work.qk, q, k, positions=work.positions[:length], out=(q, k))
+def _calls_of_length(work: Workload, length: int, sequences: int) -> Callable[[], Any]:
+    """Return a call in place over `length` tokens, or over `sequences` of as many each."""
+    parts = tuple(part[: length * max(sequences, 1)] for part in work.inputs[0])
+    if work.qk is not None:
+        return partial(work.qk, *parts, positions=work.positions[:length], out=parts)
+    (x,) = parts
+    if sequences:
+        x = x.reshape(sequences, length, *x.shape[1:])
+    return partial(work.norms[0], x, out=x)
 
 
 def _in_new_process(code: str, bytecode: str, **environment: str) -> float:
@@ -208,22 +199,21 @@ def _in_new_process(code: str, bytecode: str, **environment: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="cupy-headnorm-")
+_folder = partial(tempfile.TemporaryDirectory, prefix="cupy-headnorm-")
 
 
 def first_calls() -> dict[str, float]:
     """Return milliseconds up to the first result, above importing CuPy and one `cupy.zeros`."""
-    cold, cached = [], []
+    spent: dict[str, list[float]] = {"cold": [], "disk_cache": []}
     with _folder() as bytecode:
         _in_new_process(_IMPORT, bytecode)  # pip compiles the modules it installs
         for _ in range(3):
             with _folder() as kernels:
-                cold.append(_in_new_process(_FIRST_CALL, bytecode, CUPY_CACHE_DIR=kernels))
-                cached.append(_in_new_process(_FIRST_CALL, bytecode, CUPY_CACHE_DIR=kernels))
+                for times in spent.values():
+                    times.append(_in_new_process(_FIRST_CALL, bytecode, CUPY_CACHE_DIR=kernels))
     return {
-        "first_call_cold_milliseconds": round(statistics.median(cold), 1),
-        "first_call_disk_cache_milliseconds": round(statistics.median(cached), 1),
+        f"first_call_{name}_milliseconds": round(statistics.median(times), 1)
+        for name, times in spent.items()
     }
 
 
@@ -271,7 +261,7 @@ def gpu_memory(on: Timer) -> dict[str, float]:
         work = workloads.prepare(HOST_CASE._replace(tokens=8192), on, buffers=1)
         (norm,), (x,) = work.norms, work.xs
         norm(x)
-        _synchronize(on)()
+        _synchronize(on)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result = norm(x)

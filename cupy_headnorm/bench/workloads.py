@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupy_headnorm._arrays import dtypes
 from cupy_headnorm._arrays.dtypes import DType
-from cupy_headnorm._rules import options
 from cupy_headnorm.bench.clocks import Timer
 from cupy_headnorm.headnorm import HeadNorm
 from cupy_headnorm.qknorm import QKNorm
@@ -88,15 +87,14 @@ QK_CASE = Case(1, 32, 128, "bfloat16", QK_ROPE, "packed-qkv-in-place", num_kv_he
 
 def cases(base: Case, megabytes: float | None = None, **fields: Iterable[Any]) -> Iterator[Case]:
     """
-    Yield `base` with every combination of `fields`, the last of which changes fastest.
+    Yield `base`, of one token, with every combination of `fields`, the last changing fastest.
 
     `megabytes` sets the tokens so that what is read has that many.
     """
     for values in itertools.product(*fields.values()):
         case = base._replace(**dict(zip(fields, values, strict=True)))
         if megabytes is not None:
-            one = case._replace(tokens=1)
-            case = one._replace(tokens=max(1, int(megabytes * 2e6 / one.nbytes)))
+            case = case._replace(tokens=max(1, int(megabytes * 2e6 / case.nbytes)))
         yield case
 
 
@@ -125,16 +123,6 @@ class Workload(NamedTuple):
         """The first array of each set: x itself of one norm."""
         return [arrays[0] for arrays in self.inputs]
 
-    @property
-    def tolerance(self) -> int:
-        """
-        In eps of x's dtype.
-
-        Two roundings of a norm may differ. With RoPE a compiler keeps all but the last in float32,
-        two of the norm and one of the product for each of the two values that go into a result.
-        """
-        return 2 if self.qk is None else 3
-
     def expected(self, unrotated: bool = False) -> Arrays:
         """Return new results of ours to hold a provider's against."""
         if self.qk is None or unrotated:
@@ -154,26 +142,23 @@ def prepare(case: Case, on: Timer, buffers: int | None = None) -> Workload:
         plain[-1][0][:] = values
     inputs = [_parts(_laid_out(x, case, on), case) for x, _ in plain]
     results = inputs if case.in_place else [_parts(y, case) for _, y in plain]
-    weights = tuple(on.array(_random_weight(case, random)) for _ in inputs[0])
+    # Weights near 1: rows normalized in place again and again stay in range.
+    size = case.head_dim
+    near = [random.uniform(0.9, 1.1, size) * random.choice((-1, 1), size) for _ in inputs[0]]
+    weights = tuple(on.array(values.astype(dtype)) for values in near)
+    options: dict[str, Any] = {"kind": case.kind}
+    if case.op == QK_ROPE:
+        options = {"rounding": "before_weight"}
+    norms = tuple(HeadNorm(weight, **options) for weight in weights)
+    work = Workload(case, on, inputs, results, plain, weights, norms)
     if case.op == NORM:
-        norm = HeadNorm(weights[0], kind=cast(options.Kind, case.kind))
-        return Workload(case, on, inputs, results, plain, weights, (norm,))
-    norms = tuple(HeadNorm(weight, rounding="before_weight") for weight in weights)
+        return work
     last = _FIRST + case.tokens
     rope = Rope.of_theta(_THETA, case.head_dim, max_position=max(last, _MAX_POSITION))
     positions = np.arange(_FIRST, last)
-    tables = (on.array(np.concatenate((half, half), -1)) for half in rope.at(positions, dtype))
-    return Workload(
-        case, on, inputs, results, plain, weights, norms,
-        QKNorm(*norms, rope=rope), on.array(positions), *tables,
-    )  # fmt: skip
-
-
-def _random_weight(case: Case, random: np.random.Generator) -> np.ndarray:
-    """Return weights near 1: rows normalized in place again and again stay in range."""
-    size = case.head_dim
-    values: np.ndarray = random.uniform(0.9, 1.1, size) * random.choice((-1, 1), size)
-    return values.astype(case.element.numpy)
+    cos, sin = (on.array(np.concatenate((half, half), -1)) for half in rope.at(positions, dtype))
+    qk = QKNorm(*norms, rope=rope)
+    return work._replace(qk=qk, positions=on.array(positions), cos=cos, sin=sin)
 
 
 def _laid_out(x: Any, case: Case, on: Timer) -> Any:
@@ -197,6 +182,4 @@ def _laid_out(x: Any, case: Case, on: Timer) -> Any:
 
 def _parts(x: Any, case: Case) -> Arrays:
     """Return x alone, or its heads of q and those of k."""
-    if not case.num_kv_heads:
-        return (x,)
-    return x[:, : case.num_heads], x[:, case.num_heads :]
+    return (x[:, : case.num_heads], x[:, case.num_heads :]) if case.num_kv_heads else (x,)
