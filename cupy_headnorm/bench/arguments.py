@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from cupy_headnorm._arrays import dtypes as dtype_table
-from cupy_headnorm._rules import options as option_rules
+from cupy_headnorm._arrays.dtypes import DTYPES
+from cupy_headnorm._rules.options import KINDS
 from cupy_headnorm.bench import report, workloads
 from cupy_headnorm.bench.providers import OPS, PROVIDERS, QK_PROVIDERS
 from cupy_headnorm.bench.workloads import HOST_CASE, LAYOUTS, NORM, QK_CASE, Case
@@ -49,14 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(OPS),
         help="qk-rope: q and k of one packed buffer, normalized and rotated in place",
     )
-    dtypes = [dtype.name for dtype in dtype_table.DTYPES]
     parser.add_argument("--tokens", type=count, nargs="+")
     parser.add_argument("--megabytes", type=_size, help="size of x, instead of --tokens")
     parser.add_argument("--num-heads", type=count, nargs="+")
     parser.add_argument("--num-kv-heads", type=count, nargs="+", help="of qk-rope")
     parser.add_argument("--head-dim", type=count, nargs="+")
-    parser.add_argument("--dtype", nargs="+", choices=dtypes)
-    parser.add_argument("--kind", nargs="+", choices=tuple(option_rules.DEFAULT_EPS))
+    parser.add_argument("--dtype", nargs="+", choices=[dtype.name for dtype in DTYPES])
+    parser.add_argument("--kind", nargs="+", choices=KINDS)
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS)
     parser.set_defaults(**_CASES)
     parser.add_argument(

@@ -24,7 +24,7 @@ from cupy_headnorm._cuda import environment
 from cupy_headnorm._version import __version__
 from cupy_headnorm.bench import arguments, costs, record, report, workloads
 from cupy_headnorm.bench.clocks import Call, Timer, timer
-from cupy_headnorm.bench.providers import CEILINGS, OPS, disagreement, find, is_ours, one_line
+from cupy_headnorm.bench.providers import CEILINGS, OPS, disagreement, find, is_peer, one_line
 from cupy_headnorm.bench.record import Results, Timing
 from cupy_headnorm.bench.suite import judge, suite
 from cupy_headnorm.bench.workloads import NORM, Case
@@ -155,16 +155,15 @@ def measure(case: Case, names: list[str], on: Timer, unavailable: dict[str, str]
         work = workloads.prepare(case, on)
         buffers = len(work.plain)
         for name in dict.fromkeys([*CEILINGS, *names]):
-            provider = OPS[case.op][name]
-            if case.in_place and not provider.in_place:
+            if case.op == NORM and case.in_place and is_peer(name):
                 continue
             try:
-                call = provider.build(work)
+                call = OPS[case.op][name].build(work)
                 reason = disagreement(name, call, work)
                 if not reason:
                     timed[name] = call, [on.microseconds(call, buffers)]
             except Exception as error:
-                if name in CEILINGS or is_ours(name):
+                if not is_peer(name):
                     raise
                 reason = f"{one_line(error)} at {case}"
             if reason:

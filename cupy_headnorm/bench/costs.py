@@ -70,7 +70,7 @@ def host_times(names: list[str], on: Timer, unavailable: dict[str, str]) -> list
         work = workloads.prepare(HOST_CASE, on, buffers=1)
         rows = [_host_row(label, call, on) for label, call in _own_calls(work)]
         for name in names:
-            if providers.is_ours(name) or name in (*providers.CEILINGS, "functional"):
+            if name == "functional" or not providers.is_peer(name):
                 continue
             provider = providers.PROVIDERS[name]
             try:

@@ -152,8 +152,6 @@ class Provider(NamedTuple):
     timers: tuple[str, ...]
     """Names of the timers it belongs to; it is not missed under others."""
     modules: tuple[str, ...] = ()
-    in_place: bool = False
-    """Whether it has a part where x is replaced: it does so, or is held against those that do."""
     unrotated: bool = False
     """Whether it leaves out the RoPE of q and k."""
 
@@ -162,10 +160,10 @@ GPU, ANY = ("cupy", "torch"), ("numpy", "cupy", "torch")
 CEILINGS = ("copy", "multiply")
 _TRANSFORMERS = ("torch", "transformers")
 PROVIDERS = {
-    "copy": Provider("device copy", _copy, ANY, in_place=True),
-    "multiply": Provider("in-place multiply", _multiply, ANY, in_place=True),
-    "ours": Provider("ours", _ours, ANY, in_place=True),
-    "ours-row": Provider("ours, one block per row", _ours_one_row, GPU, in_place=True),
+    "copy": Provider("device copy", _copy, ANY),
+    "multiply": Provider("in-place multiply", _multiply, ANY),
+    "ours": Provider("ours", _ours, ANY),
+    "ours-row": Provider("ours, one block per row", _ours_one_row, GPU),
     "naive": Provider("naive NumPy", _naive, ("numpy",)),
     "functional": Provider("torch.nn.functional", _functional, ANY, ("torch",)),
     "eager": Provider("transformers, eager", _eager, GPU, _TRANSFORMERS),
@@ -177,23 +175,21 @@ QK_PROVIDERS = {
     **{name: PROVIDERS[name] for name in CEILINGS},
     "ours": PROVIDERS["ours"]._replace(build=lambda work: _ours_both(work, "cos", "sin")),
     "ours-positions": Provider(
-        "ours, by positions", lambda work: _ours_both(work, "positions"), ANY, in_place=True
+        "ours, by positions", lambda work: _ours_both(work, "positions"), ANY
     ),
-    "ours-plain": Provider("ours, not rotated", _ours_both, ANY, in_place=True, unrotated=True),
-    "ours-two": Provider(
-        "ours, two norms, not rotated", _ours_two, ANY, in_place=True, unrotated=True
-    ),
+    "ours-plain": Provider("ours, not rotated", _ours_both, ANY, unrotated=True),
+    "ours-two": Provider("ours, two norms, not rotated", _ours_two, ANY, unrotated=True),
     # These return memory of their own, as in the model.
-    "eager": PROVIDERS["eager"]._replace(timers=ANY, in_place=True),
-    "compile": PROVIDERS["compile"]._replace(in_place=True),
+    "eager": PROVIDERS["eager"]._replace(timers=ANY),
+    "compile": PROVIDERS["compile"],
 }
 """Of q and k; names that `PROVIDERS` has too are labelled as there."""
 OPS = {NORM: PROVIDERS, QK_ROPE: QK_PROVIDERS}
 
 
-def is_ours(name: str) -> bool:
-    """Tell whether a provider is this library."""
-    return name.partition("-")[0] == "ours"
+def is_peer(name: str) -> bool:
+    """Tell whether a provider is a norm, but none of this library."""
+    return name not in CEILINGS and name.partition("-")[0] != "ours"
 
 
 def one_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from cupy_headnorm.bench.costs import (
     TORCH_IN_PLACE,
     TORCH_NEW,
 )
-from cupy_headnorm.bench.providers import CEILINGS, PROVIDERS, is_ours
+from cupy_headnorm.bench.providers import PROVIDERS, is_peer
 from cupy_headnorm.bench.record import Results, Timing, Verdict
 from cupy_headnorm.bench.workloads import HOST_CASE, LAYOUTS, QK_CASE, Case, cases
 
@@ -31,7 +31,7 @@ ODD = (33, 37, 73, 111, 127, 129, 255, 1001)
 UNLISTED = (40, 88, 120, 320)
 _ROW_BYTES = 64
 _OUT_OF_PLACE, _IN_PLACE_OR_PACKED = LAYOUTS[:1], LAYOUTS[1:-1]
-_PEERS = [name for name in PROVIDERS if name not in CEILINGS and not is_ours(name)]
+_PEERS = [name for name in PROVIDERS if is_peer(name)]
 _ROTATED = ("ours", "ours-positions")
 
 

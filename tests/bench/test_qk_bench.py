@@ -71,7 +71,7 @@ def test_a_peer_that_disagrees_on_either_part_gets_no_row(part, monkeypatch):
 
         return call
 
-    provider = Provider("shifted", shifted, ("numpy",), in_place=True)
+    provider = Provider("shifted", shifted, ("numpy",))
     monkeypatch.setitem(PROVIDERS, "shifted", provider)
     unavailable = {}
     rows = bench_command.measure(SMALL, ["ours", "shifted"], clocks.Host(), unavailable)
