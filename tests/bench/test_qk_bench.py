@@ -54,10 +54,10 @@ def test_all_work_in_place_but_the_modules():
         assert changed == [name != "eager"] * 2, name
 
 
-def test_tokens_turn_and_plain_ones_do_not():
+def test_tokens_rotate_and_plain_ones_do_not():
     work = workloads.prepare(SMALL._replace(tokens=1), clocks.Host())
-    turned, plain = work.expected(), work.expected(unrotated=True)
-    for one, other in zip(turned, plain, strict=True):
+    rotated, plain = work.expected(), work.expected(unrotated=True)
+    for one, other in zip(rotated, plain, strict=True):
         assert np.abs(one.astype(float) - other.astype(float)).max() > 0.1
 
 
