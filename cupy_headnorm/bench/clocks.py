@@ -145,7 +145,8 @@ class Gpu(_OnGpu):
 
     def copy(self, to: Any, source: Any) -> None:
         """Copy contiguous bytes with the driver's own copy."""
-        to.data.copy_from_device_async(source.data, source.nbytes, self.stream)
+        runtime, kind = self.xp.cuda.runtime, 3  # cudaMemcpyDeviceToDevice
+        runtime.memcpyAsync(to.data.ptr, source.data.ptr, source.nbytes, kind, self.stream.ptr)
 
     def _captured(self, calls: Iterator[Any]) -> Callable[[], Any]:
         self.stream.begin_capture()

@@ -39,20 +39,17 @@ def run(chosen: argparse.Namespace, command: str) -> None:
     else:
         results = _measured(chosen, command, console)
     report.show(results, console)
-    files = [] if chosen.json is None else [chosen.json]
-    if chosen.suite is not None:
-        files.append(chosen.suite / f"{_slug(results.device)}.json")
-    for path in files:
-        record.write(results, path)
-        console.print(f"\nwritten to {path}", markup=False)
+    for path in (chosen.json, chosen.suite and chosen.suite / f"{_slug(results.device)}.json"):
+        if path is not None:
+            record.write(results, path)
+            console.print(f"\nwritten to {path}", markup=False)
     if chosen.plot is not None:
         report.plot(results, chosen.plot)
 
 
 def _slug(device: str) -> str:
     """Turn ``NVIDIA H100 80GB HBM3`` into ``h100-80gb-hbm3``."""
-    words = re.findall(r"[a-z0-9]+", device.lower())
-    return "-".join(word for word in words if word != "nvidia")
+    return "-".join(re.findall(r"[a-z0-9]+", device.lower())).removeprefix("nvidia-")
 
 
 def version(package: str) -> str:
