@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     measure = commands.add_parser("bench", help="speed beside a copy of the same bytes and peers")
-    measure.set_defaults(run=_bench)
+    measure.set_defaults(run=lambda chosen: bench.run(chosen, chosen.command))
     bench.add_arguments(measure)
     return parser
 
@@ -103,7 +103,3 @@ def _inspect(chosen: argparse.Namespace) -> None:
         print(json.dumps(found, indent=1))
     else:
         inspect.show(found, console)
-
-
-def _bench(chosen: argparse.Namespace) -> None:
-    bench.run(chosen, chosen.command)

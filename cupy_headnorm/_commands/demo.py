@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from cupy_headnorm import reference
 from cupy_headnorm._arrays import dtypes
 from cupy_headnorm._cuda import driver, environment
 from cupy_headnorm.bench import clocks
@@ -35,9 +34,8 @@ def run(chosen: argparse.Namespace) -> None:
     rows: list[tuple[str, Any]] = [("where", where)]
     if chosen.checkpoint is None:
         with tempfile.TemporaryDirectory(prefix="cupy-headnorm-") as folder:
-            shards = _write_qwen3_like(Path(folder))
-            shown = ", ".join(shards)
-            rows.append(("checkpoint", f"{folder}, written for this demo and removed: {shown}"))
+            shards = ", ".join(_write_qwen3_like(Path(folder)))
+            rows.append(("checkpoint", f"{folder}, written for this demo and removed: {shards}"))
             chosen.checkpoint = folder
             chosen.key = chosen.key or _DEMO_KEY
             chosen.rounding = chosen.rounding or "before_weight"
@@ -53,8 +51,7 @@ def run(chosen: argparse.Namespace) -> None:
 
     x, recorded = _activations(chosen, norm, on)
     with on:
-        device_x = on.xp.asarray(x)
-        y = norm(device_x, heads_axis=chosen.heads_axis)
+        y = norm(on.xp.asarray(x), heads_axis=chosen.heads_axis)
         y = y.get() if on.name == "cupy" else y
     rows.append(("x", f"{x.dtype} {x.shape}, last axis normalized"))
     for name in ("weight", "bias"):
@@ -84,7 +81,7 @@ def _place(wanted: str) -> tuple[Any, str]:
     if wanted == "gpu" and found.reason:
         raise driver.GPUUnavailableError(f"{found.reason}; needs: {found.remedy}")
     if wanted != "cpu" and not found.reason:
-        return clocks.backend(), f"GPU kernel, since CuPy {found.cupy} sees {found.devices[0]}"
+        return clocks.Gpu(), f"GPU kernel, since CuPy {found.cupy} sees {found.devices[0]}"
     why = "as asked" if wanted == "cpu" else found.reason
     return clocks.Host(), f"NumPy reference on the CPU: {why}"
 
@@ -109,51 +106,32 @@ def _is_model(path: str) -> bool:
 
 
 def _load(chosen: argparse.Namespace) -> HeadNorm:
+    names = ("num_heads", "head_dim", "kind", "eps", "weight_offset", "rounding")
+    given: dict[str, Any] = {name: getattr(chosen, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
     if _is_model(chosen.checkpoint):
-        return HeadNorm.from_pretrained(
-            chosen.checkpoint,
-            chosen.key,
-            num_heads=chosen.num_heads,
-            head_dim=chosen.head_dim,
-            kind=chosen.kind,
-            eps=chosen.eps,
-            weight_offset=chosen.weight_offset,
-            rounding=chosen.rounding,
-        )
-    head_dim = chosen.head_dim
-    if head_dim is None and chosen.num_heads is not None:
+        return HeadNorm.from_pretrained(chosen.checkpoint, chosen.key, **given)
+    if "num_heads" in given and "head_dim" not in given:
         # --num-heads speaks of x; a flat weight takes --head-dim beside it.
         read = checkpoint_tensors.read_norm(chosen.checkpoint, chosen.key)
-        head_dim = next(array.shape[-1] for array in read if array is not None)
-    return HeadNorm.from_safetensors(
-        chosen.checkpoint,
-        chosen.key,
-        num_heads=chosen.num_heads,
-        head_dim=head_dim,
-        kind=chosen.kind or "rms",
-        eps=chosen.eps,
-        weight_offset=chosen.weight_offset or 0.0,
-        rounding=chosen.rounding or "once",
-    )
+        given["head_dim"] = next(array.shape[-1] for array in read if array is not None)
+    return HeadNorm.from_safetensors(chosen.checkpoint, chosen.key, **given)
 
 
 def _write_qwen3_like(folder: Path) -> list[str]:
     """Write the head norms of two Qwen3-8B-shaped layers, in a shard each, with their index."""
-    import ml_dtypes
+    from ml_dtypes import bfloat16
     from safetensors.numpy import save_file
 
-    random = np.random.default_rng(0)
-    shards = [f"model-{i + 1:05}-of-00002.safetensors" for i in range(2)]
-    weight_map, total = {}, 0
-    for layer, shard in enumerate(shards):
-        tensors = {}
-        for role in ("q_norm", "k_norm"):
-            values = random.uniform(0.5, 2.0, _DEMO_HEAD_DIM).astype(ml_dtypes.bfloat16)
-            tensors[f"model.layers.{layer}.self_attn.{role}.weight"] = values
-            total += values.nbytes
+    weights = np.random.default_rng(0).uniform(0.5, 2.0, (2, 2, _DEMO_HEAD_DIM)).astype(bfloat16)
+    shards, weight_map = [], {}
+    for layer, (q, k) in enumerate(weights):
+        shard, at = f"model-{layer + 1:05}-of-00002.safetensors", f"model.layers.{layer}.self_attn"
+        tensors = {f"{at}.q_norm.weight": q, f"{at}.k_norm.weight": k}
         save_file(tensors, folder / shard, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, shard))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        shards.append(shard)
+    index = {"metadata": {"total_size": weights.nbytes}, "weight_map": weight_map}
     (folder / files.INDEX).write_text(json.dumps(index, indent=1))
     return shards
 
@@ -170,58 +148,41 @@ def _activations(
     tokens = chosen.tokens if chosen.tokens is not None else (8192 if on.name == "cupy" else 256)
     if tokens < 0:
         raise ValueError(f"--tokens is {tokens}; needs 0 or more")
-    heads = norm.num_heads or _DEMO_HEADS
-    head_dim = norm.head_dim or _DEMO_HEAD_DIM
-    shape = [tokens, heads, head_dim]
-    if chosen.heads_axis == -3:
-        shape = [1, heads, tokens, head_dim]
+    heads, head_dim = norm.num_heads or _DEMO_HEADS, norm.head_dim or _DEMO_HEAD_DIM
+    shape = (1, heads, tokens, head_dim) if chosen.heads_axis == -3 else (tokens, heads, head_dim)
     dtype = norm.weight.dtype if norm.weight is not None else np.float32
     if chosen.dtype is not None:
         dtype = dtypes.from_name(chosen.dtype, "--dtype").numpy
-    values = np.random.default_rng(1).standard_normal(shape, np.float32)
-    return values.astype(dtype), None
+    return np.random.default_rng(1).standard_normal(shape, np.float32).astype(dtype), None
 
 
 def _largest_error(norm: HeadNorm, x: np.ndarray, y: np.ndarray, heads_axis: int) -> float:
     """Return the largest distance from the reference in float64, in eps of each value."""
     if x.size == 0:
         return 0.0
-    weight, bias = (
-        None if values is None else values.astype(np.float64) for values in (norm.weight, norm.bias)
-    )
-    function = reference.layer_norm if norm.kind == "layer" else reference.rms_norm
-    exact = function(
-        x.astype(np.float64),
-        weight,
-        bias,
-        eps=norm.eps,
-        num_heads=norm.num_heads,
-        head_dim=norm.head_dim,
-        heads_axis=heads_axis,
-        weight_offset=norm.weight_offset,
-    )
+    options = ("kind", "eps", "num_heads", "head_dim", "weight_offset")
+    in_float64 = HeadNorm(norm.weight, norm.bias, **{name: getattr(norm, name) for name in options})
     shape = (-1, norm.head_dim or x.shape[-1])
-    exact, y = exact.reshape(shape), y.astype(np.float64).reshape(shape)
+    exact = in_float64(x.astype(np.float64), heads_axis=heads_axis).reshape(shape)
     # Where values cancel, the error is that of what cancelled: count from 1/64 of the row's
     # largest value.
     size = np.maximum(np.abs(exact), np.abs(exact).max(-1, keepdims=True) / 64)
-    error = np.abs(y - exact) / np.maximum(size, 1e-300)
+    error = np.abs(y.reshape(shape).astype(np.float64) - exact) / np.maximum(size, 1e-300)
     return float(error.max() / dtypes.from_numpy(x.dtype, "x").eps)
 
 
 def _microseconds(
-    norm: HeadNorm, x: np.ndarray, on: clocks.Gpu | clocks.Host, heads_axis: int
+    norm: HeadNorm, x: np.ndarray, on: clocks.Timer, heads_axis: int
 ) -> tuple[float, float]:
     """Return the time of `norm` on copies of x, out of place, and the ceiling of as many bytes."""
     with on:
         buffers = on.rotation(2 * x.nbytes)
         inputs = [on.array(x) for _ in range(buffers)]
         results = [on.xp.empty_like(v) for v in inputs]
-        spent = on.microseconds(
-            lambda i: norm(inputs[i], heads_axis=heads_axis, out=results[i]), buffers
+        calls = (
+            lambda i: norm(inputs[i], heads_axis=heads_axis, out=results[i]),
+            lambda i: on.copy(results[i], inputs[i]),
+            lambda i: on.multiply(inputs[i]),
         )
-        ceiling = min(
-            on.microseconds(lambda i: on.copy(results[i], inputs[i]), buffers),
-            on.microseconds(lambda i: on.multiply(inputs[i]), buffers),
-        )
-        return spent, ceiling
+        spent, *ceilings = (on.microseconds(call, buffers) for call in calls)
+        return spent, min(ceilings)

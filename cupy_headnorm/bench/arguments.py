@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
-from cupy_headnorm._arrays import dtypes as dtype_table
-from cupy_headnorm._rules import options as option_rules
-from cupy_headnorm.bench import report
+from cupy_headnorm._arrays.dtypes import DTYPES
+from cupy_headnorm._rules.options import KINDS
+from cupy_headnorm.bench import report, workloads
 from cupy_headnorm.bench.providers import OPS, PROVIDERS, QK_PROVIDERS
-from cupy_headnorm.bench.workloads import LAYOUTS, NORM
+from cupy_headnorm.bench.workloads import HOST_CASE, LAYOUTS, NORM, QK_CASE, Case
 
 _CASES = {
     "op": NORM,
@@ -48,14 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(OPS),
         help="qk-rope: q and k of one packed buffer, normalized and rotated in place",
     )
-    dtypes = [dtype.name for dtype in dtype_table.DTYPES]
     parser.add_argument("--tokens", type=count, nargs="+")
     parser.add_argument("--megabytes", type=_size, help="size of x, instead of --tokens")
     parser.add_argument("--num-heads", type=count, nargs="+")
     parser.add_argument("--num-kv-heads", type=count, nargs="+", help="of qk-rope")
     parser.add_argument("--head-dim", type=count, nargs="+")
-    parser.add_argument("--dtype", nargs="+", choices=dtypes)
-    parser.add_argument("--kind", nargs="+", choices=tuple(option_rules.DEFAULT_EPS))
+    parser.add_argument("--dtype", nargs="+", choices=[dtype.name for dtype in DTYPES])
+    parser.add_argument("--kind", nargs="+", choices=KINDS)
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS)
     parser.set_defaults(**_CASES)
     parser.add_argument(
@@ -89,7 +89,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(chosen: argparse.Namespace) -> None:
     """Raise before minutes are spent on what was not meant or could not be written."""
-    _check_read(chosen)
+    given = [name for name, default in _CASES.items() if getattr(chosen, name) != default]
+    if chosen.providers:
+        given.append("providers")
+    for is_chosen, what, unread in (
+        (chosen.source is not None, "--from", {*_CASES, "providers"}),
+        (chosen.host, "--host", {*_CASES}),
+        (chosen.suite is not None, "--suite", {*_CASES}),
+        (chosen.op == NORM, f"--op {NORM}", {"num_kv_heads"}),
+        (chosen.op != NORM, f"--op {chosen.op}", {"kind", "layout"}),
+        (chosen.megabytes is not None, "--megabytes", {"tokens"}),
+    ):
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in given if name in unread)
+        if is_chosen and told:
+            raise ValueError(f"{what} is given with {told}; needs it without")
     for name, folder in (
         ("suite", chosen.suite),
         ("json", chosen.json and chosen.json.parent),
@@ -110,23 +123,12 @@ def ops(chosen: argparse.Namespace) -> list[str]:
     return [chosen.op] if chosen.suite is None else list(OPS)
 
 
-def _check_read(chosen: argparse.Namespace) -> None:
-    """Raise where an option would say nothing beside another."""
-    given = [name for name, default in _CASES.items() if getattr(chosen, name) != default]
-    if chosen.providers:
-        given.append("providers")
-    if chosen.source is not None:
-        what, unread = "--from", {*_CASES, "providers"}
-    elif chosen.host:
-        what, unread = "--host", {*_CASES}
-    elif chosen.suite is not None:
-        what, unread = "--suite", {*_CASES}
-    elif chosen.op == NORM:
-        what, unread = f"--op {NORM}", {"num_kv_heads"}
-    else:
-        what, unread = f"--op {chosen.op}", {"kind", "layout"}
-    if unread.isdisjoint(given) and {"tokens", "megabytes"} <= {*given}:
-        what, unread = "--megabytes", {"tokens"}
-    told = ", ".join(f"--{name.replace('_', '-')}" for name in given if name in unread)
-    if told:
-        raise ValueError(f"{what} is given with {told}; needs it without")
+def cases(chosen: argparse.Namespace) -> Iterator[Case]:
+    """Yield the cases that options describe."""
+    base, fields = HOST_CASE, ["num_heads", "head_dim", "dtype", "kind", "layout", "tokens"]
+    if chosen.op != NORM:
+        base, fields = QK_CASE, ["num_heads", "head_dim", "dtype", "num_kv_heads", "tokens"]
+    if chosen.megabytes is not None:
+        fields.remove("tokens")
+    varied = {name: getattr(chosen, name) for name in fields}
+    return workloads.cases(base, chosen.megabytes, **varied)

@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 
@@ -35,68 +35,16 @@ Call = Callable[[int], Any]
 """Works on the buffers of that number and returns the result."""
 
 
-def _replays(
-    replay: Callable[[], None], event: Callable[[], Any], elapsed: Callable[..., float], stream: Any
-) -> float:
-    """Return the median of the milliseconds between two events around a replay."""
-    replay()
-    times = []
-    for _ in range(_REPLAYS):
-        start, stop = event(), event()
-        start.record(stream)
-        replay()
-        stop.record(stream)
-        stop.synchronize()
-        times.append(elapsed(start, stop))
-    return statistics.median(times)
+class _Arrays(contextlib.ExitStack):
+    """The arrays of one library; they are made and used inside of it."""
 
-
-class _OnGpu(ABC):
-    """What both GPU timers share."""
-
-    rounds = 3
-    """
-    The median of which counts: for some milliseconds a GPU may be 4 % slower. Of 300 times of one
-    round each on an H100 1 to 4 were, others each time.
-    """
-
-    def rotation(self, nbytes: int) -> int:
-        """Return how many sets of `nbytes` to walk through."""
-        return int(np.clip(_ROTATION_BYTES // max(nbytes, 1), 2, _SETS))
-
-    def microseconds(self, call: Call, buffers: int) -> float:
-        """Return the device time of ``call(i)``, i walking through the buffers."""
-        count = max(buffers, _CALLS)
-        for i in range(buffers):
-            call(i)
-        calls = (call(i % buffers) for i in range(count))
-        return self._milliseconds(calls) * 1e3 / count
-
-    @abstractmethod
-    def _milliseconds(self, calls: Iterator[Any]) -> float:
-        """Return the device time of a graph of `calls`, each of which runs when it is next."""
-
-
-class Gpu(_OnGpu):
-    """Times calls on CuPy arrays, on a stream of its own."""
-
-    name = "cupy"
-
-    def __init__(self) -> None:
-        import cupy
-
-        self.xp = cupy
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-
-    def __enter__(self) -> Gpu:
-        self.stream.__enter__()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.stream.__exit__(*raised)
+    name: str
+    """The library: ``numpy`` on the host, ``cupy`` or ``torch`` on a GPU."""
+    rounds = 1
+    xp: Any = np
 
     def array(self, values: np.ndarray) -> Any:
-        """Copy `values` to the device."""
+        """Copy `values`."""
         return self.xp.array(values)
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
@@ -104,128 +52,28 @@ class Gpu(_OnGpu):
         return self.xp.empty(shape, dtype.numpy)
 
     def host(self, array: Any) -> np.ndarray:
-        """Return `array` as float64 on the host."""
-        values: np.ndarray = array.get()
-        return values.astype(np.float64)
+        """Return `array`, of any of the libraries, as float64 on the host."""
+        if hasattr(array, "double"):  # NumPy cannot read torch's bfloat16
+            array = array.double().cpu()
+        return np.asarray(array.get() if hasattr(array, "get") else array, np.float64)
 
     def copy(self, to: Any, source: Any) -> None:
-        """Copy contiguous bytes with the driver's own copy."""
-        device_to_device = 3  # cudaMemcpyDeviceToDevice
-        self.xp.cuda.runtime.memcpyAsync(
-            to.data.ptr, source.data.ptr, source.nbytes, device_to_device, self.stream.ptr
-        )
+        """Copy contiguous bytes; torch asks the driver's own copy."""
+        to[:] = source
 
     def multiply(self, array: Any) -> None:
         """Read and write every element in place."""
         self.xp.multiply(array, array.dtype.type(1), out=array)
 
-    def _milliseconds(self, calls: Iterator[Any]) -> float:
-        stream, cuda = self.stream, self.xp.cuda
-        stream.synchronize()
-        stream.begin_capture()
-        try:
-            for _ in calls:
-                pass
-        finally:
-            graph = stream.end_capture()
-        return _replays(lambda: graph.launch(stream), cuda.Event, cuda.get_elapsed_time, stream)
 
-
-class TorchGpu(_OnGpu):
-    """Times calls on torch tensors, on a stream of its own, in inference mode."""
-
-    name = "torch"
-
-    def __init__(self) -> None:
-        import torch
-
-        self._torch: Any = torch  # annotated in part
-        self._stream = self._torch.cuda.Stream()
-        self._entered = contextlib.ExitStack()
-
-    def __enter__(self) -> TorchGpu:
-        self._entered.enter_context(self._torch.inference_mode())
-        self._entered.enter_context(self._torch.cuda.stream(self._stream))
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._entered.close()
-
-    def array(self, values: np.ndarray) -> Any:
-        """Copy `values` to the device."""
-        return as_torch(values).to("cuda")
-
-    def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
-        """Return new memory."""
-        return self._torch.empty(shape, dtype=getattr(self._torch, dtype.name), device="cuda")
-
-    def host(self, array: Any) -> np.ndarray:
-        """Return `array` as float64 on the host."""
-        values: np.ndarray = array.double().cpu().numpy()
-        return values
-
-    def copy(self, to: Any, source: Any) -> None:
-        """Copy contiguous bytes: torch asks the driver's own copy."""
-        to.copy_(source)
-
-    def multiply(self, array: Any) -> None:
-        """Read and write every element in place."""
-        array.mul_(1)
-
-    def _milliseconds(self, calls: Iterator[Any]) -> float:
-        cuda, stream = self._torch.cuda, self._stream
-        stream.synchronize()
-        graph = cuda.CUDAGraph()
-        with cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            # Results are kept, so that each call writes to memory of its own: the graph's pool
-            # would hand the same block out again, and its writes would stay in the L2.
-            kept = list(calls)
-        spent = _replays(
-            graph.replay,
-            lambda: cuda.Event(enable_timing=True),
-            lambda start, stop: start.elapsed_time(stop),
-            stream,
-        )
-        del kept
-        return spent
-
-
-class Host:
+class Host(_Arrays):
     """Times calls on NumPy arrays by the clock."""
 
     name = "numpy"
-    rounds = 1
-    xp = np
-
-    def __enter__(self) -> Host:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        pass
 
     def rotation(self, nbytes: int) -> int:
         """Return how many sets of buffers to walk through."""
         return 2
-
-    def array(self, values: np.ndarray) -> Any:
-        """Copy `values`."""
-        return values.copy()
-
-    def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
-        """Return new memory."""
-        return np.empty(shape, dtype.numpy)
-
-    def host(self, array: Any) -> np.ndarray:
-        """Return `array`, of NumPy or torch, as float64."""
-        return np.asarray(array if isinstance(array, np.ndarray) else array.double(), np.float64)
-
-    def copy(self, to: Any, source: Any) -> None:
-        """Copy an array."""
-        np.copyto(to, source)
-
-    def multiply(self, array: Any) -> None:
-        """Read and write every element in place."""
-        np.multiply(array, array.dtype.type(1), out=array)
 
     def microseconds(self, call: Call, buffers: int) -> float:
         """Return the time of ``call(i)``, i walking through the buffers."""
@@ -246,21 +94,122 @@ class Host:
         return statistics.median(times)
 
 
+class _OnGpu(_Arrays):
+    rounds = 3
+    """
+    The median of which counts: for some milliseconds a GPU may be 4 % slower. Of 300 times of one
+    round each on an H100 1 to 4 were, others each time.
+    """
+    stream: Any
+    _event: Callable[[], Any]
+    _elapsed: Callable[[Any, Any], float]
+    _captured: Callable[[Iterator[Any]], Callable[[], Any]]
+    """Returns a replay of the graph of calls, each of which runs when it is next."""
+
+    def rotation(self, nbytes: int) -> int:
+        """Return how many sets of `nbytes` to walk through."""
+        return int(np.clip(_ROTATION_BYTES // max(nbytes, 1), 2, _SETS))
+
+    def microseconds(self, call: Call, buffers: int) -> float:
+        """Return the device time of ``call(i)``, i walking through the buffers."""
+        count, times = max(buffers, _CALLS), []
+        for i in range(buffers):
+            call(i)
+        self.stream.synchronize()
+        replay = self._captured(call(i % buffers) for i in range(count))
+        replay()
+        for _ in range(_REPLAYS):
+            start, stop = self._event(), self._event()
+            start.record(self.stream)
+            replay()
+            stop.record(self.stream)
+            stop.synchronize()
+            times.append(self._elapsed(start, stop))
+        return statistics.median(times) * 1e3 / count
+
+
+class Gpu(_OnGpu):
+    """Times calls on CuPy arrays, on a stream of its own."""
+
+    name = "cupy"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.xp = environment.import_cupy()
+        self._event, self._elapsed = self.xp.cuda.Event, self.xp.cuda.get_elapsed_time
+        self.stream = self.xp.cuda.Stream(non_blocking=True)
+
+    def __enter__(self) -> Self:
+        self.enter_context(self.stream)
+        return self
+
+    def copy(self, to: Any, source: Any) -> None:
+        """Copy contiguous bytes with the driver's own copy."""
+        runtime, kind = self.xp.cuda.runtime, 3  # cudaMemcpyDeviceToDevice
+        runtime.memcpyAsync(to.data.ptr, source.data.ptr, source.nbytes, kind, self.stream.ptr)
+
+    def _captured(self, calls: Iterator[Any]) -> Callable[[], Any]:
+        self.stream.begin_capture()
+        try:
+            for _ in calls:
+                pass
+        finally:
+            graph = self.stream.end_capture()
+        return partial(graph.launch, self.stream)
+
+
+class TorchGpu(_OnGpu):
+    """Times calls on torch tensors, on a stream of its own, in inference mode."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        super().__init__()
+        import torch
+
+        self.xp = torch
+        self._event = partial(self.xp.cuda.Event, enable_timing=True)
+        self._elapsed = self.xp.cuda.Event.elapsed_time
+        self.stream = self.xp.cuda.Stream()
+
+    def __enter__(self) -> Self:
+        self.enter_context(self.xp.inference_mode())
+        self.enter_context(self.xp.cuda.stream(self.stream))
+        return self
+
+    def array(self, values: np.ndarray) -> Any:
+        """Copy `values` to the device."""
+        return as_torch(values).to("cuda")
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
+        """Return new memory."""
+        return self.xp.empty(shape, dtype=getattr(self.xp, dtype.name), device="cuda")
+
+    def multiply(self, array: Any) -> None:
+        """Read and write every element in place."""
+        array.mul_(1)
+
+    def _captured(self, calls: Iterator[Any]) -> Callable[[], Any]:
+        graph = self.xp.cuda.CUDAGraph()
+        with self.xp.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            # Results are kept, so that each call writes to memory of its own: the graph's pool
+            # would hand the same block out again, and its writes would stay in the L2.
+            kept = list(calls)
+        return lambda: (graph.replay(), kept)
+
+
 Timer = Gpu | TorchGpu | Host
 
 
-def as_torch(values: np.ndarray) -> Any:
-    """Return a torch tensor over the memory of `values`."""
+def as_torch(array: Any) -> Any:
+    """Return a torch tensor over the memory of a NumPy array; what is none, as it is."""
     import torch
 
+    if not isinstance(array, np.ndarray):
+        return array
     # NumPy cannot hand bfloat16 to torch, but its bits.
-    bits = torch.from_numpy(values.view(f"i{values.itemsize}"))
-    return bits.view(getattr(torch, values.dtype.name))
-
-
-def backend() -> Gpu | Host:
-    """Return the GPU's timer where a GPU can be used, else the host's."""
-    return Host() if environment.environment().reason else Gpu()
+    bits = torch.from_numpy(array.view(f"i{array.itemsize}"))
+    return bits.view(getattr(torch, array.dtype.name))
 
 
 def torch_on_gpu() -> str:
@@ -276,4 +225,6 @@ def torch_on_gpu() -> str:
 
 def timer() -> Timer:
     """Return the timer that the most providers run under: torch's, else CuPy's, else the host's."""
-    return backend() if environment.environment().reason or torch_on_gpu() else TorchGpu()
+    if environment.environment().reason:
+        return Host()
+    return Gpu() if torch_on_gpu() else TorchGpu()

@@ -12,7 +12,6 @@ import time
 import timeit
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,14 @@ from typing import Any
 import numpy as np
 
 from cupy_headnorm import reference
-from cupy_headnorm._cuda import environment as cuda_environment
+from cupy_headnorm._cuda.environment import import_cupy
 from cupy_headnorm._rules.options import DEFAULT_EPS
 from cupy_headnorm.bench import clocks, providers, workloads
 from cupy_headnorm.bench.clocks import Timer
 from cupy_headnorm.bench.record import HostTime
-from cupy_headnorm.bench.workloads import Case, Workload
+from cupy_headnorm.bench.workloads import HOST_CASE, QK_CASE, Case, Workload
 from cupy_headnorm.headnorm import HeadNorm
 
-HOST_CASE = Case(1, 32, 128, "bfloat16", "rms", "contiguous")
-"""One token of Qwen3-8B's queries: the device is done with it before the host."""
 LAUNCH = "cuLaunchKernel alone, three pointers"
 FUNCTION = "CuPy Function(...), three pointers"
 TORCH_IN_PLACE, TORCH_NEW = "ours, in place on torch", "ours, new result on torch"
@@ -44,6 +41,13 @@ _MISSES = 200
 # Only the host is timed: the kernel need not do anything.
 _THREE_POINTERS = 'extern "C" __global__ void three_pointers(void*, void*, void*) {}'
 
+_IMPORT = """
+import time
+start = time.perf_counter()
+import cupy_headnorm
+print((time.perf_counter() - start) * 1e3)
+"""
+
 _FIRST_CALL = """
 import time, cupy, numpy
 cupy.zeros(1)
@@ -57,45 +61,32 @@ cupy.cuda.Device().synchronize()
 print((time.perf_counter() - start) * 1e3)
 """
 
-_IMPORT = """
-import time
-start = time.perf_counter()
-import cupy_headnorm
-print((time.perf_counter() - start) * 1e3)
-"""
 
-
-def host_times(on: Timer, names: list[str]) -> tuple[list[HostTime], dict[str, str]]:
-    """Return the host's microseconds for each kind of call; the reasons of providers that fail."""
-    failed: dict[str, str] = {}
-    with ExitStack() as contexts:
-        contexts.enter_context(on)
-        synchronize = _synchronize(on)
+def host_times(names: list[str], on: Timer, unavailable: dict[str, str]) -> list[HostTime]:
+    """Return the host's microseconds for each kind of call; why a provider fails is added."""
+    with on:
         if on.name == "torch":  # its stream says nothing about CuPy's
-            contexts.enter_context(clocks.Gpu())
+            on.enter_context(clocks.Gpu())
         work = workloads.prepare(HOST_CASE, on, buffers=1)
-        rows = [_host_row(label, call, synchronize) for label, call in _own_calls(work)]
+        rows = [_host_row(label, call, on) for label, call in _own_calls(work)]
         for name in names:
-            if providers.is_ours(name) or name in (*providers.CEILINGS, "functional"):
+            if name == "functional" or not providers.is_peer(name):
                 continue
             provider = providers.PROVIDERS[name]
             try:
-                call = partial(provider.build(work), 0)
-                rows.append(_host_row(provider.label, call, synchronize))
+                rows.append(_host_row(provider.label, partial(provider.build(work), 0), on))
             except Exception as error:
-                failed[name] = f"{providers.one_line(error)} at a host call"
-    return rows, failed
+                unavailable.setdefault(name, f"{providers.one_line(error)} at a host call")
+    return rows
 
 
-def _synchronize(on: Timer) -> Callable[[], None]:
-    if on.name == "numpy":
-        return lambda: None
-    synchronize: Callable[[], None] = cuda_environment.import_cupy().cuda.Device().synchronize
-    return synchronize
+def _synchronize(on: Timer) -> None:
+    if on.name != "numpy":
+        import_cupy().cuda.Device().synchronize()
 
 
-def _host_row(label: str, call: Callable[[], Any], synchronize: Callable[[], None]) -> HostTime:
-    timer = timeit.Timer(call, setup=synchronize)
+def _host_row(label: str, call: Callable[[], Any], on: Timer) -> HostTime:
+    timer = timeit.Timer(call, setup=partial(_synchronize, on))
     timer.timeit(_CALLS)
     spent = statistics.median(timer.repeat(_BATCHES, _CALLS)) / _CALLS
     return {"call": label, "microseconds": round(spent * 1e6, 3)}
@@ -105,14 +96,13 @@ def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield our calls, and what is below them."""
     (norm,), (x,), (own_weight,) = work.norms, work.inputs[0], work.weights
     if work.on.name == "numpy":
-        yield "ours, in place on NumPy", partial(norm, x, out=x)
-        yield "ours, new result on NumPy", partial(norm, x)
+        yield from _of_ours(norm, x, "NumPy")
         if "functional" in providers.find(work.on)[0]:
-            tensor, weight = clocks.as_torch(x), clocks.as_torch(own_weight)
+            tensor = clocks.as_torch(x)
             yield "ours, new result on torch, host memory", partial(norm, tensor)
-            yield FUNCTIONAL, _functional(tensor, weight)
+            yield FUNCTIONAL, _functional(tensor, clocks.as_torch(own_weight))
         return
-    cupy = cuda_environment.import_cupy()
+    cupy = import_cupy()
     array, weight = x, own_weight
     if work.on.name == "torch":
         array, weight = cupy.from_dlpack(x), cupy.from_dlpack(own_weight)
@@ -125,13 +115,11 @@ def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
     grid, block = (1, 1, 1), (128, 1, 1)
     yield LAUNCH, partial(launch, kernel.kernel.ptr, *grid, *block, 0, stream, prepared, 0)
     yield FUNCTION, partial(kernel.kernel, grid, block, pointers)
-    yield CUPY_IN_PLACE, partial(norm, array, out=array)
-    yield CUPY_NEW, partial(norm, array)
+    yield from _of_ours(norm, array, "CuPy")
     if work.on.name == "torch":
         from torch.utils.dlpack import from_dlpack
 
-        yield TORCH_IN_PLACE, partial(norm, x, out=x)
-        yield TORCH_NEW, partial(norm, x)
+        yield from _of_ours(norm, x, "torch")
         yield FUNCTIONAL, _functional(x, own_weight)
 
         def through_dlpack() -> Any:
@@ -141,6 +129,11 @@ def _own_calls(work: Workload) -> Iterator[tuple[str, Callable[[], Any]]]:
             return from_dlpack(result)
 
         yield "from_dlpack, RawKernel, from_dlpack", through_dlpack
+
+
+def _of_ours(norm: HeadNorm, x: Any, library: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield f"ours, in place on {library}", partial(norm, x, out=x)
+    yield f"ours, new result on {library}", partial(norm, x)
 
 
 def _functional(x: Any, weight: Any) -> Callable[[], Any]:
@@ -156,64 +149,49 @@ def plan_misses(on: Timer) -> dict[str, float]:
     # Layouts are known across libraries: each has numbers of its own, which nobody else uses.
     for library, first in zip(libraries, (1101, 1501), strict=False):
         lengths = range(first, first + _MISSES)
-        with library:
-            case = HOST_CASE._replace(tokens=lengths.stop)
-            work = workloads.prepare(case, library, buffers=1)
-            calls = partial(_calls_of_norm, work.norms[0], work.xs[0])
-            spent[library.name] = _new_lengths(calls, lengths, on)
-    with on:
-        # Two sequences each, of any such lengths.
-        case = HOST_CASE._replace(tokens=2 * lengths.stop)
-        work = workloads.prepare(case, on, buffers=1)
-        x = work.xs[0].reshape(2 * lengths.stop * case.num_heads * case.head_dim)
-        calls = partial(_calls_of_sequences, work.norms[0], x, case)
-        spent["sequences"] = _new_lengths(calls, lengths, on)
-        of_both = workloads.QK_CASE._replace(tokens=lengths.stop)
-        packed = workloads.prepare(of_both, on, buffers=1)
-        spent["q_and_k"] = _new_lengths(partial(_calls_of_both, packed), lengths, on)
+        spent[library.name] = _new_lengths(library, HOST_CASE, lengths)
+    spent["sequences"] = _new_lengths(on, HOST_CASE, lengths, sequences=2)
+    spent["q_and_k"] = _new_lengths(on, QK_CASE, lengths)
     return {f"plan_miss_{name}_microseconds": found for name, found in spent.items()}
 
 
-def _new_lengths(calls: Callable[[int], Callable[[], Any]], lengths: range, on: Timer) -> float:
+def _new_lengths(on: Timer, case: Case, lengths: range, sequences: int = 0) -> float:
     """Return the median of microseconds of a call over each of `lengths`, after one of `stop`."""
-    synchronize, times = _synchronize(on), []
-    calls(lengths.stop)()
-    for call in [calls(length) for length in lengths]:
-        synchronize()
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    synchronize()
+    times = []
+    with on:
+        work = workloads.prepare(case._replace(tokens=2 * lengths.stop), on, buffers=1)
+        _calls_of_length(work, lengths.stop, sequences)()
+        for call in [_calls_of_length(work, length, sequences) for length in lengths]:
+            _synchronize(on)
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        _synchronize(on)
     return round(statistics.median(times) * 1e6, 3)
 
 
-def _calls_of_norm(norm: HeadNorm, x: Any, length: int) -> Callable[[], Any]:
-    part = x[:length]
-    return partial(norm, part, out=part)
-
-
-def _calls_of_sequences(norm: HeadNorm, x: Any, case: Case, length: int) -> Callable[[], Any]:
-    part = x[: 2 * length * case.num_heads * case.head_dim]
-    part = part.reshape(2, length, case.num_heads, case.head_dim)
-    return partial(norm, part, out=part)
-
-
-def _calls_of_both(work: Workload, length: int) -> Callable[[], Any]:
-    q, k = (part[:length] for part in work.inputs[0])
-    return partial(work.qk, q, k, positions=work.positions[:length], out=(q, k))
+def _calls_of_length(work: Workload, length: int, sequences: int) -> Callable[[], Any]:
+    """Return a call in place over `length` tokens, or over `sequences` of as many each."""
+    parts = tuple(part[: length * max(sequences, 1)] for part in work.inputs[0])
+    if work.qk is not None:
+        return partial(work.qk, *parts, positions=work.positions[:length], out=parts)
+    (x,) = parts
+    if sequences:
+        x = x.reshape(sequences, length, *x.shape[1:])
+    return partial(work.norms[0], x, out=x)
 
 
 def _in_new_process(code: str, bytecode: str, **environment: str) -> float:
     """Return the number that `code` prints, with compiled modules kept in a folder of their own."""
     here = str(Path(__file__).resolve().parents[2])
-    known = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([here, known] if known else [here])
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    environment |= {"PYTHONPATH": path, "PYTHONPYCACHEPREFIX": bytecode}
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**inherited, "PYTHONPATH": path, "PYTHONPYCACHEPREFIX": bytecode, **environment},
+        env=inherited | environment,
         check=False,
     )
     if done.returncode:
@@ -221,22 +199,21 @@ def _in_new_process(code: str, bytecode: str, **environment: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="cupy-headnorm-")
+_folder = partial(tempfile.TemporaryDirectory, prefix="cupy-headnorm-")
 
 
 def first_calls() -> dict[str, float]:
     """Return milliseconds up to the first result, above importing CuPy and one `cupy.zeros`."""
-    cold, cached = [], []
+    spent: dict[str, list[float]] = {"cold": [], "disk_cache": []}
     with _folder() as bytecode:
         _in_new_process(_IMPORT, bytecode)  # pip compiles the modules it installs
         for _ in range(3):
             with _folder() as kernels:
-                cold.append(_in_new_process(_FIRST_CALL, bytecode, CUPY_CACHE_DIR=kernels))
-                cached.append(_in_new_process(_FIRST_CALL, bytecode, CUPY_CACHE_DIR=kernels))
+                for times in spent.values():
+                    times.append(_in_new_process(_FIRST_CALL, bytecode, CUPY_CACHE_DIR=kernels))
     return {
-        "first_call_cold_milliseconds": round(statistics.median(cold), 1),
-        "first_call_disk_cache_milliseconds": round(statistics.median(cached), 1),
+        f"first_call_{name}_milliseconds": round(statistics.median(times), 1)
+        for name, times in spent.items()
     }
 
 
@@ -264,17 +241,13 @@ def reference_costs(tokens: int = 2**16) -> dict[str, float]:
     extra = tracemalloc.get_traced_memory()[1] - result.nbytes
     tracemalloc.stop()
     del result
-    milliseconds = {
-        name: 1e3 * statistics.median(timeit.repeat(call, number=1, repeat=3))
-        for name, call in (
-            ("reference", lambda: reference.rms_norm(x, weight)),
-            ("whole_array", lambda: providers.whole_array(x, weight, "rms")),
-        )
+    calls = {
+        "reference_milliseconds": lambda: reference.rms_norm(x, weight),
+        "whole_array_milliseconds": lambda: providers.whole_array(x, weight, "rms"),
     }
-    return {
-        "reference_extra_mebibytes": round(extra / 2**20, 2),
-        "reference_milliseconds": round(milliseconds["reference"], 1),
-        "whole_array_milliseconds": round(milliseconds["whole_array"], 1),
+    return {"reference_extra_mebibytes": round(extra / 2**20, 2)} | {
+        name: round(1e3 * statistics.median(timeit.repeat(call, number=1, repeat=3)), 1)
+        for name, call in calls.items()
     }
 
 
@@ -288,7 +261,7 @@ def gpu_memory(on: Timer) -> dict[str, float]:
         work = workloads.prepare(HOST_CASE._replace(tokens=8192), on, buffers=1)
         (norm,), (x,) = work.norms, work.xs
         norm(x)
-        _synchronize(on)()
+        _synchronize(on)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result = norm(x)

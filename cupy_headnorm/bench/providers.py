@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupy_headnorm import ops
-from cupy_headnorm._arrays import dtypes
 from cupy_headnorm._rules import options
 from cupy_headnorm.bench import clocks
-from cupy_headnorm.bench.clocks import Call, Timer
+from cupy_headnorm.bench.clocks import Call, Timer, as_torch
 from cupy_headnorm.bench.workloads import NORM, QK_ROPE, Arrays, Workload
 from cupy_headnorm.qknorm import QKNorm
 
@@ -39,29 +39,16 @@ def _ours_one_row(work: Workload) -> Call:
     return lambda i: ops.launch(config, xs[i], weight, kind=norm.kind, out=work.results[i][0])
 
 
-def _ours_tables(work: Workload) -> Call:
-    qk, inputs, results, cos, sin = work.qk, work.inputs, work.results, work.cos, work.sin
-    return lambda i: qk(*inputs[i], cos=cos, sin=sin, out=results[i])
-
-
-def _ours_positions(work: Workload) -> Call:
-    qk, inputs, results, positions = work.qk, work.inputs, work.results, work.positions
-    return lambda i: qk(*inputs[i], positions=positions, out=results[i])
-
-
-def _ours_plain(work: Workload) -> Call:
-    qk, inputs, results = QKNorm(*work.norms), work.inputs, work.results
-    return lambda i: qk(*inputs[i], out=results[i])
+def _ours_both(work: Workload, *given: str) -> Call:
+    """Take q and k in one call; they rotate by what is `given`, or not at all."""
+    qk = work.qk if given else QKNorm(*work.norms)
+    inputs, results, beside = work.inputs, work.results, {n: getattr(work, n) for n in given}
+    return lambda i: qk(*inputs[i], **beside, out=results[i])
 
 
 def _ours_two(work: Workload) -> Call:
-    (q_norm, k_norm), inputs, results = work.norms, work.inputs, work.results
-
-    def call(i: int) -> Arrays:
-        (q, k), (of_q, of_k) = inputs[i], results[i]
-        return q_norm(q, out=of_q), k_norm(k, out=of_k)
-
-    return call
+    (q_norm, k_norm), xs, ys = work.norms, work.inputs, work.results
+    return lambda i: (q_norm(xs[i][0], out=ys[i][0]), k_norm(xs[i][1], out=ys[i][1]))
 
 
 def whole_array(x: np.ndarray, weight: np.ndarray, kind: str) -> np.ndarray:
@@ -80,19 +67,12 @@ def _naive(work: Workload) -> Call:
     return lambda i: whole_array(xs[i], weight, work.case.kind)
 
 
-def _tensor(array: Any, on: Timer) -> Any:
-    """Return an array of a timer as a torch tensor over the same memory."""
-    return clocks.as_torch(array) if on.name == "numpy" else array
-
-
 def _functional(work: Workload) -> Call:
     from torch.nn import functional
 
-    inputs, weight = [_tensor(x, work.on) for x in work.xs], _tensor(work.weights[0], work.on)
-    shape, eps = (work.case.head_dim,), work.norms[0].eps
-    if work.case.kind == "layer":
-        return lambda i: functional.layer_norm(inputs[i], shape, weight, None, eps)
-    return lambda i: functional.rms_norm(inputs[i], shape, weight, eps)
+    function = functional.layer_norm if work.case.kind == "layer" else functional.rms_norm
+    given = {"weight": as_torch(work.weights[0]), "eps": work.norms[0].eps}
+    return _as_model(work, partial(function, normalized_shape=(work.case.head_dim,), **given))
 
 
 def _modules(work: Workload, make: Callable[..., Any], shape: Any) -> list[Any]:
@@ -103,32 +83,29 @@ def _modules(work: Workload, make: Callable[..., Any], shape: Any) -> list[Any]:
     # Outside inference mode, as a model is loaded: torch.compile guards on it.
     with torch.inference_mode(False):
         for norm, weight in zip(work.norms, work.weights, strict=True):
-            values = _tensor(weight, work.on)
+            values = as_torch(weight)
             module = make(shape, eps=norm.eps).to(values.device, values.dtype)
             module.requires_grad_(False).eval().weight.copy_(values)
             modules.append(module)
     return modules
 
 
-def _in_model(work: Workload) -> Callable[..., Any]:
+def _in_model(work: Workload) -> Any:
     """Return what a model does to x, or to q and k between their projections and the softmax."""
     if work.case.kind == "layer":
         from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 
         # Cohere keeps a weight for every head; here all are the same.
-        (module,) = _modules(work, CohereLayerNorm, (work.case.num_heads, work.case.head_dim))
-        return cast(Callable[..., Any], module)
+        return _modules(work, CohereLayerNorm, (work.case.num_heads, work.case.head_dim))[0]
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
     norms = _modules(work, Qwen3RMSNorm, work.case.head_dim)
     if work.qk is None:
-        return cast(Callable[..., Any], norms[0])
+        return norms[0]
     q_norm, k_norm = norms
 
-    def rotated(q: Any, k: Any, cos: Any, sin: Any) -> Arrays:
-        parts = q_norm(q).transpose(1, 2), k_norm(k).transpose(1, 2)
-        results: Arrays = apply_rotary_pos_emb(*parts, cos, sin)
-        return results
+    def rotated(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        return apply_rotary_pos_emb(q_norm(q).transpose(1, 2), k_norm(k).transpose(1, 2), cos, sin)
 
     return rotated
 
@@ -136,20 +113,15 @@ def _in_model(work: Workload) -> Callable[..., Any]:
 def _as_model(work: Workload, function: Callable[..., Any]) -> Call:
     """Call `function` as a model does; q and k are a batch of one, heads first when they rotate."""
     if work.qk is None:
-        tensors = [_tensor(x, work.on) for x in work.xs]
+        tensors = [as_torch(x) for x in work.xs]
         return lambda i: function(tensors[i])
 
     def batch_of_one(arrays: Arrays) -> Arrays:
-        return tuple(_tensor(array, work.on).unsqueeze(0) for array in arrays)
+        return tuple(as_torch(array).unsqueeze(0) for array in arrays)
 
-    inputs, tables = [batch_of_one(arrays) for arrays in work.inputs], (work.cos, work.sin)
-    cos, sin = batch_of_one(tables)
-
-    def call(i: int) -> Arrays:
-        q, k = function(*inputs[i], cos, sin)
-        return q[0].transpose(0, 1), k[0].transpose(0, 1)
-
-    return call
+    inputs = [batch_of_one(arrays) for arrays in work.inputs]
+    tables = batch_of_one((work.cos, work.sin))
+    return lambda i: tuple(y[0].transpose(0, 1) for y in function(*inputs[i], *tables))
 
 
 def _eager(work: Workload) -> Call:
@@ -169,8 +141,7 @@ def _liger(work: Workload) -> Call:
     from liger_kernel.transformers.rms_norm import LigerRMSNorm
 
     make = LigerLayerNorm if work.case.kind == "layer" else LigerRMSNorm
-    (module,) = _modules(work, make, work.case.head_dim)
-    return _as_model(work, module)
+    return _as_model(work, *_modules(work, make, work.case.head_dim))
 
 
 class Provider(NamedTuple):
@@ -181,8 +152,6 @@ class Provider(NamedTuple):
     timers: tuple[str, ...]
     """Names of the timers it belongs to; it is not missed under others."""
     modules: tuple[str, ...] = ()
-    in_place: bool = False
-    """Whether it has a part where x is replaced: it does so, or is held against those that do."""
     unrotated: bool = False
     """Whether it leaves out the RoPE of q and k."""
 
@@ -191,10 +160,10 @@ GPU, ANY = ("cupy", "torch"), ("numpy", "cupy", "torch")
 CEILINGS = ("copy", "multiply")
 _TRANSFORMERS = ("torch", "transformers")
 PROVIDERS = {
-    "copy": Provider("device copy", _copy, ANY, in_place=True),
-    "multiply": Provider("in-place multiply", _multiply, ANY, in_place=True),
-    "ours": Provider("ours", _ours, ANY, in_place=True),
-    "ours-row": Provider("ours, one block per row", _ours_one_row, GPU, in_place=True),
+    "copy": Provider("device copy", _copy, ANY),
+    "multiply": Provider("in-place multiply", _multiply, ANY),
+    "ours": Provider("ours", _ours, ANY),
+    "ours-row": Provider("ours, one block per row", _ours_one_row, GPU),
     "naive": Provider("naive NumPy", _naive, ("numpy",)),
     "functional": Provider("torch.nn.functional", _functional, ANY, ("torch",)),
     "eager": Provider("transformers, eager", _eager, GPU, _TRANSFORMERS),
@@ -204,23 +173,23 @@ PROVIDERS = {
 """Of one norm, in the order of tables."""
 QK_PROVIDERS = {
     **{name: PROVIDERS[name] for name in CEILINGS},
-    "ours": Provider("ours", _ours_tables, ANY, in_place=True),
-    "ours-positions": Provider("ours, by positions", _ours_positions, ANY, in_place=True),
-    "ours-plain": Provider("ours, not turned", _ours_plain, ANY, in_place=True, unrotated=True),
-    "ours-two": Provider(
-        "ours, two norms, not turned", _ours_two, ANY, in_place=True, unrotated=True
+    "ours": PROVIDERS["ours"]._replace(build=lambda work: _ours_both(work, "cos", "sin")),
+    "ours-positions": Provider(
+        "ours, by positions", lambda work: _ours_both(work, "positions"), ANY
     ),
+    "ours-plain": Provider("ours, not rotated", _ours_both, ANY, unrotated=True),
+    "ours-two": Provider("ours, two norms, not rotated", _ours_two, ANY, unrotated=True),
     # These return memory of their own, as in the model.
-    "eager": PROVIDERS["eager"]._replace(timers=ANY, in_place=True),
-    "compile": PROVIDERS["compile"]._replace(in_place=True),
+    "eager": PROVIDERS["eager"]._replace(timers=ANY),
+    "compile": PROVIDERS["compile"],
 }
 """Of q and k; names that `PROVIDERS` has too are labelled as there."""
 OPS = {NORM: PROVIDERS, QK_ROPE: QK_PROVIDERS}
 
 
-def is_ours(name: str) -> bool:
-    """Tell whether a provider is this library."""
-    return name.partition("-")[0] == "ours"
+def is_peer(name: str) -> bool:
+    """Tell whether a provider is a norm, but none of this library."""
+    return name not in CEILINGS and name.partition("-")[0] != "ours"
 
 
 def one_line(error: Exception) -> str:
@@ -239,21 +208,18 @@ def find(
     """
     found, unavailable = [], {}
     for name, provider in providers.items():
-        if wanted and name not in wanted:
-            continue
-        if on.name not in provider.timers:
-            if wanted:
-                unavailable[name] = f"runs on a {'GPU' if on.name == 'numpy' else 'CPU'} only"
-            continue
-        reason = _missing(provider, on)
-        if reason:
-            unavailable[name] = reason
-        else:
-            found.append(name)
+        if not wanted or name in wanted:
+            reason = _missing(provider, on)
+            if not reason:
+                found.append(name)
+            elif wanted or on.name in provider.timers:
+                unavailable[name] = reason
     return found, unavailable
 
 
 def _missing(provider: Provider, on: Timer) -> str:
+    if on.name not in provider.timers:
+        return f"runs on a {'GPU' if on.name == 'numpy' else 'CPU'} only"
     for module in provider.modules:
         try:
             importlib.import_module(module)
@@ -267,16 +233,20 @@ def _missing(provider: Provider, on: Timer) -> str:
     return ""
 
 
-def disagreement(provider: Provider, call: Call, work: Workload) -> str:
+def disagreement(name: str, call: Call, work: Workload) -> str:
     """Return how far a provider's result is from ours; empty where it is near enough."""
-    eps = dtypes.from_name(work.case.dtype, "dtype").eps
-    expected, result = work.expected(provider.unrotated), call(0)
+    if name in CEILINGS:
+        return ""  # nothing is normalized
+    expected, result = work.expected(OPS[work.case.op][name].unrotated), call(0)
     results = result if isinstance(result, tuple) else (result,)
+    # Two roundings of a norm may differ. With RoPE a compiler keeps all but the last in float32,
+    # two of the norm and one of the product for each of the two values that go into a result.
+    # And float32 sums in another order are apart.
+    tolerance = (2 if work.qk is None else 3) * work.case.element.eps + 1e-6
     for own, other in zip(expected, results, strict=True):
         for part in (slice(None, 64), slice(-1, None)):
             ours, theirs = work.on.host(own[part]), work.on.host(other[part])
             error = np.abs(theirs - ours).max() / np.abs(ours).max()
-            # And what float32 sums in another order are apart.
-            if not error <= work.tolerance * eps + 1e-6:
+            if not error <= tolerance:
                 return f"disagrees with ours by {error:.2g} of the largest value at {work.case}"
     return ""

@@ -93,14 +93,7 @@ def write(results: Results, path: Path) -> None:
 
 
 def read(path: Path) -> Results:
-    """
-    Read results that `write` wrote.
-
-    Raises
-    ------
-    ValueError
-        The file holds something else.
-    """
+    """Read results that `write` wrote; ValueError where the file holds something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -122,19 +115,16 @@ def _check(value: Any, kind: Any, where: str) -> None:
     if origin is list:
         for i, entry in enumerate(value):
             _check(entry, args[0], f"{where}[{i}]")
-    elif origin is dict:
-        for name, entry in value.items():
-            _check(entry, args[1], f"{where}.{name}")
+        return
+    kinds = {}
+    if origin is dict:
+        kinds = dict.fromkeys(value, args[1])
     elif kind not in _TYPES:
-        _check_record(value, kind, where)
-
-
-def _check_record(value: dict[str, Any], kind: Any, where: str) -> None:
-    kinds = typing.get_type_hints(kind)
-    for name in _LATER.keys() & kinds.keys():
-        value.setdefault(name, _LATER[name]())
-    missing = [name for name in kinds if name not in value]
-    if missing:
-        raise ValueError(f"has no {', '.join(missing)}{where and f' in {where}'}; needs it")
+        kinds = typing.get_type_hints(kind)
+        for name in _LATER.keys() & kinds.keys():
+            value.setdefault(name, _LATER[name]())
+        missing = [name for name in kinds if name not in value]
+        if missing:
+            raise ValueError(f"has no {', '.join(missing)}{where and f' in {where}'}; needs it")
     for name in kinds:
         _check(value[name], kinds[name], f"{where}.{name}".lstrip("."))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,27 +32,18 @@ _COLOURS = {
 }
 
 
+_TIMINGS = ("tokens x heads x dim", "dtype", "kind", "layout", "provider", "us", "GB/s", "share")
+
+
 def console() -> Any:
     """Return rich's console; RuntimeError, with the command that mends it, without rich."""
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        remedy = driver.install_command("bench")
-        raise RuntimeError(f"the table needs rich: {remedy}") from error
+    _needs("rich", "the table")
+    from rich.console import Console
+
     made = Console(highlight=False)
     if not made.is_terminal:
         made.width = 120  # a file or a pipe is not 80 columns wide
     return made
-
-
-def _table(*columns: str) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None)
-    for number, column in enumerate(columns):
-        text = number == 0 or column == "where"
-        table.add_column(column, justify="left" if text else "right", overflow="fold")
-    return table
 
 
 def show(results: Results, console: Any) -> None:
@@ -60,70 +53,73 @@ def show(results: Results, console: Any) -> None:
     console.print(told, markup=False)
     if results.timings:
         console.print("\nDevice time; share: of the better of a copy and an in-place multiply")
-        console.print(_timings(results.timings))
+        _table(console, _TIMINGS, _timings(results.timings))
     for name, reason in results.unavailable.items():
         console.print(f"{_label(name)}: not available: {reason}", markup=False)
     if results.host:
         console.print("\nHost time a call, 1 token")
-        table = _table("call", "us")
-        for row in sorted(results.host, key=lambda row: row["microseconds"]):
-            table.add_row(row["call"], f"{row['microseconds']:,.2f}")
-        console.print(table)
+        rows = sorted(results.host, key=lambda row: row["microseconds"])
+        times = [(row["call"], f"{row['microseconds']:,.2f}") for row in rows]
+        _table(console, ("call", "us"), times)
     if results.once:
         console.print()
-        table = _table("once", "")
-        for name, value in results.once.items():
-            table.add_row(name.replace("_", " "), f"{value:,}")
-        console.print(table)
+        once = [(name.replace("_", " "), f"{value:,}") for name, value in results.once.items()]
+        _table(console, ("once", ""), once)
     if results.targets:
         console.print("\nNumbers to reach: the worst of each")
-        console.print(_targets(results.targets))
+        _table(console, ("what", "needed", "measured", "", "where"), map(_target, results.targets))
+
+
+def _table(console: Any, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None)
+    for number, column in enumerate(columns):
+        text = number == 0 or column == "where"
+        table.add_column(column, justify="left" if text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _label(provider: str) -> str:
     return _PROVIDERS[provider].label if provider in _PROVIDERS else provider
 
 
-def _timings(timings: list[Timing]) -> Any:
-    table = _table(
-        "tokens x heads x dim", "dtype", "kind", "layout", "provider", "us", "GB/s", "share"
-    )
+def _timings(timings: list[Timing]) -> Iterator[tuple[str, ...]]:
     before = None
     for timing in timings:
         case = case_of(timing)
         described = (case.size, case.dtype, case.kind, case.layout)
-        shown = ("", "", "", "") if case == before else described
-        before = case
-        table.add_row(
-            *shown,
+        yield (
+            *(("",) * 4 if case == before else described),
             _label(timing["provider"]),
             f"{timing['microseconds']:,.2f}",
             f"{timing['gigabytes_per_second']:,.1f}",
             f"{timing['share']:.3f}",
         )
-    return table
+        before = case
 
 
-def _targets(targets: list[Verdict]) -> Any:
-    table = _table("what", "needed", "measured", "", "where")
-    verdicts = {True: "met", False: "[bold red]missed[/]", None: "not measured"}
-    for row in targets:
-        measured = "" if row["measured"] is None else f"{row['measured']:g}"
-        table.add_row(
-            row["what"], row["needed"], measured, verdicts[row["met"]], row["where"] or ""
-        )
-    return table
+def _target(row: Verdict) -> tuple[str, ...]:
+    measured = "" if row["measured"] is None else f"{row['measured']:g}"
+    verdict = {True: "met", False: "[bold red]missed[/]", None: "not measured"}[row["met"]]
+    return row["what"], row["needed"], measured, verdict, row["where"] or ""
 
 
 def check_plot(path: Path) -> None:
     """Raise, before anything is measured, where `plot` could not write `path`."""
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"--plot is {path}; needs a name that ends in .png or .svg")
+    _needs("matplotlib", "--plot")
+
+
+def _needs(library: str, what: str) -> None:
     try:
-        import matplotlib  # noqa: F401
+        importlib.import_module(library)
     except ImportError as error:
         remedy = driver.install_command("bench")
-        raise RuntimeError(f"--plot needs matplotlib: {remedy}") from error
+        raise RuntimeError(f"{what} needs {library}: {remedy}") from error
 
 
 def plot(results: Results, path: Path) -> None:
@@ -170,23 +166,21 @@ def _lines(timings: list[Timing]) -> tuple[Case | None, dict[str, list[tuple[int
 
 
 def _bandwidth(axes: Any, case: Any, lines: dict[str, list[Any]]) -> None:
+    special: dict[str, dict[str, Any]] = {
+        "ours": {"linewidth": 3, "markersize": 6, "zorder": 4},
+        "ceiling": {"linestyle": "--", "marker": "", "label": "copy or multiply", "zorder": 3},
+    }
     for name, points in lines.items():
-        tokens, speeds = zip(*points, strict=True)
         style = {"color": _COLOURS.get(name, "#000000"), "linewidth": 1.4, "marker": "o"}
-        style.update(markersize=3.5, label=_label(name), zorder=2)
-        if name == "ours":
-            style.update(linewidth=3, markersize=6, zorder=4)
-        elif name == "ceiling":
-            style.update(linestyle="--", marker="", label="copy or multiply", zorder=3)
-        axes.plot(tokens, speeds, **style)
+        style |= {"markersize": 3.5, "label": _label(name), "zorder": 2, **special.get(name, {})}
+        axes.plot(*zip(*points, strict=True), **style)
     counts = sorted({tokens for points in lines.values() for tokens, _ in points})
-    axes.set_xscale("log", base=2)
     # Every second of many: labels of neighbours would touch.
     shown = counts if len(counts) < 7 else counts[::2]
+    axes.set_xscale("log", base=2)
     axes.set_xticks(shown, [f"{count:,}" for count in shown])
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("GB/s, read and written")
+    axes.set(xlabel="tokens", ylabel="GB/s, read and written")
     size = f"{case.heads} heads x {case.head_dim}"
     axes.set_title(f"Bandwidth: {case.kind}, {case.dtype}, {size}", fontsize=11)
     axes.grid(axis="y", alpha=0.3)
@@ -195,12 +189,10 @@ def _bandwidth(axes: Any, case: Any, lines: dict[str, list[Any]]) -> None:
 
 def _bars(axes: Any, host: list[HostTime]) -> None:
     rows = sorted(host, key=lambda row: -row["microseconds"])
-    ours = [row["call"].startswith("ours") for row in rows]
-    colours = [_COLOURS["ours"] if own else "#999999" for own in ours]
-    bars = axes.barh(
-        [row["call"] for row in rows], [row["microseconds"] for row in rows], color=colours
-    )
-    axes.bar_label(bars, [f"{row['microseconds']:.1f}" for row in rows], padding=3, fontsize=9)
+    calls, times = [row["call"] for row in rows], [row["microseconds"] for row in rows]
+    ours = [call.startswith("ours") for call in calls]
+    bars = axes.barh(calls, times, color=[_COLOURS["ours"] if own else "#999999" for own in ours])
+    axes.bar_label(bars, [f"{spent:.1f}" for spent in times], padding=3, fontsize=9)
     for label, own in zip(axes.get_yticklabels(), ours, strict=True):
         label.set_fontweight("bold" if own else "normal")
     axes.tick_params(axis="y", length=0, labelsize=9)

@@ -50,26 +50,20 @@ class TorchHost(clocks.Host):
     name = "torch"
 
     def __init__(self):
+        super().__init__()
         import torch
 
-        self.torch, self.mode = torch, torch.inference_mode(False)
+        self.torch = torch
 
     def __enter__(self):
-        self.mode = self.torch.inference_mode()
-        self.mode.__enter__()
+        self.enter_context(self.torch.inference_mode())
         return self
-
-    def __exit__(self, *raised):
-        self.mode.__exit__(*raised)
 
     def array(self, values):
         return clocks.as_torch(values).clone()
 
     def empty(self, shape, dtype):
         return self.torch.empty(shape, dtype=getattr(self.torch, dtype.name))
-
-    def copy(self, to, source):
-        to.copy_(source)
 
     def multiply(self, array):
         array.mul_(1)
@@ -383,6 +377,33 @@ def test_the_hosts_time_is_that_of_one_call_and_all_buffers_are_used(monkeypatch
     assert all(used.count(i) == pytest.approx(len(used) / 3, abs=20) for i in range(3))
 
 
+def test_a_gpus_time_is_the_median_of_replays_over_all_buffers():
+    events, used, replayed = [], [], []
+    spent = iter([9.0, 3.0, 6.0] * 5)
+
+    class Event:
+        def record(self, stream):
+            events.append(stream)
+
+        def synchronize(self):
+            assert len(replayed) > 1, "the first replay is not timed"
+
+    class Gpu(clocks._OnGpu):
+        stream = SimpleNamespace(synchronize=lambda: used.append("synchronized"))
+        _event, _elapsed = Event, staticmethod(lambda start, stop: next(spent))
+
+        def _captured(self, calls):
+            assert used.pop() == "synchronized"
+            used.clear()
+            assert list(calls) == [i % 5 for i in range(12)]
+            return partial(replayed.append, "replay")
+
+    assert Gpu().microseconds(lambda i: used.append(i) or i, 5) == pytest.approx(6e3 / 12)
+    assert used == [i % 5 for i in range(12)]
+    assert (len(replayed), events) == (16, [Gpu.stream] * 30)
+    assert [clocks.Gpu.rotation(None, nbytes) for nbytes in (0, 2**23, 2**40)] == [64, 64, 2]
+
+
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("layout", workloads.LAYOUTS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -671,7 +692,7 @@ def test_every_provider_that_is_found_agrees_and_is_timed(make, kind, layout):
     rows = command.measure(case, names, on, unavailable)
     # The others need compilers, which may be missing.
     assert set(unavailable) <= {"compile", "liger"}
-    timed = [n for n in names if PROVIDERS[n].in_place or not case.in_place]
+    timed = [n for n in names if not (case.in_place and providers.is_peer(n))]
     assert [row["provider"] for row in rows] == [n for n in timed if n not in unavailable]
     assert all(row["microseconds"] > 0 for row in rows)
 
@@ -682,7 +703,8 @@ def test_host_times_on_a_gpu(make, monkeypatch):
     monkeypatch.setattr(bench_costs, "_CALLS", 3)
     on = make()
     names, _ = providers.find(on)
-    rows, failed = bench_costs.host_times(on, names)
+    failed = {}
+    rows = bench_costs.host_times(names, on, failed)
     calls = {row["call"] for row in rows}
     wanted = {
         bench_costs.LAUNCH,
@@ -718,9 +740,13 @@ def test_a_provider_that_fails_at_a_host_call_is_named(monkeypatch):
 
     monkeypatch.setitem(PROVIDERS, "naive", PROVIDERS["naive"]._replace(build=broken))
     monkeypatch.setattr(bench_costs, "_own_calls", lambda work: ())
-    assert bench_costs.host_times(clocks.Host(), ["copy", "naive"]) == (
-        [], {"naive": "RuntimeError: no such kernel at a host call"}
-    )  # fmt: skip
+    unavailable = {}
+    assert bench_costs.host_times(["copy", "naive"], clocks.Host(), unavailable) == []
+    assert unavailable == {"naive": "RuntimeError: no such kernel at a host call"}
+    # What was found before is the better reason.
+    unavailable = {"naive": "disagrees with ours"}
+    assert bench_costs.host_times(["naive"], clocks.Host(), unavailable) == []
+    assert unavailable == {"naive": "disagrees with ours"}
 
 
 def test_torch_that_cannot_use_the_gpu_says_why(monkeypatch):

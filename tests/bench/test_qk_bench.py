@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_bench import FIELDS, TIMERS, TorchHost, host, judge, made_up, run, timing  # noqa: F401
 
-from cupy_headnorm.bench import clocks, costs, record, report, suite, workloads
+from cupy_headnorm.bench import clocks, costs, providers, record, report, suite, workloads
 from cupy_headnorm.bench import command as bench_command
 from cupy_headnorm.bench.providers import CEILINGS, Provider
 from cupy_headnorm.bench.providers import QK_PROVIDERS as PROVIDERS
@@ -54,10 +54,10 @@ def test_all_work_in_place_but_the_modules():
         assert changed == [name != "eager"] * 2, name
 
 
-def test_tokens_turn_and_plain_ones_do_not():
+def test_tokens_rotate_and_plain_ones_do_not():
     work = workloads.prepare(SMALL._replace(tokens=1), clocks.Host())
-    turned, plain = work.expected(), work.expected(unrotated=True)
-    for one, other in zip(turned, plain, strict=True):
+    rotated, plain = work.expected(), work.expected(unrotated=True)
+    for one, other in zip(rotated, plain, strict=True):
         assert np.abs(one.astype(float) - other.astype(float)).max() > 0.1
 
 
@@ -71,7 +71,7 @@ def test_a_peer_that_disagrees_on_either_part_gets_no_row(part, monkeypatch):
 
         return call
 
-    provider = Provider("shifted", shifted, ("numpy",), in_place=True)
+    provider = Provider("shifted", shifted, ("numpy",))
     monkeypatch.setitem(PROVIDERS, "shifted", provider)
     unavailable = {}
     rows = bench_command.measure(SMALL, ["ours", "shifted"], clocks.Host(), unavailable)
@@ -222,11 +222,11 @@ def test_the_suite_holds_cases_of_q_and_k(timer):
 @pytest.mark.parametrize("tokens", [1, 32, 4096])
 def test_every_provider_that_is_found_agrees_and_is_timed(make, tokens):
     on = make()
-    names, _ = bench_command._found(on, ["qk-rope"], None)
+    names, _ = providers.find(on, providers=PROVIDERS)
     unavailable = {}
-    rows = bench_command.measure(CASE._replace(tokens=tokens), names["qk-rope"], on, unavailable)
+    rows = bench_command.measure(CASE._replace(tokens=tokens), names, on, unavailable)
     assert set(unavailable) <= {"compile"}  # needs a compiler, which may be missing
-    wanted = [name for name in names["qk-rope"] if name not in unavailable]
+    wanted = [name for name in names if name not in unavailable]
     assert [row["provider"] for row in rows] == wanted
     assert set(OURS) <= set(wanted)
     assert all(row["microseconds"] > 0 for row in rows)
