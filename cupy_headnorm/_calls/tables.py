@@ -91,7 +91,7 @@ class Tables:
         sin: Any,
         stream: int,
     ) -> RopeCall | None:
-        """Describe what turns the parts called `names`; None where there is no embedding."""
+        """Describe what rotates the parts called `names`; None where there is no embedding."""
         rope = self.rope
         given = [
             n for n, a in (("positions", positions), ("cos", cos), ("sin", sin)) if a is not None
@@ -104,8 +104,8 @@ class Tables:
             return None
         if given not in (["positions"], ["cos", "sin"]):
             raise ValueError(
-                f"given to turn by: {', '.join(given) or 'nothing'}; needs positions alone, or cos "
-                "and sin"
+                f"given to rotate by: {', '.join(given) or 'nothing'}; needs positions alone, or "
+                "cos and sin"
             )
         seen = None
         if positions is None:

@@ -83,7 +83,7 @@ class Drawn:
             others[self.lengths.randrange(len(others))] = self.lengths.choice([1, 2, 3])
         return [self.heads(HEADS[0]), self.heads(HEADS[1], others)]
 
-    def turning(self):
+    def rotation(self):
         shape = list(self.tokens)
         if self.layout.random() < 0.3:
             shape = shape[self.layout.randrange(len(shape)) :]
@@ -149,7 +149,7 @@ def test_any_calls_of_q_and_k_in_a_row(derived, seed, monkeypatch):
     for _ in range(CALLS):
         drawn = Drawn(lengths.choice(layouts), lengths)
         parts = drawn.parts()
-        beside = drawn.turning() if seed % 2 else {}
+        beside = drawn.rotation() if seed % 2 else {}
         out = drawn.out(parts)
 
         def call(parts=parts, beside=beside, axis=drawn.heads_axis, out=out):

@@ -47,7 +47,7 @@ def both(rng, device):
     return whole(rng, device, 5)
 
 
-def turning(rng, device, way):
+def rotation(rng, device, way):
     beside = {"positions": positions, "cos and sin": cosines}
     return beside[way](rng, device, 5) if way else {}
 
@@ -70,9 +70,9 @@ WAYS = ["positions", "cos and sin", None]
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_second_call_only_looks(device, slow, way, rng):
-    qk = made(rng, turns=way is not None)
+    qk = made(rng, rotates=way is not None)
     for calls in range(3):
-        parts, beside = both(rng, device), turning(rng, device, way)
+        parts, beside = both(rng, device), rotation(rng, device, way)
         expected = right(qk, parts, beside)
         slow.clear()
         outs = tuple(map(torch.empty_like, parts))
@@ -89,7 +89,7 @@ def test_the_second_call_only_looks(device, slow, way, rng):
 @pytest.mark.parametrize("way", WAYS)
 def test_slices_of_one_buffer_at_other_places(device, slow, way, rng):
     """q and k as one wants them beside each other, then apart, then overlapping."""
-    qk, beside = made(rng, turns=way is not None), turning(rng, device, way)
+    qk, beside = made(rng, rotates=way is not None), rotation(rng, device, way)
     for first_q, first_k, apart in (
         (0, 3, 1),
         (3, 0, 1),
@@ -126,7 +126,7 @@ def packed(rng, device, *tokens):
 
 
 def heads_first(rng, device, *tokens):
-    """The same heads as models turn them: between the tokens and their last axis."""
+    """The same heads as models rotate them: between the tokens and their last axis."""
     return [part.transpose(-2, -3) for part in whole(rng, device, *tokens)]
 
 
@@ -139,7 +139,7 @@ LENGTHS = {
     "a batch of other sizes": (lambda n: (n, 3), lambda n: (1, 3)),
     "sequences": (lambda n: (2, n), lambda n: (2, n)),
 }
-"""Of the tokens, and of what they are turned by."""
+"""Of the tokens, and of what they are rotated by."""
 
 
 @pytest.mark.parametrize("target", ["new", "in place", "given"])
@@ -147,21 +147,21 @@ LENGTHS = {
 @pytest.mark.parametrize("parts", [whole, packed, heads_first])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_another_number_of_tokens_is_no_new_plan(device, slow, lengths, parts, beside, target, rng):
-    qk = made(rng, turns=beside is not None)
+    qk = made(rng, rotates=beside is not None)
     of_tokens, of_beside = LENGTHS[lengths]
     heads_axis = -3 if parts is heads_first else -2
     if parts is heads_first and lengths == "tokens":
         heads_axis = 0
     for n in (7, 4, 20, 2, 7):
         arrays = parts(rng, device, *of_tokens(n))
-        turning = {} if beside is None else beside(rng, device, *of_beside(n))
-        expected = right(qk, arrays, turning, heads_axis=heads_axis)
+        rotation = {} if beside is None else beside(rng, device, *of_beside(n))
+        expected = right(qk, arrays, rotation, heads_axis=heads_axis)
         out = {
             "new": None,
             "in place": tuple(arrays),
             "given": tuple(map(torch.empty_like, arrays)),
         }
-        found = qk(*arrays, **turning, heads_axis=heads_axis, out=out[target])
+        found = qk(*arrays, **rotation, heads_axis=heads_axis, out=out[target])
         same(found, expected)
     # Slices of one buffer are told apart token by token, not 3 tokens by 3.
     exactly = (lengths, parts, target) == ("a batch of other sizes", packed, "in place") and beside
@@ -170,7 +170,7 @@ def test_another_number_of_tokens_is_no_new_plan(device, slow, lengths, parts, b
 
 def test_no_result_has_an_odd_stride(device, slow, rng):
     """The first part of a batch, after the whole of one and before it."""
-    qk = made(rng, turns=False)
+    qk = made(rng, rotates=False)
     for batch, n in ((2, 5), (1, 4), (1, 3), (2, 4), (1, 4)):
         parts = [part[:batch, :n] for part in whole(rng, device, 3, 9)]
         parts = [part.contiguous() if batch > 1 else part for part in parts]
@@ -189,7 +189,7 @@ def test_lengths_that_are_another_plan(device, slow, rng):
         broadcast = whole(rng, device, 2, n)
         inside = [part.transpose(0, 1) for part in whole(rng, device, n, 2)]
         expanded = [part.expand(n, *part.shape[1:]) for part in whole(rng, device, 1)]
-        for parts, turning in (
+        for parts, rotation in (
             (apart, positions(rng, device, 2, n)),
             (broadcast, positions(rng, device, n)),
             (inside, positions(rng, device, 2, n)),
@@ -197,7 +197,7 @@ def test_lengths_that_are_another_plan(device, slow, rng):
             ([expanded[0].contiguous(), expanded[1]], positions(rng, device, n)),
             ([expanded[0], expanded[1].contiguous()], positions(rng, device, 1)),
         ):
-            same(qk(*parts, **turning), right(qk, parts, turning))
+            same(qk(*parts, **rotation), right(qk, parts, rotation))
     assert of_torch(slow) == 9
 
 
@@ -209,19 +209,24 @@ def test_lengths_that_do_not_fit_are_refused_after_others_did(device, slow, rng)
     assert of_torch(slow) == 2
     q, k = whole(rng, device, 6)
     cos = cosines(rng, device, 6)["cos"]
-    for parts, turning, heads_axis, message in (
+    for parts, rotation, heads_axis, message in (
         ((q, k[:5]), positions(rng, device, 6), -2, "needs the same tokens"),
         ((q, k[:1]), positions(rng, device, 6), -2, "needs the same tokens"),
         ((q, k), positions(rng, device, 5), -2, "positions has shape"),
         ((q, k), positions(rng, device, 1, 1, 6), -2, "positions has shape"),
-        ((q, k), {"cos": cos}, -2, "given to turn by: cos; needs positions alone"),
-        ((q, k), positions(rng, device, 6) | {"cos": cos}, -2, "given to turn by: positions, cos"),
-        ((q, k), {}, -2, "given to turn by: nothing"),
+        ((q, k), {"cos": cos}, -2, "given to rotate by: cos; needs positions alone"),
+        (
+            (q, k),
+            positions(rng, device, 6) | {"cos": cos},
+            -2,
+            "given to rotate by: positions, cos",
+        ),
+        ((q, k), {}, -2, "given to rotate by: nothing"),
         ((q, k), positions(rng, device, 6), -1, "heads_axis is -1, the axis of head_dim"),
         ((q, k), positions(rng, device, 6), 1 - 2**40, "needs one of the 64 axes"),
     ):
         with pytest.raises(ValueError, match=message):
-            qk(*parts, **turning, heads_axis=heads_axis)
+            qk(*parts, **rotation, heads_axis=heads_axis)
 
 
 def test_results_that_overlap_at_another_length(device, slow, rng):
@@ -237,8 +242,8 @@ def test_results_that_overlap_at_another_length(device, slow, rng):
 
     for _ in range(2):
         for n in (3, 2):
-            parts, turning = whole(rng, device, n), positions(rng, device, n)
-            same(qk(*parts, **turning, out=outs(n)), right(qk, parts, turning))
+            parts, rotation = whole(rng, device, n), positions(rng, device, n)
+            same(qk(*parts, **rotation, out=outs(n)), right(qk, parts, rotation))
         before = memory.clone()
         with pytest.raises(ValueError, match="out of q overlaps out of k"):
             qk(*whole(rng, device, 5), **positions(rng, device, 5), out=outs(5))
@@ -250,20 +255,20 @@ def test_results_that_overlap_at_another_length(device, slow, rng):
 
 @pytest.mark.parametrize("beside", [positions, cosines])
 def test_a_packed_buffer_that_moves(device, slow, beside, rng):
-    """Its slices stay beside each other, what turns them is anywhere."""
+    """Its slices stay beside each other, what rotates them is anywhere."""
     qk, kept = made(rng), []
     for of_tokens, of_beside in (((5,), (5,)), ((3,), (3,)), ((2, 3), (1, 3))):
-        turning = beside(rng, device, *of_beside)
+        rotation = beside(rng, device, *of_beside)
         for _ in range(3):
             parts = packed(rng, device, *of_tokens)
-            expected = right(qk, parts, turning)
-            qk(*parts, **turning, out=tuple(parts))
+            expected = right(qk, parts, rotation)
+            qk(*parts, **rotation, out=tuple(parts))
             same(parts, expected)
             kept.append(parts)
     assert of_torch(slow) == 2, "5 tokens, from which 3 are derived, and 2 times 3"
 
 
-def test_results_moved_onto_each_other_or_what_turns(device, slow, rng):
+def test_results_moved_onto_each_other_or_what_rotates(device, slow, rng):
     qk, parts = made(rng), both(rng, device)
     memory = tensor(rng, device, 100 * D)
     q_out, k_out = memory[: 15 * D].view(5, 3, D), memory[20 * D : 30 * D].view(5, 2, D)
@@ -282,7 +287,7 @@ def test_results_moved_onto_each_other_or_what_turns(device, slow, rng):
 
 def test_norms_and_tables_are_those_of_the_call(device, slow, rng):
     """Other weights, eps or tables of one layout make another call, and stay apart."""
-    parts, beside = both(rng, device), turning(rng, device, "positions")
+    parts, beside = both(rng, device), rotation(rng, device, "positions")
     norms = [
         made(rng),
         made(rng),
@@ -328,8 +333,8 @@ def test_other_layouts_of_as_many_bytes(device, slow, rng):
 
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_the_axis_of_the_heads_is_that_of_the_call(device, slow, way, rng):
-    """As many tokens as heads: nothing but heads_axis tells which of them turn alike."""
-    qk, beside = made(rng), turning(rng, device, way)
+    """As many tokens as heads: nothing but heads_axis tells which of them rotate alike."""
+    qk, beside = made(rng), rotation(rng, device, way)
     parts = [tensor(rng, device, 4, 5, 5, D) for _ in "qk"]
     expected = {axis: right(qk, parts, beside, heads_axis=axis) for axis in (-2, -3)}
     assert not np.allclose(expected[-2][0], expected[-3][0])
@@ -340,7 +345,7 @@ def test_the_axis_of_the_heads_is_that_of_the_call(device, slow, way, rng):
 
 
 def test_what_the_first_call_refuses_the_second_does_too(device, slow, rng):
-    qk, (q, k), beside = made(rng), both(rng, device), turning(rng, device, "cos and sin")
+    qk, (q, k), beside = made(rng), both(rng, device), rotation(rng, device, "cos and sin")
     for _ in range(2):
         qk(q, k, **beside), qk(q, k, **beside, out=(q, k))
     with torch.no_grad():
@@ -376,12 +381,12 @@ def test_a_call_is_not_taken_for_another_of_as_many_arrays(device, slow):
     positions = torch.arange(2, device=device)
     for _ in range(2):
         qk(q, k, cos=cos, sin=sin)
-        with pytest.raises(ValueError, match="given to turn by: nothing"):
+        with pytest.raises(ValueError, match="given to rotate by: nothing"):
             qk(q, k, out=(cos, sin))
         qk(q, k, positions=positions, out=(q, k))
         others = tuple(torch.ones(2, 4, 2, device=device) for _ in "qk")
         qk(q, k, positions=positions, out=others)
-        with pytest.raises(ValueError, match="given to turn by: positions, cos, sin"):
+        with pytest.raises(ValueError, match="given to rotate by: positions, cos, sin"):
             qk(q, k, positions=positions, cos=others[0], sin=others[1])
         qk(q, k, positions=positions)
         for function in (qk, qk.warmup):
@@ -400,7 +405,7 @@ def test_an_unload_between_look_and_launch_leaves_the_memory(device, slow, monke
 
     monkeypatch.setattr(uploads, "upload", lambda *given: keep(upload(*given))[0])
     monkeypatch.setattr(uploads, "upload_pieces", lambda *given: keep(*upload_pieces(*given)))
-    qk, parts, beside = made(rng), both(rng, device), turning(rng, device, "positions")
+    qk, parts, beside = made(rng), both(rng, device), rotation(rng, device, "positions")
     expected = right(qk, parts, beside)
     qk(*parts, **beside)
     slow.clear()
@@ -431,7 +436,7 @@ def test_tables_come_in_pieces(device, slow, monkeypatch, rng):
     monkeypatch.delattr(Rope, "tables")
     monkeypatch.setattr(Rope, "_pieces", counted)
     monkeypatch.setattr(embedding, "_CHUNK", 3 * D // 2)
-    qk, parts, beside = made(rng), both(rng, device), turning(rng, device, "positions")
+    qk, parts, beside = made(rng), both(rng, device), rotation(rng, device, "positions")
     expected = right(qk, parts, beside)
     same(qk(*parts, **beside), expected)
     assert len(sizes) > 2
@@ -442,7 +447,7 @@ def test_tables_come_in_pieces(device, slow, monkeypatch, rng):
 def test_tables_that_are_too_long_are_not_made(device, slow, rng):
     qk = made(rng, max_position=2**31 // D + 1)
     with pytest.raises(ValueError, match=f"needs {2**31 // D} at most for tables .*max_position="):
-        qk(*both(rng, device), **turning(rng, device, "positions"))
+        qk(*both(rng, device), **rotation(rng, device, "positions"))
 
 
 def test_inner_lengths_tell_families_apart(device, slow, rng):
@@ -458,14 +463,14 @@ def test_inner_lengths_tell_families_apart(device, slow, rng):
 
 def test_results_whose_heads_lie_apart_by_their_length(device, slow, rng):
     """As many bytes from token to token, but from head to head as many as there are tokens."""
-    qk = made(rng, turns=False)
+    qk = made(rng, rotates=False)
     for n in (3, 5, 2):
         parts = [tensor(rng, device, h, 6, D)[:, :n].transpose(0, 1) for h in H[:2]]
         same(qk(*parts), right(qk, parts, {}))
 
 
 def test_slices_a_token_apart_overlap(device, slow, rng):
-    qk = made(rng, turns=False)
+    qk = made(rng, rotates=False)
     a, b = tensor(rng, device, 6, 8, D), tensor(rng, device, 6, 8, D)
     for n in (5, 4):
         parts = a[:n, :3], b[:n, :2]
@@ -478,7 +483,7 @@ def test_slices_a_token_apart_overlap(device, slow, rng):
 
 
 def test_parts_that_are_broadcast_are_refused_after_expanded_ones(device, slow, rng):
-    qk = made(rng, turns=False)
+    qk = made(rng, rotates=False)
     q, k = whole(rng, device, 5)
     outs = tuple(map(torch.empty_like, (q, k)))
     qk(q, k[:1].expand(5, *k.shape[1:]), out=outs)
@@ -494,7 +499,7 @@ def test_parts_that_are_broadcast_are_refused_after_expanded_ones(device, slow, 
 
 def test_results_whose_inner_axis_lies_outermost(device, slow, rng):
     """The results' order is that of the kernel's axes."""
-    qk = made(rng, turns=False)
+    qk = made(rng, rotates=False)
     for n in (5, 3, 6):
         parts = whole(rng, device, n, 2)
         outs = tuple(
@@ -517,7 +522,7 @@ def test_results_whose_inner_axis_lies_outermost(device, slow, rng):
 
 
 def test_no_token_after_some(device, slow, rng):
-    qk = made(rng, turns=False)
+    qk = made(rng, rotates=False)
     for n in (5, 0, 4, 0):
         parts = whole(rng, device, n, 3)
         assert [len(y) for y in qk(*parts)] == [n, n]
@@ -540,9 +545,9 @@ def test_rows_of_positions_are_no_tokens(device, slow, rng):
     parts = whole(rng, device, 5)
     qk(*parts, **positions(rng, device, 3, 1))
     for n in (5, 4, 3):
-        parts, turning = whole(rng, device, n), positions(rng, device, 3)
+        parts, rotation = whole(rng, device, n), positions(rng, device, 3)
         with pytest.raises(ValueError, match="a row for each of the sections"):
-            qk(*parts, **turning)
+            qk(*parts, **rotation)
 
 
 def test_cos_and_sin_of_other_shapes_are_refused_after_equal_ones(device, slow, rng):
@@ -575,7 +580,7 @@ def test_arrays_without_axes_are_refused(device, slow, known, rng):
 
 def test_what_overlaps_itself_is_refused_after_fewer_tokens_did_not(device, slow, rng):
     """Heads lie outermost, 5 tokens apart; or those of k alone do."""
-    qk, memory = made(rng, turns=False), tensor(rng, device, 40 * D)
+    qk, memory = made(rng, rotates=False), tensor(rng, device, 40 * D)
 
     def heads_apart(n):
         (q, k), (q_heads, _) = whole(rng, device, n), H[:2]
@@ -598,7 +603,7 @@ def test_what_overlaps_itself_is_refused_after_fewer_tokens_did_not(device, slow
 def test_positions_are_not_taken_for_cos(device, slow, rng):
     """Two arrays beside, of the same layouts as cos and sin."""
     qk, (q, k) = made(rng), whole(rng, device, 5)
-    turning = cosines(rng, device, 5)
-    qk(q, k, **turning)
-    with pytest.raises(ValueError, match="given to turn by: positions, sin"):
-        qk(q, k, positions=turning["cos"], sin=turning["sin"])
+    rotation = cosines(rng, device, 5)
+    qk(q, k, **rotation)
+    with pytest.raises(ValueError, match="given to rotate by: positions, sin"):
+        qk(q, k, positions=rotation["cos"], sin=rotation["sin"])

@@ -45,11 +45,11 @@ REFUSED = {
     "int16 positions": ({"positions": np.arange(5, dtype="i2")}, "positions has dtype int16; need"),
     "positions of other tokens": ({"positions": np.arange(4)}, r"positions has shape \(4,\); need"),
     "positions of more axes": ({"positions": np.ones((1, 5), int)}, r"positions has shape \(1, 5"),
-    "nothing to turn by": ({"positions": None}, "given to turn by: nothing; needs positions alone"),
-    "positions, cos and sin": (COS | {"positions": np.arange(5)}, "given to turn by: positions, c"),
-    "positions and cos": ({"cos": f(5, D)}, "given to turn by: positions, cos; needs positions"),
-    "cos without sin": (COS | {"sin": None}, "given to turn by: cos; needs positions alone, or"),
-    "sin without cos": (COS | {"cos": None}, "given to turn by: sin; needs positions alone, or"),
+    "nothing to rotate by": ({"positions": None}, "to rotate by: nothing; needs positions alone"),
+    "positions, cos and sin": (COS | {"positions": np.arange(5)}, "to rotate by: positions, c"),
+    "positions and cos": ({"cos": f(5, D)}, "given to rotate by: positions, cos; needs positions"),
+    "cos without sin": (COS | {"sin": None}, "given to rotate by: cos; needs positions alone, or"),
+    "sin without cos": (COS | {"cos": None}, "given to rotate by: sin; needs positions alone, or"),
     "cos of wrong dtype": (
         COS | {n: f(5, D, dtype=np.float16) for n in ("cos", "sin")},
         "cos has dtype float16 and sin float16; needs that of q, float32, or float32 of both",
@@ -79,7 +79,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-def turner(**options):
+def rotator(**options):
     norm = HeadNorm(f(D) + 2)
     return QKNorm(norm, norm, rope=Rope.of_theta(1e4, D, max_position=16, **options))
 
@@ -93,7 +93,7 @@ def call(qk, given, **more):
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(library, name):
     changes, message = REFUSED[name]
-    qk = turner()
+    qk = rotator()
     right = {n: library.array(array) for n, array in RIGHT.items()}
     both = {n: library.array(array) for n, array in (RIGHT | COS).items() if array is not None}
     given = RIGHT | changes
@@ -130,9 +130,9 @@ def test_positions_off_their_boundaries(offset, step, aligned):
     with pytest.raises(
         ValueError, match=f"positions are aligned to {aligned} bytes; needs 8, the size of int64"
     ):
-        turner()(f(5, 3, D), f(5, 2, D), positions=positions)
+        rotator()(f(5, 3, D), f(5, 2, D), positions=positions)
     alone = np.ndarray((1,), np.int64, memory, 0, (step,))
-    turner()(f(5, 3, D), f(5, 2, D), positions=alone)
+    rotator()(f(5, 3, D), f(5, 2, D), positions=alone)
 
 
 def overlapping():
@@ -180,7 +180,7 @@ TENSORS = {
 def test_a_packed_buffer_is_refused_by_its_own_name(name):
     make, message = BUFFERS[name]
     with pytest.raises((TypeError, ValueError), match=message):
-        turner().packed(make(), num_heads=4, num_kv_heads=2, positions=np.arange(5))
+        rotator().packed(make(), num_heads=4, num_kv_heads=2, positions=np.arange(5))
 
 
 @pytest.mark.filterwarnings("ignore:.*(nested|sparse|mkldnn|Sparse)")
@@ -190,12 +190,12 @@ def test_a_packed_tensor_is_refused_by_its_own_name(name):
     make, message = TENSORS[name]
     qkv = make(torch)
     with pytest.raises((TypeError, ValueError), match=message):
-        turner().packed(qkv, num_heads=4, num_kv_heads=2, positions=torch.arange(5))
+        rotator().packed(qkv, num_heads=4, num_kv_heads=2, positions=torch.arange(5))
 
 
 def test_a_packed_buffer_with_gaps_is_refused_after_its_like(library):
     """A reshape would copy it, and the copy be normalized."""
-    qk, positions = turner(), library.array(np.arange(5))
+    qk, positions = rotator(), library.array(np.arange(5))
     gaps = library.array(f(5, 16 * D))
     for _ in range(2):
         qkv = library.array(f(5, 8 * D))
@@ -209,7 +209,7 @@ def test_a_packed_buffer_with_gaps_is_refused_after_its_like(library):
 @pytest.mark.parametrize("wrong", [-1, 16, -(2**31), 2**31 - 1])
 def test_positions_outside_of_the_table(library, wrong, sections):
     """Refused where looking costs nothing, before anything is written."""
-    qk = turner(sections=sections)
+    qk = rotator(sections=sections)
     positions = np.array([3, 0, 15, wrong, 7], np.int32)
     positions = np.stack([np.zeros_like(positions)] * 2 + [positions]) if sections else positions
     q, k, qkv, positions = map(library.array, (RIGHT["q"], RIGHT["k"], f(5, 7 * D), positions))
@@ -230,7 +230,7 @@ def test_positions_outside_of_the_table(library, wrong, sections):
 
 
 def test_one_position_a_token_where_three_are_needed():
-    qk = turner(sections=(8, 12, 12))
+    qk = rotator(sections=(8, 12, 12))
     with pytest.raises(
         ValueError, match=r"positions have shape \(3,\); needs \(3, \.\.\.\), a row .*of \(3,\) or"
     ):
@@ -254,7 +254,7 @@ def test_missing_v_sections_and_no_rope(library):
     with pytest.raises(
         ValueError, match=r"positions have shape \(5,\); needs \(3, \.\.\.\), a row"
     ):
-        turner(sections=(16, 8, 8))(q, k, positions=positions)
+        rotator(sections=(16, 8, 8))(q, k, positions=positions)
     wide = QKNorm(HeadNorm(), HeadNorm(), rope=Rope.of_theta(1e4, 66, max_position=4))
     with pytest.raises(ValueError, match="rotary_dim is 66; needs head_dim=64 at most"):
         wide(q, k, positions=positions)
@@ -268,7 +268,7 @@ def test_missing_v_sections_and_no_rope(library):
 
 
 def test_refused_layouts_and_overlaps(library):
-    qk, positions = turner(), library.array(np.arange(5))
+    qk, positions = rotator(), library.array(np.arange(5))
     buffer = library.array(f(5, 8 * D))
     before = library.host(buffer).copy()
     heads = buffer.reshape(5, 8, D)
@@ -351,16 +351,16 @@ def test_other_libraries_and_read_only_results():
     torch = pytest.importorskip("torch")
     q, k = f(5, 3, D), f(5, 2, D)
     with pytest.raises(TypeError, match=r"k is a Tensor \(torch\); needs the library of q, numpy"):
-        turner()(q, torch.from_numpy(k), positions=np.arange(5))
+        rotator()(q, torch.from_numpy(k), positions=np.arange(5))
     with pytest.raises(TypeError, match="positions is a list; needs a NumPy, CuPy or torch array"):
-        turner()(q, k, positions=[0, 1, 2, 3, 4])
+        rotator()(q, k, positions=[0, 1, 2, 3, 4])
     k.flags.writeable = False
     with pytest.raises(ValueError, match="out of k is read-only; needs a writeable array"):
-        turner()(q, k, positions=np.arange(5), out=(q, k))
+        rotator()(q, k, positions=np.arange(5), out=(q, k))
     np.testing.assert_array_equal(q, f(5, 3, D))
-    turner().warmup(q, k, positions=np.arange(5))
+    rotator().warmup(q, k, positions=np.arange(5))
     with pytest.raises(ValueError, match="k requires grad and grad mode is on"):
-        turner()(
+        rotator()(
             torch.ones(5, 3, D), torch.ones(5, 2, D).requires_grad_(), positions=torch.arange(5)
         )
 
@@ -370,7 +370,7 @@ def test_arrays_of_two_devices_are_refused():
     torch = pytest.importorskip("torch")
     cpu = {n: torch.from_numpy(a) for n, a in (RIGHT | COS).items() if a is not None}
     cpu["positions"] = torch.arange(5)
-    qk, cuda = turner(), {n: a.cuda() for n, a in cpu.items()}
+    qk, cuda = rotator(), {n: a.cuda() for n, a in cpu.items()}
     tables = {n: a for n, a in cuda.items() if n != "positions"}
     for name, given in (
         ("k", {n: cuda[n] for n in RIGHT}), ("positions", {n: cuda[n] for n in RIGHT}),
@@ -387,10 +387,10 @@ def planned(dtype, head_dim):
     x = layout.Layout((1, 1, head_dim), (0, 0, dtype.itemsize), dtype, GPU, 16)
     row = layout.Layout((1, 2), (0, dtype.itemsize), dtype, GPU, 16)
     norm = PartNorm(option_rules.options("rms", head_dim=head_dim), None, None)
-    turning = Rotation("half", False, 2, True, (), False, (True, True), row, row, None)
+    rotation = Rotation("half", False, 2, True, (), False, (True, True), row, row, None)
     parts = {"q": x, "k": x}
     return qk_norm_rope.plan(
-        part_rules.describe(dict.fromkeys("qk", norm), parts, parts, turning, -2)
+        part_rules.describe(dict.fromkeys("qk", norm), parts, parts, rotation, -2)
     )
 
 

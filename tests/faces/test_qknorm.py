@@ -37,10 +37,10 @@ def test_matches_float64(library, case, rng, forgotten, monkeypatch):
     parts, norms, beside = made = case.made(rng, beyond=3 if library.on_gpu else 0)
     qk = qk_norm(case, norms)
     given = [library.array(part) for part in parts]
-    turning = {name: library.array(array) for name, array in beside.items()}
-    found = [library.host(y) for y in qk(*given, **turning)]
+    rotation = {name: library.array(array) for name, array in beside.items()}
+    found = [library.host(y) for y in qk(*given, **rotation)]
     check(case, found, made)
-    for array, values in zip([*given, *turning.values()], [*parts, *beside.values()], strict=True):
+    for array, values in zip([*given, *rotation.values()], [*parts, *beside.values()], strict=True):
         np.testing.assert_array_equal(library.host(array), values)
     if library.on_gpu:
         # As with many tokens, when a group of threads walks several heads.
@@ -113,7 +113,7 @@ def laid(request, library):
     return layouts, max(layout.elements for layout in layouts)
 
 
-def turning_of(rng, shape, dtype):
+def rotations_of(rng, shape, dtype):
     """Return the ways to turn tokens of a shape: what is given beside q, k and v."""
     return {
         "positions": {"positions": rng.integers(0, MAX_POSITION, shape)},
@@ -139,7 +139,7 @@ def test_bits_do_not_depend_on_strides_and_nothing_else_is_written(library, laid
     buffer = library.array(values)
     parts = [library.lay(buffer, layout) for layout in layouts]
     dense = [library.array(np.ascontiguousarray(library.host(part))) for part in parts]
-    beside = turning_of(rng, tokens, dtype)[way]
+    beside = rotations_of(rng, tokens, dtype)[way]
     beside = {name: library.array(array) for name, array in beside.items()}
     beside["heads_axis"] = heads_axis
     expected = [library.host(y) for y in qk(*dense, **beside)]
@@ -330,9 +330,9 @@ def test_the_host_makes_no_tables(rng, monkeypatch):
     qk = QKNorm(norm, norm, rope=Rope.of_theta(1e4, 64, max_position=10**9))
     for name in ("tables", "_pieces"):
         monkeypatch.delattr(Rope, name)
-    turned, _ = qk(q, q, positions=positions)
+    rotated, _ = qk(q, q, positions=positions)
     cos, sin = qk.rope.at(positions, np.float32)
-    np.testing.assert_array_equal(turned, qk(q, q, cos=cos, sin=sin)[0])
+    np.testing.assert_array_equal(rotated, qk(q, q, cos=cos, sin=sin)[0])
 
 
 def test_the_stride_of_one_row_says_nothing(rng):

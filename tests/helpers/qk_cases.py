@@ -25,7 +25,7 @@ class Case(NamedTuple):
     x: str = "bfloat16"
     head_dim: int = 128
     by: str | None = "int64"
-    """What turns: positions of a dtype or of sections, cos and sin of a width and dtype, none."""
+    """What rotates: positions of a dtype or of sections, cos and sin of a width and dtype, none."""
     style: str = "half"
     every_op: bool = True
     first: bool = False
@@ -103,7 +103,7 @@ class Case(NamedTuple):
         return (weight, bias, options)
 
     def made(self, rng, beyond=0):
-        """Return parts, norms and what turns, in NumPy; positions `beyond` both ends of tables."""
+        """Return parts, norms and rotations, in NumPy; positions `beyond` both ends of tables."""
         heads = (*self.heads, self.heads[1])[: 2 + self.v]
         parts = [random(rng, (2, self.tokens, n, self.head_dim), self.dtype) for n in heads]
         norms = [self.norm(rng, n) for n in self.heads]
@@ -145,7 +145,7 @@ def qk_norm(case, norms):
 
 # The oracle. Each step returns its values, rounded as the step is, and a bound of their error.
 def factors(case, rope, beside):
-    """Return cosines and sines of each element that turns, as (2 or 1, tokens or 1, 1, width)."""
+    """Return cosines and sines of each element that rotates, as (2 or 1, tokens or 1, 1, width)."""
     half = case.rotary_dim // 2
     if "positions" in beside:
         found = []
@@ -170,7 +170,7 @@ def factors(case, rope, beside):
     return [table[..., np.newaxis, :] for table in found]
 
 
-def turned(case, x, error, tables):
+def rotated(case, x, error, tables):
     wide, width = error.dtype, case.rotary_dim
 
     def rounded(values):
@@ -218,7 +218,7 @@ def expected(case, parts, norms, beside):
     for i, (x, parameters) in enumerate(zip(parts, norms, strict=True)):
         steps = [lambda y, e, p=parameters: normed(case, p, y, e)]
         if rope and i < 2:
-            steps.insert(0 if case.first else 1, lambda y, e: turned(case, y, e, tables))
+            steps.insert(0 if case.first else 1, lambda y, e: rotated(case, y, e, tables))
         y, error = x, np.zeros(x.shape, wide)
         for n, step in enumerate(steps):
             if n:  # what the step before is rounded to may fall to the other side

@@ -93,6 +93,6 @@ def slow(monkeypatch):
     return list_steps(monkeypatch, lambda given: given)
 
 
-def made(rng, *, theta=1e4, eps=1e-6, max_position=MAX_POSITION, turns=True):
-    rope = Rope.of_theta(theta, D, max_position=max_position) if turns else None
+def made(rng, *, theta=1e4, eps=1e-6, max_position=MAX_POSITION, rotates=True):
+    rope = Rope.of_theta(theta, D, max_position=max_position) if rotates else None
     return QKNorm(*(HeadNorm(random(rng, D, FLOAT32), eps=eps) for _ in "qk"), rope=rope)

@@ -161,9 +161,13 @@ def _qk_faults(backend, case):
         yield "v", without(v=q), (TypeError, "v is given and there is no v_norm")
     if case.outs and not case.in_place:
         yield "one out", without("out of k"), (TypeError, "out is a tuple; needs a tuple of")
-    turned_by = [n for n in ("positions", "cos", "sin") if n in case.places]
-    if turned_by:
-        yield "nothing to turn by", without(*turned_by), (ValueError, "given to turn by: nothing")
+    rotated_by = [n for n in ("positions", "cos", "sin") if n in case.places]
+    if rotated_by:
+        yield (
+            "nothing to rotate by",
+            without(*rotated_by),
+            (ValueError, "given to rotate by: nothing"),
+        )
     else:
         yield "positions", without(positions=q), (ValueError, "there is no rope")
     if "positions" in case.places:
@@ -187,7 +191,7 @@ def _qk_faults(backend, case):
         cos = case.places["cos"]
         wider = cos._replace(shape=(*cos.shape[:-1], cos.shape[-1] + 1))
         yield "width of cos", without(cos=wider), (ValueError, "cos has shape")
-        yield "cos alone", without("sin"), (ValueError, "given to turn by: cos;")
+        yield "cos alone", without("sin"), (ValueError, "given to rotate by: cos;")
 
 
 @st.composite
@@ -277,7 +281,7 @@ def drawn_qk_case(draw, backend, keys):
     else:
         outs = parts if written else []
     places |= {f"out of {n}": out for n, out in zip(names, outs, strict=False)}
-    # What turns.
+    # What rotates.
     if of.by_positions:
         positions = np.dtype(np.int32 if of.by == "int32" else np.int64)
         beside = _beside(draw, tokens)

@@ -13,9 +13,9 @@ A result is one rounding away from exact, plus the float32 error in front of tha
   flush to zero, 2**-126, for the others.
 * where terms cancel (a bias, or x near its mean) the error is that of the terms: 8 eps of the
   accumulating dtype of each.
-* a value turned by a rotary embedding is two products of numbers that are 8 eps off and their sum,
+* a value rotated by a rotary embedding is two products of numbers that are 8 eps off and their sum,
   cos and sin being at most one and, where each library takes its own, an eps apart: 1.5 eps and
-  one; if the norm comes last its root moves by those 1.5 eps too. 12 eps of the pair, TURNED times
+  one; if the norm comes last its root moves by those 1.5 eps too. 12 eps of the pair, ROTATED times
   the 8. Frequencies an eps apart give angles an eps off each: ANGLE of the 8, times the angle.
 * a rounding in the middle ("before_weight") may fall to the other side: one eps of the product.
 """
@@ -38,14 +38,14 @@ ABSOLUTE = {
 CANCELLING = {"float16": 8 * 2.0**-23, "bfloat16": 8 * 2.0**-23, "float32": 8 * 2.0**-23}
 CANCELLING["float64"] = 8 * 2.0**-52
 
-TURNED = 12 / 8
+ROTATED = 12 / 8
 ANGLE = 1 / 8
 
 FLIPS = 5e-4
 """Share of values on which two float32 evaluations of one formula may round to different sides."""
 TELLING = 0.1
 """Share of values that another rounding or formula changes at least: 20 to 44 % were seen."""
-FLIPS_TURNED = 1e-3
+FLIPS_ROTATED = 1e-3
 """The same where each library has cos and sin of its own, at positions below 4096: a float32
 frequency in 50 is an eps off, and its angle 2**-11 at most, a unit of a float16 cosine. 0.031 % was
 the worst seen; 0.003 % of it with the model's frequencies."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from allpairspy import AllPairs
 from oracle import norm as oracle
-from tolerances import ANGLE, FLIPS, FLIPS_TURNED, TELLING, TURNED, assert_alike, mismatch
+from tolerances import ANGLE, FLIPS, FLIPS_ROTATED, ROTATED, TELLING, assert_alike, mismatch
 
 from cupy_headnorm import CheckpointError, HeadNorm, QKNorm
 from cupy_headnorm._arrays import dtypes
@@ -31,7 +31,7 @@ def test_attention_is_given_what_qknorm_gives(tiny, family, dtype, device):
     assert layers
     for layer, qk in layers:
         found = parity.measure_qk(model, layer, qk, device)
-        assert found.positions < FLIPS_TURNED, f"layer {layer}: {found.positions:.4%} differ"
+        assert found.positions < FLIPS_ROTATED, f"layer {layer}: {found.positions:.4%} differ"
         assert found.given < FLIPS, f"layer {layer}: {found.given:.4%} differ"
         assert found.v < FLIPS
         assert found.rounding > TELLING * found.turned, f"{found.what} is not told from ours"
@@ -92,7 +92,7 @@ def pairs_of(qk, name, x):
     sizes[..., : rope.rotary_dim] = turned + turned[..., other]
     if last and norm.weight is not None:
         sizes *= np.abs(norm.weight.astype(np.float64) + norm.weight_offset)
-    return sizes, TURNED * sizes
+    return sizes, ROTATED * sizes
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES)
@@ -192,7 +192,7 @@ def test_the_command_prints_the_table(capsys):
     lines = json.loads(capsys.readouterr().out)
     found = [(line["family"], line["layer"], line["dtype"]) for line in lines]
     assert found == [("gemma3", layer, dtype) for dtype in parity.DTYPES for layer in (0, 1)]
-    assert all(line["mismatch"] < 100 * FLIPS_TURNED for line in lines)
+    assert all(line["mismatch"] < 100 * FLIPS_ROTATED for line in lines)
     parity.main(["--qk", "gemma3"])
     shown = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
     assert shown[1:] == [[family, str(layer), dtype] for family, layer, dtype in found]
