@@ -48,7 +48,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
 
 def _slug(device: str) -> str:
-    """Turn ``NVIDIA H100 80GB HBM3`` into ``h100-80gb-hbm3``."""
+    """Make ``NVIDIA H100 80GB HBM3`` a file's name: ``h100-80gb-hbm3``."""
     return "-".join(re.findall(r"[a-z0-9]+", device.lower())).removeprefix("nvidia-")
 
 
