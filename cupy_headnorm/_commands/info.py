@@ -28,8 +28,7 @@ def run(_: argparse.Namespace) -> None:
         ("kernel cache", found.cache or "unknown without CuPy"),
     ]
     rows += [(f"cuda:{i}", name) for i, name in enumerate(found.devices)] or [("devices", "none")]
-    rows.append(("NumPy arrays", "work"))
-    rows.append(("torch and JAX on the CPU", "work"))
+    rows += [("NumPy arrays", "work"), ("torch and JAX on the CPU", "work")]
     if found.reason:
         rows += [("CUDA arrays", f"do not work: {found.reason}"), ("needs", found.remedy)]
     else:

@@ -23,20 +23,20 @@ from cupy_headnorm._arrays.dtypes import DType
 from cupy_headnorm._cuda import environment
 
 _ROTATION_BYTES = 512 * 1024 * 1024
-"""Of all buffers together: ten times an H100's L2."""
+"""All buffers together have so many: ten times an H100's L2."""
 _SETS = 64
 _CALLS = 12
-"""In a graph at least, so that its own launch does not count."""
+"""A graph has so many at least, so that its own launch does not count."""
 _REPLAYS = 15
 _HOST_SECONDS = 1.0
 """On the host no call is repeated for longer than this."""
 
 Call = Callable[[int], Any]
-"""Works on the buffers of that number and returns the result."""
+"""It works on the buffers of that number and returns the result."""
 
 
 class _Arrays(contextlib.ExitStack):
-    """The arrays of one library; they are made and used inside of it."""
+    """Makes arrays of one library, and copies them; it is entered before and left after."""
 
     name: str
     """The library: ``numpy`` on the host, ``cupy`` or ``torch`` on a GPU."""
@@ -58,7 +58,7 @@ class _Arrays(contextlib.ExitStack):
         return np.asarray(array.get() if hasattr(array, "get") else array, np.float64)
 
     def copy(self, to: Any, source: Any) -> None:
-        """Copy contiguous bytes; torch asks the driver's own copy."""
+        """Copy contiguous bytes; torch uses the driver's own copy."""
         to[:] = source
 
     def multiply(self, array: Any) -> None:
@@ -97,14 +97,14 @@ class Host(_Arrays):
 class _OnGpu(_Arrays):
     rounds = 3
     """
-    The median of which counts: for some milliseconds a GPU may be 4 % slower. Of 300 times of one
-    round each on an H100 1 to 4 were, others each time.
+    Their median counts: for some milliseconds a GPU may be 4 % slower. Of 300 times of one round
+    each on an H100 1 to 4 were, others each time.
     """
     stream: Any
     _event: Callable[[], Any]
     _elapsed: Callable[[Any, Any], float]
     _captured: Callable[[Iterator[Any]], Callable[[], Any]]
-    """Returns a replay of the graph of calls, each of which runs when it is next."""
+    """It records calls, each of which runs when it is next, and returns the replay."""
 
     def rotation(self, nbytes: int) -> int:
         """Return how many sets of `nbytes` to walk through."""
@@ -202,7 +202,7 @@ Timer = Gpu | TorchGpu | Host
 
 
 def as_torch(array: Any) -> Any:
-    """Return a torch tensor over the memory of a NumPy array; what is none, as it is."""
+    """Return a torch tensor over the memory of a NumPy array; anything else as it is."""
     import torch
 
     if not isinstance(array, np.ndarray):

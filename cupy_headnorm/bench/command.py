@@ -48,7 +48,7 @@ def run(chosen: argparse.Namespace, command: str) -> None:
 
 
 def _slug(device: str) -> str:
-    """Turn ``NVIDIA H100 80GB HBM3`` into ``h100-80gb-hbm3``."""
+    """Make ``NVIDIA H100 80GB HBM3`` a file's name: ``h100-80gb-hbm3``."""
     return "-".join(re.findall(r"[a-z0-9]+", device.lower())).removeprefix("nvidia-")
 
 
@@ -111,9 +111,9 @@ def _steps(chosen: argparse.Namespace, on: Timer, results: Results) -> Iterator[
     described = suite(on) if whole else zip(arguments.cases(chosen), itertools.repeat(None))
     for case, providers in [] if chosen.host else described:
         names = [name for name in found[case.op] if providers is None or name in providers]
-        yield partial(_time, results, case, names, on)
+        yield partial(_rows, results.timings, measure, case, names, on, results.unavailable)
     if of_norm:
-        yield partial(_host, results, found[NORM], on)
+        yield partial(_rows, results.host, costs.host_times, found[NORM], on, results.unavailable)
     for is_wanted, cost, *given in (
         (on_gpu and of_norm, costs.plan_misses, on),
         (on_gpu and (chosen.host or whole), costs.first_calls),
@@ -125,15 +125,11 @@ def _steps(chosen: argparse.Namespace, on: Timer, results: Results) -> Iterator[
             yield partial(_once, results, cost, *given)
 
 
-def _time(results: Results, case: Case, names: list[str], on: Timer) -> None:
-    results.timings += measure(case, names, on, results.unavailable)
+def _rows(rows: list[Any], measured: Callable[..., list[Any]], *given: Any) -> None:
+    rows += measured(*given)
 
 
-def _host(results: Results, names: list[str], on: Timer) -> None:
-    results.host = costs.host_times(names, on, results.unavailable)
-
-
-def _once(results: Results, cost: Any, *given: Any) -> None:
+def _once(results: Results, cost: Callable[..., dict[str, float]], *given: Any) -> None:
     try:
         results.once.update(cost(*given))
     except Exception as error:  # minutes of timings are worth more than the last numbers

@@ -34,7 +34,7 @@ CUPY_IN_PLACE, CUPY_NEW = "ours, in place on CuPy", "ours, new result on CuPy"
 FUNCTIONAL = "F.rms_norm"
 
 _CALLS = 300
-"""Between two synchronizations: a launch queue holds about 1,000, and the host waits at its end."""
+"""Calls without a synchronization: the host waits where a launch queue ends, at about 1,000."""
 _BATCHES = 9
 _MISSES = 200
 
@@ -63,7 +63,7 @@ print((time.perf_counter() - start) * 1e3)
 
 
 def host_times(names: list[str], on: Timer, unavailable: dict[str, str]) -> list[HostTime]:
-    """Return the host's microseconds for each kind of call; why a provider fails is added."""
+    """Return the host's microseconds for each kind of call; add reasons of providers that fail."""
     with on:
         if on.name == "torch":  # its stream says nothing about CuPy's
             on.enter_context(clocks.Gpu())
@@ -182,7 +182,7 @@ def _calls_of_length(work: Workload, length: int, sequences: int) -> Callable[[]
 
 
 def _in_new_process(code: str, bytecode: str, **environment: str) -> float:
-    """Return the number that `code` prints, with compiled modules kept in a folder of their own."""
+    """Return the number that `code` prints, with compiled modules in the folder `bytecode`."""
     here = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     environment |= {"PYTHONPATH": path, "PYTHONPYCACHEPREFIX": bytecode}

@@ -170,7 +170,7 @@ PROVIDERS = {
     "compile": Provider("transformers, torch.compile", _compiled, GPU, _TRANSFORMERS),
     "liger": Provider("Liger", _liger, GPU, ("torch", "liger_kernel.transformers.rms_norm")),
 }
-"""Of one norm, in the order of tables."""
+"""They normalize x; tables have their order."""
 QK_PROVIDERS = {
     **{name: PROVIDERS[name] for name in CEILINGS},
     "ours": PROVIDERS["ours"]._replace(build=lambda work: _ours_both(work, "cos", "sin")),
@@ -183,7 +183,7 @@ QK_PROVIDERS = {
     "eager": PROVIDERS["eager"]._replace(timers=ANY),
     "compile": PROVIDERS["compile"],
 }
-"""Of q and k; names that `PROVIDERS` has too are labelled as there."""
+"""They normalize q and k; names that `PROVIDERS` has too are labelled as there."""
 OPS = {NORM: PROVIDERS, QK_ROPE: QK_PROVIDERS}
 
 

@@ -18,7 +18,7 @@ class Timing(TypedDict):
     tokens: int
     num_heads: int
     num_kv_heads: int
-    """0 but of kind ``qk-rope``."""
+    """It is 0 but for the kind ``qk-rope``."""
     head_dim: int
     dtype: str
     kind: str
@@ -26,9 +26,9 @@ class Timing(TypedDict):
     provider: str
     microseconds: float
     gigabytes_per_second: float
-    """x, or q and k, read once, the result written once."""
+    """Counted are x, or q and k, read once, and the result, written once."""
     share: float
-    """Of the ceiling, the better of a copy and an in-place multiply."""
+    """The speed as a part of the ceiling, the better of a copy and an in-place multiply."""
 
 
 class HostTime(TypedDict):
@@ -61,14 +61,14 @@ class Results:
     timer: str
     """Whose arrays were timed: ``torch`` or ``cupy`` on a GPU, ``numpy`` on the host."""
     versions: dict[str, str]
-    """Of all that has a part in the numbers."""
+    """The versions of all that has a part in the numbers."""
     timings: list[Timing] = dataclasses.field(default_factory=list)
     host: list[HostTime] = dataclasses.field(default_factory=list)
     once: dict[str, float] = dataclasses.field(default_factory=dict)
-    """By a name that ends in the unit."""
+    """Numbers that are measured once; a name ends in the unit."""
     targets: list[Verdict] = dataclasses.field(default_factory=list)
     unavailable: dict[str, str] = dataclasses.field(default_factory=dict)
-    """By provider the reason why it was not measured."""
+    """Why a provider, or a cost, was not measured."""
 
 
 _TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
@@ -81,9 +81,9 @@ _TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
     list: ("a list", (list,)),
     dict: ("names with values", (dict,)),
 }
-"""By annotation: its name, and what JSON may have read for it."""
+"""For each annotation its name, and what JSON may have read for it."""
 _LATER: dict[str, type] = {"targets": list, "num_kv_heads": int}
-"""What older files have not: an empty list, or 0."""
+"""What older files lack; it is an empty list, or 0."""
 
 
 def write(results: Results, path: Path) -> None:

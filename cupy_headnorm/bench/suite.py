@@ -24,7 +24,7 @@ Measured = Iterator[tuple[float, str]]
 """Numbers, and where each was found."""
 
 _BYTES = 0.99 * 64e6
-"""Of x: 64 MB, rounded down to whole tokens."""
+"""The size of x: 64 MB, rounded down to whole tokens."""
 PLAIN = (64, 96, 128, 192, 256, 512, 1024, 4096)
 UNEVEN = (72, 80, 100, 112, 160)
 ODD = (33, 37, 73, 111, 127, 129, 255, 1001)
@@ -101,7 +101,7 @@ def _times_faster(results: Results, fast: str, slow: str) -> Measured:
 _MISSES = [f"plan_miss_{name}_microseconds" for name in ("torch", "cupy", "sequences")]
 _REFERENCE = ("reference_milliseconds", "whole_array_milliseconds")
 _SENSES = {">=": ("at least", min, operator.ge), "<=": ("at most", max, operator.le)}
-"""In words, the worse of two numbers, and whether one is met."""
+"""How it is said, which of some numbers is the worst, and whether that one is enough."""
 
 TARGETS: tuple[tuple[Any, ...], ...] = (
     ("rms, out of place: share of a copy", ">=", 0.98, _shares, _plain("rms", _OUT_OF_PLACE)),
@@ -128,7 +128,7 @@ TARGETS: tuple[tuple[Any, ...], ...] = (
     ("q and k, 1 token: times a copy", "<=", 1.45, _one_token, QK_CASE, _ROTATED, "copy"),
     ("q and k, 1 token: times two norms", "<=", 1.0, _one_token, QK_CASE, _ROTATED, "ours-two"),
 )
-"""Each number to reach, named as in files: what it is, its limit, who measures it, and of what."""
+"""For each number to reach: its name in files, its limit, the function that finds it, of what."""
 
 
 def judge(results: Results) -> list[Verdict]:
@@ -156,7 +156,7 @@ _OURS_ALONE = (
     ((37, 111), _EVERY[:2], KINDS, ["in-place"]),
     ((64, 72, 128, 160, 256), _EVERY, ["rms"], ["misaligned"]),
 )
-"""Of 64 MB, for shares: head_dims, dtypes, kinds and layouts, each with each."""
+"""Cases of 64 MB, for shares: head_dims, dtypes, kinds and layouts, each with each."""
 
 
 def suite(on: Timer) -> Iterator[tuple[Case, list[str] | None]]:

@@ -17,7 +17,7 @@ from cupy_headnorm.qknorm import QKNorm
 from cupy_headnorm.rope import Rope
 
 Arrays = tuple[Any, ...]
-"""Of one set of buffers: x alone, or q and k."""
+"""One set of buffers: x alone, or q and k."""
 NORM, QK_ROPE = "norm", "qk-rope"
 """What is timed: one norm of x, or the norms and RoPE of q and k."""
 LAYOUTS = ("contiguous", "in-place", "packed-qkv", "packed-qkv-in-place", "misaligned")
@@ -42,37 +42,37 @@ class Case(NamedTuple):
 
     @property
     def op(self) -> str:
-        """`QK_ROPE` of its kind, else `NORM`."""
+        """Return `QK_ROPE` if that is its kind, else `NORM`."""
         return QK_ROPE if self.kind == QK_ROPE else NORM
 
     @property
     def element(self) -> DType:
-        """The row of `dtype` in the table of dtypes."""
+        """Return the row of `dtype` in the table of dtypes."""
         return dtypes.from_name(self.dtype, "dtype")
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of x, or of q and k together."""
+        """Return the shape of x, or of q and k together."""
         return self.tokens, self.num_heads + self.num_kv_heads, self.head_dim
 
     @property
     def nbytes(self) -> int:
-        """Bytes read and written: x, or q and k, once, the result once."""
+        """Count bytes read and written: x, or q and k, once, the result once."""
         return 2 * math.prod(self.shape) * self.element.itemsize
 
     @property
     def in_place(self) -> bool:
-        """Whether the result replaces x."""
+        """Tell whether the result replaces x."""
         return self.layout.endswith("in-place")
 
     @property
     def heads(self) -> str:
-        """Numbers of heads: ``32``, or ``32+8`` of q and k."""
+        """Show the numbers of heads: ``32``, or ``32+8`` of q and k."""
         return f"{self.num_heads}+{self.num_kv_heads}" if self.num_kv_heads else f"{self.num_heads}"
 
     @property
     def size(self) -> str:
-        """Tokens, heads and head_dim."""
+        """Show tokens, heads and head_dim."""
         return f"{self.tokens} x {self.heads} x {self.head_dim}"
 
     def __str__(self) -> str:
@@ -104,7 +104,7 @@ class Workload(NamedTuple):
     case: Case
     on: Timer
     inputs: list[Arrays]
-    """Of q and k, slices of one packed buffer with v behind them."""
+    """Where there are q and k, they are slices of one packed buffer with v behind them."""
     results: list[Arrays]
     """`inputs` themselves where the case is in place."""
     plain: list[tuple[Any, Any]]
@@ -115,12 +115,12 @@ class Workload(NamedTuple):
     """The `QKNorm` of q and k."""
     positions: Any = None
     cos: Any = None
-    """Of each token, ``(tokens, head_dim)``: one for all buffers, as for a model's layers."""
+    """``(tokens, head_dim)``, the same for all buffers, as for all layers of a model."""
     sin: Any = None
 
     @property
     def xs(self) -> list[Any]:
-        """The first array of each set: x itself of one norm."""
+        """Return the first array of each set; for one norm that is x."""
         return [arrays[0] for arrays in self.inputs]
 
     def expected(self, unrotated: bool = False) -> Arrays:
