@@ -127,7 +127,7 @@ def of_layer(
             ) from None
     found = [norms[layer, name] for name in "qkv" if (layer, name) in norms]
     described = norms.described[layer, "q"]
-    if described.rope.order == "none" or not config.turns(norms.config, layer):
+    if described.rope.order == "none" or not config.rotates(norms.config, layer):
         return found, None
     rope = Rope.from_config(
         norms.config, layer, head_dim=described.head_dim, max_position=max_position

@@ -172,3 +172,14 @@ class Towers:
                 return
             if name.endswith("_config") and nested is not None:
                 raise CheckpointError(f"config.json's {name} is {short(nested)}; needs an object")
+
+
+def main_tower(config: Mapping[str, Any]) -> Tower:
+    """Return the tower of a model's text, or its decoder's; without one, what the model is."""
+    decoder = isinstance(config.get("decoder"), Mapping)
+    found = Towers(config).of(Group("decoder" if decoder else "", "layers", {}))
+    if found.family is None:
+        model_type = model_type_of(config)
+        if model_type in BY_MODEL_TYPE:
+            return Tower(BY_MODEL_TYPE[model_type], config, model_type)
+    return found

@@ -16,6 +16,7 @@ from cupy_headnorm.models.records import (
     Family,
     ModelRope,
     Role,
+    Rotary,
 )
 
 # Models that normalize all heads of a token together.
@@ -23,8 +24,16 @@ FULL_WIDTH = (
     # olmo2:50, :213, :227; olmo3:161; flex_olmo:225
     *records.alike(
         {
-            ("olmo2", "olmo3"): records.sizes(32, hidden=4096, rms_norm_eps=1e-5),
+            "olmo2": records.sizes(32, hidden=4096, rms_norm_eps=1e-5),
+            "olmo3": records.sizes(32, hidden=4096, rms_norm_eps=1e-5),
             "flex_olmo": records.sizes(32, hidden=4096, rms_norm_eps=1e-6),
+        },
+        # cos and sin stay in float32, and so does all until the cast: olmo2:154. A config's
+        # rope_theta goes to the full layers, the sliding ones keep the class's: olmo3:117
+        rotary={
+            "olmo2": Rotary(table="float32"),
+            "olmo3": Rotary(5e5, "float32", full_alone=True, sliding_theta=5e5),
+            "flex_olmo": Rotary(5e5, "float32"),
         },
         roles=records.pair(*QK, **FULL),
     ),
@@ -32,6 +41,7 @@ FULL_WIDTH = (
     Family(
         ("olmo_hybrid",),
         (*records.pair(*QK, **FULL), GATED._replace(stems=("linear_attn.o_norm",))),
+        rotary=Rotary(table="float32"),
         defaults=records.sizes(30, hidden=3840, rms_norm_eps=1e-6),
     ),
     # olmoe:222, :238; clip_qkv clamps after it
@@ -44,6 +54,8 @@ FULL_WIDTH = (
     Family(
         ("minimax_m2",),
         records.pair(*QK, **FULL, **CAST_FIRST),
+        # configuration_minimax_m2:100
+        rotary=Rotary(5e6, shares=("partial_rotary_factor", "rotary_dim")),
         defaults=records.sizes(48, 8, 128, rms_norm_eps=1e-6),
     ),
     # minimax:135, :263: on the output of lightning attention
@@ -110,18 +122,17 @@ FULL_WIDTH = (
 LOW_RANK = (
     # deepseek_v3:380, :392 and its like
     Family(
-        (
-            "axk1",
-            "deepseek_v2",
-            "deepseek_v3",
-            "glm4_moe_lite",
-            "minicpm3",
-            "mistral4",
-            "sarvam_mla",
-            "youtu",
-        ),
+        ("axk1", "deepseek_v3", "glm4_moe_lite", "sarvam_mla", "youtu"),
         LORA,
+        rotary=Rotary(part=64, neighbours="rope_interleave"),
     ),
+    Family(
+        ("mistral4",),
+        LORA,
+        rotary=Rotary(part=64, neighbours="rope_interleave", own_parameters=True),
+    ),
+    Family(("deepseek_v2",), LORA, rotary=Rotary(part=64, neighbours="always")),
+    Family(("minicpm3",), LORA, rotary=Rotary(part=32)),
     # longcat_flash:341, :349; two attentions a layer
     Family(
         ("longcat_flash",),
@@ -130,12 +141,14 @@ LOW_RANK = (
             for i, half in enumerate(("first", "second"))
             for role in LORA
         ),
+        rotary=Rotary(part=64, neighbours="always"),
     ),
     # deepseek_v32:174, :215; axk2:210, :250
     Family(
         ("deepseek_v32", "axk2"),
         (INDEX_K, *LORA),
-        rope=ModelRope(note="turns the first qk_rope_head_dim dims of the indexer's k"),
+        rope=ModelRope(note="rotates the first qk_rope_head_dim dims of the indexer's k"),
+        rotary=Rotary(refused="an indexer's dims rotate"),
         defaults={"index_head_dim": 128},
     ),
     # glm_moe_dsa:180, :215; mistral_large4:204, :246
@@ -143,8 +156,9 @@ LOW_RANK = (
         ("glm_moe_dsa", "mistral_large4", "mistral_large4_text"),
         (INDEX_K, *LORA),
         rope=ModelRope(
-            style="interleaved", note="turns the first qk_rope_head_dim dims of the indexer's k"
+            style="interleaved", note="rotates the first qk_rope_head_dim dims of the indexer's k"
         ),
+        rotary=Rotary(refused="an indexer's dims rotate"),
         defaults={"index_head_dim": 128},
     ),
     # hy_v4:183, :228; hy_v4_vl:132, :178; k takes the norm's dtype, float32, and its own again
@@ -152,7 +166,8 @@ LOW_RANK = (
     Family(
         ("hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
         (INDEX_K._replace(eps="rms_norm_eps"), *LORA),
-        rope=ModelRope(note="turns the last qk_rope_head_dim dims of the indexer's k"),
+        rope=ModelRope(note="rotates the last qk_rope_head_dim dims of the indexer's k"),
+        rotary=Rotary(refused="an indexer's dims rotate"),
         defaults={"index_head_dim": 128, "rms_norm_eps": 1e-5},
     ),
     # dots3_note:213, :250, :496, :548
@@ -171,8 +186,9 @@ LOW_RANK = (
             *LORA,
         ),
         rope=ModelRope(
-            style="interleaved", note="turns the first qk_rope_head_dim dims of the indexer's k"
+            style="interleaved", note="rotates the first qk_rope_head_dim dims of the indexer's k"
         ),
+        rotary=Rotary(refused="an indexer's dims rotate"),
         defaults={"index_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-5},
     ),
     # glm5_next:374, :658, :800, :835
@@ -182,10 +198,17 @@ LOW_RANK = (
         rope=ModelRope("none"),
         defaults={"index_head_dim": 128},
     ),
-    # kimi_linear:75, :603; bailing_hybrid:76, :680
+    # kimi_linear:75, :603
     Family(
-        ("kimi_linear", "bailing_hybrid"),
+        ("kimi_linear",),
         (*LORA, GATED._replace(stems=("self_attn.o_norm",))),
+        rotary=Rotary(refused="it has none"),
+    ),
+    # bailing_hybrid:76, :680
+    Family(
+        ("bailing_hybrid",),
+        (*LORA, GATED._replace(stems=("self_attn.o_norm",))),
+        rotary=Rotary(part=64, neighbours="always"),
     ),
 )
 
@@ -223,9 +246,25 @@ OTHERS = (
         defaults={"num_heads": 8, "norm_eps": 1e-6},
     ),
     # mamba2:105, :430; bamba:637; granitemoehybrid:557; nemotron_h:441; zamba2:697; falcon_h1:640
-    Family(
-        ("mamba2", "bamba", "granitemoehybrid", "nemotron_h", "zamba2", "falcon_h1"),
-        (Role("out", ("mixer.norm", "mamba.norm", "mamba_decoder.mamba.norm"), refused=GATE),),
+    *(
+        Family(
+            names,
+            (Role("out", ("mixer.norm", "mamba.norm", "mamba_decoder.mamba.norm"), refused=GATE),),
+            rotary=rotary,
+            aliases={"attention_head_dim": "head_dim"} if "zamba2" in names else {},
+        )
+        for names, rotary in (
+            (("mamba2", "nemotron_h"), Rotary(refused="it has none")),
+            (
+                ("bamba",),  # configuration_bamba:92
+                Rotary(shares=("partial_rotary_factor",), shares_in_parameters=True, share=0.5),
+            ),
+            # granitemoehybrid:1057
+            (("granitemoehybrid",), Rotary(only_with=("position_embedding_type", "rope"))),
+            # zamba2:1142, configuration_zamba2:114
+            (("zamba2",), Rotary(only_with=("use_mem_rope", True), hidden_times=2)),
+            (("falcon_h1",), Rotary()),
+        )
     ),
     # zaya:259, :377, :395
     Family(

@@ -20,6 +20,7 @@ from cupy_headnorm.models.records import (
     Family,
     ModelRope,
     Role,
+    Rotary,
 )
 
 # Text models whose heads are normalized one by one.
@@ -37,12 +38,19 @@ HEADS = (
                 28, 4, hidden=2048, rms_norm_eps=1e-6
             ),
         },
+        # modeling files of each: the rows of M-RoPE interleave
+        rotary={
+            "qwen3_vl": Rotary(5e5, sections=(24, 20, 20)),
+            "qwen3_vl_moe": Rotary(5e5, sections=(24, 20, 20)),
+            "qwen3_omni_moe": Rotary(1e6, sections=(24, 20, 20)),
+        },
         roles=records.pair(*QK, head_dim=EITHER, **CAST_FIRST),
     ),
     # qwen3_omni_moe:2460 and, by inheritance, :1454; in the wave decoder q_norm is nothing, :3540
     Family(
         ("qwen3_omni_moe_talker_text",),
         records.pair(*QK, head_dim=EITHER, **CAST_FIRST),
+        rotary=Rotary(sections=(24, 20, 20)),
         defaults=records.sizes(16, 2, hidden=1024, rms_norm_eps=1e-6),
     ),
     Family(
@@ -56,6 +64,11 @@ HEADS = (
             "qwen3_next": records.sizes(16, 2, 256, rms_norm_eps=1e-6),
             ("qwen3_5", "qwen3_5_text"): records.sizes(16, 4, 256, rms_norm_eps=1e-6),
             ("qwen3_5_moe", "qwen3_5_moe_text"): records.sizes(16, 2, 256, rms_norm_eps=1e-6),
+        },
+        rotary={
+            "qwen3_next": Rotary(shares=("partial_rotary_factor",)),
+            "qwen3_5": Rotary(shares=("partial_rotary_factor",), sections=(11, 11, 10)),
+            "qwen3_5_moe": Rotary(shares=("partial_rotary_factor",), sections=(11, 11, 10)),
         },
         roles=(*records.pair(*QK, projection_factor=2, **ONE_PLUS), GATED),
         rope=ModelRope(partial=0.25),
@@ -77,6 +90,7 @@ HEADS = (
             ),
             GATED,
         ),
+        rotary=Rotary(shares=("partial_rotary_factor",), sections=(11, 11, 10)),
         defaults=records.sizes(16, 2, 256, rms_norm_eps=1e-6),
     ),
     # gemma3:135, :327, :345; t5gemma2:54, :265, :344, where the decoder's sees both their keys
@@ -90,12 +104,14 @@ HEADS = (
             "t5gemma2_decoder",
         ),
         records.pair(*QK, heads_axis=-3, **ONE_PLUS),
+        rotary=Rotary(1e6, full_alone=True, sliding_theta=1e4, pattern=6),
         defaults=records.sizes(8, 4, 256, rms_norm_eps=1e-6),
     ),
     # gemma3n:129, :1182, :1213
     Family(
         ("gemma3n", "gemma3n_text"),
         (*records.pair(*QK), V_OF_K),
+        rotary=Rotary(1e6, full_alone=True, sliding_theta=1e4),
         defaults=records.sizes(8, 2, 256, rms_norm_eps=1e-6),
     ),
     # gemma4:204, :1177, :1214; gemma4_unified:357; diffusion_gemma:300: full attention layers have
@@ -110,8 +126,10 @@ HEADS = (
             "diffusion_gemma_text",
         ),
         (*records.pair(*QK, heads="", head_dim=()), V_OF_K._replace(heads="")),
-        rope=ModelRope(note="full attention layers turn all dims, most of them by no angle"),
-        defaults=records.sizes(rms_norm_eps=1e-6),
+        rope=ModelRope(note="full attention layers rotate all dims, most of them by no angle"),
+        rotary=Rotary(own_parameters=True),
+        # configuration_gemma4:170
+        defaults=records.sizes(head_dim=256, global_head_dim=512, rms_norm_eps=1e-6),
     ),
     # embedding_gemma2:49, :346, :364
     Family(
@@ -120,13 +138,17 @@ HEADS = (
             *records.pair(*QK, heads="", head_dim=(), heads_axis=-3),
             V_OF_K._replace(heads="", heads_axis=-3),
         ),
-        defaults=records.sizes(rms_norm_eps=1e-6),
+        rotary=Rotary(own_parameters=True),
+        # configuration_embedding_gemma2:95
+        defaults=records.sizes(head_dim=256, global_head_dim=512, rms_norm_eps=1e-6),
     ),
     # cohere:50, :203, :254
     Family(
         ("cohere",),
         records.pair(*QK, kind="layer", weight="per head", eps="layer_norm_eps", head_dim=EITHER),
         rope=ModelRope(style="interleaved"),
+        # cos and sin are rounded to x's dtype, then all is float32: cohere:175
+        rotary=Rotary(5e5, table="x"),
         defaults=records.sizes(64, hidden=8192, layer_norm_eps=1e-5, use_qk_norm=False),
         flag="use_qk_norm",
     ),
@@ -143,6 +165,7 @@ HEADS = (
             head_dim=("hidden",),
         ),
         rope=ModelRope(partial=0.25),
+        rotary=Rotary(shares=("partial_rotary_factor",)),
         defaults=records.sizes(32, 32, hidden=2560, layer_norm_eps=1e-5, qk_layernorm=False),
         flag="qk_layernorm",
     ),
@@ -160,6 +183,7 @@ HEADS = (
             projected=False,
         ),
         rope=ModelRope(partial=0.5),
+        rotary=Rotary(shares=("partial_rotary_factor",)),
         defaults=records.sizes(64, hidden=4096, layer_norm_eps=1e-5, qk_layernorm=True),
         flag="qk_layernorm",
     ),
@@ -176,6 +200,7 @@ HEADS = (
             head_dim=("hidden",),
         ),
         rope=ModelRope(partial=0.5),
+        rotary=Rotary(shares=("partial_rotary_factor",)),
         defaults=records.sizes(32, hidden=2048, layer_norm_eps=1e-5, qk_layernorm=False),
         flag="qk_layernorm",
     ),
@@ -202,6 +227,7 @@ HEADS = (
             GATED._replace(stems=("linear_attn.norm", "linear_attn.out_norm")),
         ),
         rope=ModelRope(note="on sliding attention layers only"),
+        rotary=Rotary(unrotated="full beside sliding"),
         defaults=records.sizes(16, 4, 128, rms_norm_eps=1e-6),
     ),
     # glm4_moe:200, :219; its layer of multi-token prediction is the last of the layers
@@ -209,10 +235,11 @@ HEADS = (
         ("glm4_moe",),
         records.pair(*QK, head_dim=EITHER, **CAST_FIRST),
         rope=ModelRope(partial=0.5),
+        rotary=Rotary(shares=("partial_rotary_factor",)),
         defaults=records.sizes(96, 8, hidden=4096, rms_norm_eps=1e-5, use_qk_norm=False),
         flag="use_qk_norm",
     ),
-    # its model is glm4_moe's, but for the share that turns; released files keep their first names
+    # its model is glm4_moe's, but for the share that rotates; released files keep their first names
     Family(
         ("sarvam_moe",),
         records.pair(
@@ -221,13 +248,22 @@ HEADS = (
             ("self_attn", "attention"),
             **CAST_FIRST,
         ),
+        rotary=Rotary(8e6, shares=("partial_rotary_factor",)),
         defaults=records.sizes(64, 4, 64, rms_norm_eps=1e-6, use_qk_norm=True),
         flag="use_qk_norm",
     ),
     # hunyuan_v1_dense:178, :197; hunyuan_v1_moe:177; hunyuan_vl:518, :539
-    Family(
-        ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hunyuan_vl_text"),
-        records.pair(
+    *records.alike(
+        {
+            ("hunyuan_v1_dense", "hunyuan_v1_moe"): records.sizes(32, rms_norm_eps=1e-5),
+            ("hunyuan_vl", "hunyuan_vl_text"): records.sizes(32, rms_norm_eps=1e-5),
+        },
+        # hunyuan_v1_dense:298; cos and sin are rounded first: hunyuan_vl:460
+        rotary={
+            "hunyuan_v1_dense": Rotary(alpha=True),
+            "hunyuan_vl": Rotary(table="x", alpha=True, wide_sections=True),
+        },
+        roles=records.pair(
             "query_layernorm",
             "key_layernorm",
             heads_axis=-3,
@@ -235,7 +271,7 @@ HEADS = (
             **CAST_FIRST,
         ),
         rope=ModelRope("before norm"),
-        defaults=records.sizes(32, rms_norm_eps=1e-5),
+        aliases={"attention_head_dim": "head_dim"},
     ),
     # lfm2:217, :231; lfm2_moe:302; the layers of convolutions have none
     *records.alike(
@@ -243,6 +279,7 @@ HEADS = (
             "lfm2": records.sizes(32, 8, hidden=2560, norm_eps=1e-5),
             "lfm2_moe": records.sizes(32, 8, hidden=2048, norm_eps=1e-5),
         },
+        rotary={"lfm2": Rotary(1e6), "lfm2_moe": Rotary(1e6)},
         roles=records.pair(
             "q_layernorm", "k_layernorm", eps="norm_eps", head_dim=EITHER, **CAST_FIRST
         ),
@@ -251,7 +288,8 @@ HEADS = (
     Family(
         ("lfm3",),
         records.pair(*QK, eps="norm_eps", **CAST_FIRST),
-        rope=ModelRope(note="full attention layers turn all dims, half of them by no angle"),
+        rope=ModelRope(note="full attention layers rotate all dims, half of them by no angle"),
+        rotary=Rotary(table="float32", own_parameters=True),  # lfm3:146
         defaults=records.sizes(16, 4, 128, norm_eps=1e-5),
         aliases={"rms_norm_eps": "norm_eps"},
     ),
@@ -262,6 +300,7 @@ HEADS = (
             "doge": records.sizes(8, hidden=1024, rms_norm_eps=1e-6),
             "mellum": records.sizes(32, 4, 128, rms_norm_eps=1e-6),
         },
+        rotary={"mellum": Rotary(own_parameters=True)},
         roles=records.pair(*QK, head_dim=EITHER, **CAST_FIRST),
     ),
     # apertus:222, :239; apertus1p5:494, :512; hy_v3:224, :241, which does not read its json's
@@ -274,6 +313,11 @@ HEADS = (
             "hy_v3": records.sizes(64, 8, 128, rms_norm_eps=1e-5),
             "muse_glimmer_assistant": records.sizes(32, 8, 128, rms_norm_eps=1e-5),
         },
+        rotary={
+            "apertus": Rotary(12e6, own_parameters=True),
+            "hy_v3": Rotary(11_158_840.0),
+            "muse_glimmer_assistant": Rotary(5e5),
+        },
         roles=records.pair(*QK, head_dim=EITHER, heads_axis=-3, **CAST_FIRST),
     ),
     # exaone4:209, :228; exaone4_5:412; exaone_moe:159; kolibri1:158, :177
@@ -283,6 +327,10 @@ HEADS = (
             "exaone_moe": records.sizes(32, 32, hidden=4096, rms_norm_eps=1e-5),
             "kolibri1": records.sizes(48, 4, 128, rms_norm_eps=1e-6),
         },
+        # exaone4:233, exaone_moe:183
+        rotary=dict.fromkeys(
+            ("exaone4", "exaone_moe", "kolibri1"), Rotary(unrotated="full beside sliding")
+        ),
         roles=records.pair(*QK, head_dim=EITHER, heads_axis=-3, **CAST_FIRST),
         rope=ModelRope(note="none on full attention layers beside sliding ones"),
     ),
@@ -291,20 +339,33 @@ HEADS = (
         ("afmoe",),
         records.pair(*QK),
         rope=ModelRope(note="on sliding attention layers only"),
+        rotary=Rotary(unrotated="full", null_is_hidden=True),  # afmoe:359
         defaults=records.sizes(16, head_dim=128, rms_norm_eps=1e-5),
     ),
     Family(
         ("beam",),
         records.pair(*QK),
         rope=ModelRope(note="none on layers without rope_parameters"),
+        rotary=Rotary(table="float32", own_parameters=True),  # beam:138, :154
         defaults=records.sizes(48, 8, 128, rms_norm_eps=1e-6),
     ),
-    Family(("flint",), records.pair(*QK), defaults=records.sizes(32, 4, 128, rms_norm_eps=1e-6)),
+    Family(
+        ("flint",),
+        records.pair(*QK),
+        rotary=Rotary(unrotated="full"),  # flint:281
+        defaults=records.sizes(32, 4, 128, rms_norm_eps=1e-6),
+    ),
     # laguna:326, :352, :373
     Family(
         ("laguna",),
         records.pair(*QK, heads="", **CAST_FIRST),
-        rope=ModelRope(note="the share that turns differs between kinds of layers"),
+        rope=ModelRope(note="the share that rotates differs between kinds of layers"),
+        rotary=Rotary(
+            shares=("partial_rotary_factor",),
+            shares_by_type=True,
+            shares_in_parameters=True,
+            own_parameters=True,
+        ),
         defaults=records.sizes(head_dim=128, rms_norm_eps=1e-6),
     ),
     # inkling:215, :235; relative positions instead of an embedding
@@ -343,13 +404,23 @@ HEADS = (
             ),
         ),
         rope=ModelRope(partial=0.5),
-        defaults=records.sizes(64, 4, 128, rms_norm_eps=1e-6, index_n_heads=4, index_head_dim=128),
+        # the class's rotary_dim alone is not looked at: minimax_m3_vl:309
+        rotary=Rotary(5e6, shares=("partial_rotary_factor",), share=1.0),
+        defaults=records.sizes(
+            64, 4, 128, rms_norm_eps=1e-6, index_n_heads=4, index_head_dim=128, rotary_dim=64
+        ),
     ),
     # step3p7:501, :697, :714; released configs say use_qk_norm false beside norms
     Family(
         ("step3p7", "step3p5"),
         records.pair(*QK, heads="", **ONE_PLUS),
-        rope=ModelRope(note="the share that turns differs by layer"),
+        rope=ModelRope(note="the share that rotates differs by layer"),
+        # step3p7:472, configuration_step3p7:257
+        rotary=Rotary(
+            shares=("partial_rotary_factor", "partial_rotary_factors"),
+            shares_by_type=True,
+            full_alone=True,
+        ),
         defaults=records.sizes(head_dim=128, rms_norm_eps=1e-5),
         flag="use_qk_norm",
     ),
@@ -412,6 +483,8 @@ HEADS = (
             for name, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
         ),
         rope=ModelRope("before norm", "interleaved"),
+        # complex numbers of float32: llama4:225
+        rotary=Rotary(5e5, table="float32", unrotated="every nth"),
         defaults=records.sizes(
             40, 8, 128, rms_norm_eps=1e-5, use_qk_norm=True, no_rope_layer_interval=4
         ),
@@ -434,6 +507,7 @@ HEADS = (
         rope=ModelRope(
             note="none on some layers; q is multiplied by qk_scale_factor after its norm"
         ),
+        rotary=Rotary(unrotated="without theta"),  # muse_spark:663
         defaults=records.sizes(128, 16, 64, rms_norm_eps=1e-5),
     ),
     Family(
@@ -442,13 +516,22 @@ HEADS = (
         rope=ModelRope(
             note="none on some layers; q is multiplied by qk_scale_factor after its norm"
         ),
+        rotary=Rotary(unrotated="without theta"),  # muse_glimmer:512
         defaults=records.sizes(32, 2, 128, rms_norm_eps=1e-5),
     ),
     # neomme:42, :315, :335
     Family(
         ("neomme",),
         records.pair(*QK, weight="none", eps="norm_eps", heads_axis=-3),
-        rope=ModelRope(note="the share that turns differs between kinds of layers"),
+        rope=ModelRope(note="the share that rotates differs between kinds of layers"),
+        # neomme:167, configuration_neomme:74
+        rotary=Rotary(
+            shares=("partial_rotary_factor",),
+            shares_by_type=True,
+            shares_in_parameters=True,
+            share={"full_attention": 0.25},
+            alternating=True,
+        ),
         defaults=records.sizes(16, 4, 64, norm_eps=1e-6),
     ),
     # timesfm2_5:282, :301
@@ -486,8 +569,9 @@ HEADS = (
             Role("q_lora", ("self_attn.q_a_norm", "attn.q_norm"), refused=RANK),
         ),
         rope=ModelRope(
-            style="interleaved", partial=0.125, note="the last dims turn, not the first"
+            style="interleaved", partial=0.125, note="the last dims rotate, not the first"
         ),
+        rotary=Rotary(refused="the last dims rotate"),
         defaults=records.sizes(64, 1, 512, rms_norm_eps=1e-6, index_head_dim=128),
     ),
 )

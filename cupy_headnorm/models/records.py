@@ -20,9 +20,70 @@ class ModelRope(NamedTuple):
     partial: float = 1.0
     """
     Share of head_dim that is rotated, first dims first, where the config does not say. A config's
-    share beside ``rope_type: proportional`` is none: all dims turn, some by no angle.
+    share beside ``rope_type: proportional`` is none: all dims rotate, some by no angle.
     """
     note: str = ""
+
+
+class Rotary(NamedTuple):
+    """What configs and classes of a family say of its rotary embedding otherwise than Llama's."""
+
+    theta: float | None = None
+    """The config class's own rope_theta, where it is not 10,000."""
+    table: str = ""
+    """
+    Dtype of cos and sin where the result is rounded once: ``"float32"``, or ``"x"`` where they are
+    rounded first. Empty where every operation is rounded.
+    """
+    refused: str = ""
+    """Why no `Rope` can be made of a config."""
+    only_with: tuple[str, Any] | None = None
+    """A field, and the value without which there is no rotary embedding."""
+    own_parameters: bool = False
+    """Whether the class makes up more than a theta where a config has no rope_parameters."""
+
+    # Layers
+    full_alone: bool = False
+    """Whether parameters that are not by layer type are those of full_attention alone."""
+    sliding_theta: float | None = None
+    """The class's own theta of the other layers then."""
+    pattern: int = 0
+    """The last of so many layers is full_attention, where layer_types is missing."""
+    unrotated: str = ""
+    """
+    Layers that do not rotate: ``"full"``, ``"full beside sliding"`` (none without a window),
+    ``"without theta"`` (layer_rope_theta), ``"every nth"`` (no_rope_layers).
+    """
+
+    # Dims
+    shares: tuple[str, ...] = ()
+    """Fields that say how many dims the module rotates, the first ones, in their order."""
+    shares_by_type: bool = False
+    """
+    Whether partial_rotary_factor counts in parameters by layer type alone, and the others without.
+    """
+    shares_in_parameters: bool = False
+    """Whether partial_rotary_factor counts in the parameters alone, the class having its own."""
+    share: float | Mapping[str, float] | None = None
+    """Share where the config has none, if not `ModelRope.partial`; for some by layer type."""
+    part: int = 0
+    """The class's own qk_rope_head_dim, where heads have a part that is rotated whole (MLA)."""
+    neighbours: str = ""
+    """Whether a pair of that part is two neighbours: ``"always"``, ``"rope_interleave"``, if so."""
+    hidden_times: int = 1
+    """The heads share so many times hidden_size, where head_dim is not said."""
+    null_is_hidden: bool = False
+    """Whether a head_dim of null is hidden_size // num_attention_heads, in spite of the class's."""
+
+    # Sections (M-RoPE)
+    sections: tuple[int, ...] = ()
+    """The class's own, where rows interleave whatever the config says."""
+    alternating: bool = False
+    """Whether rows and columns alternate."""
+    wide_sections: bool = False
+    """Whether sections count dims, and the two of a pair rotate by different angles."""
+    alpha: bool = False
+    """Whether ``"dynamic"`` with an alpha depends on no length."""
 
 
 class Role(NamedTuple):
@@ -75,7 +136,7 @@ class Role(NamedTuple):
     tensor: str = "weight"
     """Name of the weight in its module."""
     refused: str = ""
-    """Why it is not served."""
+    """Why it is not supported."""
 
 
 class Family(NamedTuple):
@@ -88,6 +149,7 @@ class Family(NamedTuple):
     """
     roles: tuple[Role, ...] = ()
     rope: ModelRope = ModelRope()
+    rotary: Rotary = Rotary()
     defaults: Mapping[str, Any] = {}
     """
     Config fields that a config.json may omit, with the config class' own values. Without one here
@@ -100,7 +162,7 @@ class Family(NamedTuple):
     aliases: Mapping[str, str] = {}
     """Other names that a config.json has for a field, the config class' attribute_map."""
     refused: str = ""
-    """Why no norm of it is served."""
+    """Why no norm of it is supported."""
 
 
 def pair(
@@ -133,12 +195,15 @@ def named(prefix: str, roles: Iterable[Role]) -> tuple[Role, ...]:
 
 
 def alike(
-    members: Mapping[str | tuple[str, ...], Mapping[str, Any]], **shared: Any
+    members: Mapping[str | tuple[str, ...], Mapping[str, Any]],
+    rotary: Mapping[str, Rotary] = {},
+    **shared: Any,
 ) -> tuple[Family, ...]:
-    """Return the families that differ in their configs' defaults only."""
+    """Return families that differ in their configs' defaults, and `rotary` by the first name."""
+    every = ((names,) if isinstance(names, str) else names for names in members)
     return tuple(
-        Family((names,) if isinstance(names, str) else names, defaults=defaults, **shared)
-        for names, defaults in members.items()
+        Family(names, defaults=defaults, rotary=rotary.get(names[0], Rotary()), **shared)
+        for names, defaults in zip(every, members.values(), strict=True)
     )
 
 

@@ -27,7 +27,7 @@ VISION_AND_AUDIO = (
     Family(
         ("gemma4_vision",),
         (*records.pair(*QK, projected=False), V_OF_K),
-        rope=ModelRope(note="each half of the dims turns by a coordinate of its own"),
+        rope=ModelRope(note="each half of the dims rotates by a coordinate of its own"),
         defaults=records.sizes(12, 12, 64, rms_norm_eps=1e-6),
         tower="vision",
     ),

@@ -1,5 +1,5 @@
 """
-Rotary embeddings: which dims turn, by which angles, with which roundings; and the same in NumPy.
+Rotary embeddings: which dims rotate, by which angles, with which roundings; and the same in NumPy.
 
 The numbers are those of the models' own ``RotaryEmbedding`` and ``apply_rotary_pos_emb`` in
 transformers 5.23, step by step in float32. Cosines, which no standard fixes, are taken in float64
@@ -38,7 +38,7 @@ class Rope:
     r"""
     A rotary embedding of the first `rotary_dim` dims of a head; the others pass.
 
-    Frequency :math:`i` of ``rotary_dim / 2`` turns one pair of dims, at position :math:`p`, by
+    Frequency :math:`i` of ``rotary_dim / 2`` rotates one pair of dims, at position :math:`p`, by
     :math:`a = p f_i`, with :math:`c = s \cos a` and :math:`d = s \sin a`:
 
     .. math:: (y_1, y_2) = (x_1 c - x_2 d,\; x_2 c + x_1 d)
@@ -57,7 +57,7 @@ class Rope:
         Which dims are a pair: ``i`` and ``i + rotary_dim / 2`` (NeoX), ``2 i`` and ``2 i + 1``
         (GPT-J), or as the first with the sign of :math:`d` changed (nanochat).
     order : {"after norm", "before norm"}
-        When heads turn.
+        When heads are rotated.
     rounding : {"every_op", "once"}
         With R, the rounding to x's dtype: ``R(R(x c) + R(x' d))`` or ``R(x c + x' d)``.
     table : {"x", "float32"}
@@ -66,7 +66,7 @@ class Rope:
         M-RoPE: how many frequencies take each row of the positions, ``rotary_dim / 2`` together.
         Empty where positions have no rows.
     interleaved_sections : bool
-        Rows take turns, as in Qwen3-VL, instead of following one another, as in Qwen2-VL.
+        Rows interleave, as in Qwen3-VL, instead of following one another, as in Qwen2-VL.
     attention_scaling : float
         The :math:`s`, multiplied in float32 (YaRN).
     """

@@ -43,20 +43,20 @@ def inverse_frequency(
     theta : float
     head_dim : int
     partial : float
-        Share of head_dim that turns.
+        Share of head_dim that is rotated.
     max_position : int, optional
         The config's max_position_embeddings: YaRN's factor follows from it where none is given.
 
     Returns
     -------
     tuple of numpy.ndarray and float
-        One float32 number a pair of dims: as many as half the dims that turn, rounded up, but half
+        One float32 number a pair of dims: as many as half the rotated dims, rounded up, but half
         of head_dim for ``"proportional"``, the last of them zero.
 
     Raises
     ------
     ValueError
-        The type needs a field that is missing, or no dim turns.
+        The type needs a field that is missing, or no dim rotates.
     """
     rope_type = params["rope_type"]
     factor: Any = params.get("factor")
@@ -120,7 +120,7 @@ def _yarn(
     original: int,
     params: Mapping[str, Any],
 ) -> np.ndarray:
-    """Divide by `factor` the frequencies that turn too slowly within the original length."""
+    """Divide by `factor` the frequencies that rotate too slowly within the original length."""
     low, high = (
         dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
         for turns in (params.get("beta_fast") or 32, params.get("beta_slow") or 1)

@@ -79,17 +79,17 @@ def apply(
             )
         return rounded(values.astype(wide))
 
-    turned = x[..., :width].astype(wide)
-    other = np.empty_like(turned)
+    rotated = x[..., :width].astype(wide)
+    other = np.empty_like(rotated)
     if style == "interleaved":
-        other[..., 0::2], other[..., 1::2] = -turned[..., 1::2], turned[..., 0::2]
+        other[..., 0::2], other[..., 1::2] = -rotated[..., 1::2], rotated[..., 0::2]
     else:
-        other[..., : width // 2] = -turned[..., width // 2 :]
-        other[..., width // 2 :] = turned[..., : width // 2]
+        other[..., : width // 2] = -rotated[..., width // 2 :]
+        other[..., width // 2 :] = rotated[..., : width // 2]
     if style == "half flipped":
         other = -other
     with np.errstate(all="ignore"):  # infinities and NaN follow IEEE without a warning
-        y = rounded(turned * per_dim(cos, "cos")) + rounded(other * per_dim(sin, "sin"))
+        y = rounded(rotated * per_dim(cos, "cos")) + rounded(other * per_dim(sin, "sin"))
         out = x.copy()
         out[..., :width] = y.astype(dtype.numpy)
     return out

@@ -112,7 +112,7 @@ def test_every_family(name, rng):
         except ValueError as error:
             why = str(error)
     else:
-        assert "is served: " in why
+        assert "is supported: " in why
         return
     theirs = Theirs(raw, layer)
     assert ulps(np.array(rope.inverse_frequency, np.float32), theirs.frequencies) <= 2
@@ -191,10 +191,10 @@ def test_layers_turn_as_in_the_model(name, layer_types, monkeypatch):
     """Full layers may turn nothing, or only where no layer slides."""
     config, seen = layers_that_turn(name, layer_types, monkeypatch)
     assert seen
-    assert seen == {layer: rope_config.turns(config, layer) for layer in seen}
+    assert seen == {layer: rope_config.rotates(config, layer) for layer in seen}
     if name == "exaone4_5":  # as released: transformers renames it
         config["text_config"]["model_type"] = "exaone4_5_text"
-        assert seen == {layer: rope_config.turns(config, layer) for layer in seen}
+        assert seen == {layer: rope_config.rotates(config, layer) for layer in seen}
 
 
 @pytest.mark.parametrize(
@@ -209,24 +209,24 @@ def test_layers_turn_as_in_the_model(name, layer_types, monkeypatch):
 def test_which_layers_turn_is_not_guessed(config, missing):
     """A config may leave out what its class makes up."""
     with pytest.raises(ValueError, match=f"the config of .* has no {missing}; needs them, since"):
-        rope_config.turns(config, 3)
+        rope_config.rotates(config, 3)
 
 
 def test_a_window_that_is_left_out_is_there():
     exaone = {"model_type": "exaone4", "layer_types": [SLIDING, FULL]}
-    assert [rope_config.turns(exaone, layer) for layer in (0, 1)] == [True, False]
-    assert rope_config.turns(exaone | {"sliding_window": None}, 1)
-    assert rope_config.turns({"model_type": "exaone4", "sliding_window": None}, 1)
+    assert [rope_config.rotates(exaone, layer) for layer in (0, 1)] == [True, False]
+    assert rope_config.rotates(exaone | {"sliding_window": None}, 1)
+    assert rope_config.rotates({"model_type": "exaone4", "sliding_window": None}, 1)
 
 
 def test_layers_that_turn_nothing_where_no_model_runs():
     """AFMoE and FLINT look at the layer alone, and Llama 4 counts: configuration_llama4:170."""
     for model_type in ("afmoe", "flint"):
         config = {"model_type": model_type, "layer_types": [FULL], "sliding_window": None}
-        assert not rope_config.turns(config, 0)
+        assert not rope_config.rotates(config, 0)
     for interval in ({}, {"no_rope_layer_interval": 4}, {"no_rope_layer_interval": 3}):
         every = interval.get("no_rope_layer_interval", 4)
-        found = [rope_config.turns({"model_type": "llama4_text"} | interval, i) for i in range(8)]
+        found = [rope_config.rotates({"model_type": "llama4_text"} | interval, i) for i in range(8)]
         assert found == [(i + 1) % every != 0 for i in range(8)]
 
 
@@ -249,7 +249,7 @@ def test_cos_of_full_width_may_differ_within_a_pair(rng):
     """HunyuanOCR's sections are of dims, not of frequencies; its rounding is Cohere's."""
     sections = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 16, 16, 16]}
     raw = {"model_type": "hunyuan_vl_text", **BASE, "rope_parameters": sections}
-    with pytest.raises(ValueError, match="the dims of a pair turn by different angles"):
+    with pytest.raises(ValueError, match="the dims of a pair rotate by different angles"):
         Rope.from_config(raw)
     theirs = Theirs(raw, 0)
     q = torch.from_numpy(rng.standard_normal((1, 2, 64, 128))).to(torch.bfloat16)
@@ -265,7 +265,7 @@ BY_HAND = {
     "type 'longrope'": (
         qwen3(rope_type="longrope", original_max_position_embeddings=4096, **LONG)[0], {},
     ),
-    "the dims of a pair turn by different angles": (
+    "the dims of a pair rotate by different angles": (
         {
             "model_type": "hunyuan_vl_text", **BASE,
             "rope_parameters": {
@@ -274,7 +274,7 @@ BY_HAND = {
         },
         {"order": "before norm", "rounding": "once"},
     ),
-    "its vision tower turns by no table": ({"model_type": "sapiens2"}, {}),
+    "its vision tower rotates by no table": ({"model_type": "sapiens2"}, {}),
 }  # fmt: skip
 
 
@@ -393,12 +393,12 @@ REFUSED = {
     "type 'linear' has no factor": lambda: configured(rope_scaling={"type": "linear"}),
     "rope_theta None; needs a number": lambda: configured(rope_theta=None),
     "is 'gpt2'; needs one that .* has, or Rope": lambda: configured(model_type="gpt2"),
-    "mllama is served: it has none": lambda: configured(model_type="mllama"),
-    "deepseek_v4 is served: the last dims": lambda: configured(model_type="deepseek_v4"),
-    "sapiens2 is served: its vision tower": lambda: configured(model_type="sapiens2"),
+    "mllama is supported: it has none": lambda: configured(model_type="mllama"),
+    "deepseek_v4 is supported: the last dims": lambda: configured(model_type="deepseek_v4"),
+    "sapiens2 is supported: its vision tower": lambda: configured(model_type="sapiens2"),
     "needs max_position=": lambda: configured(max_position_embeddings=None),
     "layer is 12; needs 0 to 11": lambda: Rope.from_config(GEMMA4, 12),
-    "layer is 4; needs 0 to 3, as layer_types have it": lambda: rope_config.turns(OLMO3, 4),
+    "layer is 4; needs 0 to 3, as layer_types have it": lambda: rope_config.rotates(OLMO3, 4),
     "theta is -1; needs a number above 0": lambda: configured(rope_theta=-1),
     "type 'yarn' has no factor; needs one": lambda: configured(
         rope_scaling=YARN | {"factor": None}, max_position_embeddings=None
@@ -413,7 +413,7 @@ REFUSED = {
     "rotary_pct is 0.25, 32 of 128 dims in vLLM, but glm4_moe in .* does not .* without it 64;": (
         lambda: configured(model_type="glm4_moe", rotary_pct=0.25)
     ),
-    "1.5 of head_dim 128 shall turn; needs a share": lambda: configured(
+    "1.5 of head_dim 128 shall rotate; needs a share": lambda: configured(
         model_type="glm4_moe", partial_rotary_factor=1.5
     ),
     "head_dim is 0; needs 1 to 65536": lambda: configured(head_dim=0),
@@ -426,7 +426,7 @@ REFUSED = {
     "the config of apertus has no rope_parameters; needs them": lambda: configured(
         model_type="apertus"
     ),
-    "kimi_linear is served: it has none": lambda: configured(model_type="kimi_linear"),
+    "kimi_linear is supported: it has none": lambda: configured(model_type="kimi_linear"),
     "it has none unless its config's use_mem_rope is True": lambda: configured(model_type="zamba2"),
     "max_position is 100000000000; needs 2147483647 at most: hand in max_position=": (
         lambda: configured(max_position_embeddings=10**11)

@@ -136,7 +136,7 @@ def layers(raw):
     """Return the first layer of each type that is rotated, by the type."""
     found, text = {}, text_of(raw)
     for layer, kind in enumerate(text.get("layer_types") or [None]):
-        if kind not in ("conv", "linear_attention", "mamba") and config.turns(raw, layer):
+        if kind not in ("conv", "linear_attention", "mamba") and config.rotates(raw, layer):
             found.setdefault(kind, layer)
     return found
 
@@ -171,11 +171,11 @@ def test_as_in_transformers_or_refused(name, form):
     family = models.BY_MODEL_TYPE[name]
     raw = whole(name)
     if not text_of(raw).get("rope_parameters") or family.refused or family.rope.order == "none":
-        with pytest.raises(ValueError, match=r"is served|has rope_theta None|neither head_dim"):
+        with pytest.raises(ValueError, match=r"is supported|has rope_theta None|neither head_dim"):
             Rope.from_config(raw)
         return
-    if name in config._ELSEWHERE:
-        with pytest.raises(ValueError, match="is served: "):
+    if family.rotary.refused:
+        with pytest.raises(ValueError, match="is supported: "):
             Rope.from_config(raw)
         return
     raw = written(raw, form)
@@ -183,7 +183,7 @@ def test_as_in_transformers_or_refused(name, form):
     unsaid = not (text.get("rope_parameters") or text.get("rope_scaling"))
     for kind, layer in layers(raw).items():
         compared += 1
-        if unsaid and name in config._OWN_PARAMETERS:
+        if unsaid and family.rotary.own_parameters:
             with pytest.raises(ValueError, match="has no rope_parameters; needs them"):
                 Rope.from_config(raw, layer, max_position=32)
             continue
@@ -201,7 +201,7 @@ def test_as_in_transformers_or_refused(name, form):
 
 def has_one(name):
     family = models.BY_MODEL_TYPE[name]
-    refused = family.refused or family.rope.order == "none" or name in config._ELSEWHERE
+    refused = family.refused or family.rope.order == "none" or family.rotary.refused
     text = text_of(whole(name))
     return not refused and "rope_parameters" in text and "attention_head_dim" not in text
 
