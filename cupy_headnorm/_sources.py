@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cupy_headnorm.checkpoint import tensors
 
 if TYPE_CHECKING:
-    from cupy_headnorm.checkpoint.reader import ModelNorm
+    from cupy_headnorm.checkpoint.norms import ModelNorm
 
 
 class Source(NamedTuple):
@@ -53,14 +53,14 @@ def from_pretrained(
     model_dir: str | os.PathLike[str], key: str, variant: str | None, given: Mapping[str, Any]
 ) -> Read:
     """Read a norm of a model as the model computes it; what is `given` and not None wins."""
-    from cupy_headnorm.checkpoint import survey  # the registry: only checkpoints need it
+    from cupy_headnorm.checkpoint import norms, survey  # the registry: only checkpoints need it
 
     overrides = {name: value for name, value in given.items() if value is not None}
     source = Source("from_pretrained", os.fspath(model_dir), key, overrides, variant)
     full_width = given["num_heads"] == 1
     try:
         found = survey.read(model_dir, key, variant=variant, full_width=full_width)
-    except survey.UnknownModelError:
+    except norms.UnknownModelError:
         if not {"kind", "eps", "rounding"} <= overrides.keys():
             raise
         weight, bias = tensors.read_norm(model_dir, key, variant=variant)

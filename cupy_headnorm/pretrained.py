@@ -10,7 +10,7 @@ from cupy_headnorm._rules import options
 from cupy_headnorm._sources import Source, of_model
 from cupy_headnorm.checkpoint import CheckpointError
 from cupy_headnorm.checkpoint import survey as checkpoint_survey
-from cupy_headnorm.checkpoint.reader import ModelNorm, Refused
+from cupy_headnorm.checkpoint.norms import ModelNorm, Refused, supported
 from cupy_headnorm.headnorm import HeadNorm, built
 from cupy_headnorm.rope import Rope, config
 
@@ -61,7 +61,7 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
         if norm is None:
             if key not in self._keyed:
                 raise KeyError(key)
-            described = checkpoint_survey.serve(self._keyed[key])
+            described = supported(self._keyed[key])
             weight, bias = checkpoint_survey.load(self._where, described)
             source = Source("from_pretrained", self._folder, described.name, {}, self._variant)
             made = built(of_model(described, weight, bias, source))

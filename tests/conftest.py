@@ -31,7 +31,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Let the asserts of helpers tell the values, as those of tests do."""
     pytest.register_assert_rewrite(
-        "host_cases", "processes", "properties", "qk_cases", "stand_in", "strangers", "tolerances"
+        "host_cases", "processes", "properties", "qk_cases", "stand_in", "untrusted", "tolerances"
     )
     config.pluginmanager.register(alone)
     # Whatever plugins are installed may warn while they are configured, as pytest-benchmark and

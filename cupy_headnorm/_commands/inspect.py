@@ -9,7 +9,7 @@ import numpy as np
 
 from cupy_headnorm.checkpoint import survey
 from cupy_headnorm.checkpoint.files import short
-from cupy_headnorm.checkpoint.reader import ModelNorm, Refused
+from cupy_headnorm.checkpoint.norms import ModelNorm, Refused
 
 _SAME = (
     "role", "tower", "kind", "eps", "weight_offset", "rounding", "result", "num_heads", "head_dim",

@@ -1,7 +1,7 @@
 """
 What lies in a checkpoint's folder: its config.json, and which file holds which tensor.
 
-What lies in a folder may come from a stranger. Whatever it holds, reading raises an error of this
+A folder may be anybody's. Whatever it holds, reading raises an error of this
 module or TypeError, takes time and memory in proportion to the files, and opens no file but
 those of the folder. Links in it are followed, since download caches are made of them
 (``snapshots/x/model.safetensors -> ../../blobs/y``): who places links in a folder decides what is

@@ -3,88 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from cupy_headnorm._arrays import dtypes
 from cupy_headnorm.checkpoint import tensors as checkpoint_tensors
 from cupy_headnorm.checkpoint.config import Fields
 from cupy_headnorm.checkpoint.files import CheckpointError, short
 from cupy_headnorm.checkpoint.layers import Group
-from cupy_headnorm.models.records import Family, ModelRope, Role
-
-Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Dtype, as safetensors spells it, and shape by name."""
-
-ARGUMENTS = "HeadNorm.from_safetensors(path, key, kind=, eps=, weight_offset=, rounding=)"
-"""What reads a norm of which nothing is known."""
+from cupy_headnorm.checkpoint.norms import (
+    ARGUMENTS,
+    FORMS,
+    Found,
+    ModelNorm,
+    Tensors,
+    one_each,
+    refuse,
+)
+from cupy_headnorm.models.records import Family, Role
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "depth", "n_layer", "n_layers")
 _MOST_LAYERS = 1000
-"""That config.json alone tells of, in a few bytes; models have 126."""
+"""config.json alone tells of no more, in a few bytes; models have 126."""
 _WHOLE = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Dtypes that no quantization packs: a projection's rows are rows."""
-_SHAPES = {
-    "shared": "(head_dim,)",
-    "per head": "(num_heads, head_dim)",
-    "list": "(head_dim,) for each of num_heads",
-    "flat": "(num_heads * head_dim,)",
-    "full": "(num_heads * head_dim,)",
-}
-"""Of weights, by `Role.weight`."""
-
-
-class ModelNorm(NamedTuple):
-    """One norm of a model: where its tensors lie and what the model computes with them."""
-
-    name: str
-    """
-    The module's, as on disk or in memory: ``model.layers.0.self_attn.q_norm``; an unweighted
-    norm's is what its module is called, or would be.
-    """
-    tower: str
-    """``"text"``, ``"vision"``, ``"audio"``, ``"transformer"``, or words of the name's prefix."""
-    layer: int
-    role: str
-    weights: tuple[str, ...]
-    """Tensors: one; several where each head has its own; none."""
-    biases: tuple[str, ...]
-    kind: str
-    eps: float
-    weight_offset: float
-    rounding: str
-    result: str
-    num_heads: int | None
-    """The model's, if known; where all heads share the weight any number is served."""
-    head_dim: int
-    heads_axis: int
-    shape: tuple[int, ...]
-    """Of the weight as it is read; ``()`` without one."""
-    dtype: str
-    """As safetensors spells it; ``""`` without a weight."""
-    rope: ModelRope
-    notes: tuple[str, ...]
-    model_type: str
-    """Of its tower, as config.json calls it."""
-
-
-class Refused(NamedTuple):
-    """A norm that is not served, or a tensor that looks like one."""
-
-    name: str
-    tower: str
-    layer: int
-    role: str
-    """Empty where `models` has no such role."""
-    shape: tuple[int, ...]
-    dtype: str
-    reason: str
-    unknown: bool = False
-    """Nothing is known of it; arguments could say it all."""
-
-
-Found = ModelNorm | Refused
 _Fits = Mapping[str, list[tuple[Role, Found]]]
-"""Of one layer: roles by their name, each with the norm that it finds."""
+"""The roles of one layer by their name, each with the norm that it finds."""
 
 
 class Reader:
@@ -144,7 +87,7 @@ class Reader:
                     norm = refuse(
                         norm,
                         f"{self.model_type} normalizes {heads} heads together, not each on "
-                        "its own; num_heads=1 serves that, as one head",
+                        "its own; num_heads=1 does that, as one head",
                     )
                 yield norm
 
@@ -277,17 +220,10 @@ class Reader:
         """Return num_heads and head_dim; whatever says them must say the same."""
         dims = self.fields.head_dims(role, norm.layer)
         heads = self.fields.count(role.heads, norm.layer)
-        shape = norm.shape
         if role.weight == "none":
-            other = role.layers.removeprefix("role:")
-            beside = [
-                found
-                for name in (other, *fits)
-                for _, found in fits.get(name, ())
-                if isinstance(found, ModelNorm)
-            ]
-            if beside and not dims:
-                return (beside[0].num_heads if other else None), beside[0].head_dim
+            beside = None if dims else self._beside(role, fits)
+            if beside is not None:
+                return beside
             if not dims:
                 raise CheckpointError(
                     f"{norm.name} has no weight, and config.json says no head_dim; needs "
@@ -295,28 +231,25 @@ class Reader:
                 )
             head_dim = next(iter(dims.values()))
             return self._checked(role, norm, heads, head_dim, notes), head_dim
-        allowed, num_heads = set(dims.values()), heads
-        if role.weight == "full":
-            allowed = {heads * dim for dim in allowed} if heads else set()
-            num_heads = 1
-        elif role.weight == "flat" and heads and len(shape) == 1 and shape[0] % heads == 0:
-            shape = (heads, shape[0] // heads)
-        by_head = role.weight not in ("shared", "full")
-        if by_head and shape:
-            num_heads = shape[0]
-        if (
-            len(shape) != 1 + by_head
-            or 0 in shape
-            or (allowed and shape[-1] not in allowed)
-            or (by_head and heads not in (None, num_heads))
-        ):
+        needed, form = FORMS[role.weight]
+        found = form(norm.shape, heads, set(dims.values())) if all(norm.shape) else None
+        if found is None:
             said = [f"{rule} = {dim}" for rule, dim in dims.items()] or ["no head_dim"]
             raise CheckpointError(
                 f"{norm.weights[0]} has shape {short(norm.shape)}, and config.json says "
-                f"{role.heads} = {heads} and {' or '.join(said)}; {self.model_type} needs "
-                f"{_SHAPES[role.weight]}"
+                f"{role.heads} = {heads} and {' or '.join(said)}; {self.model_type} needs {needed}"
             )
-        return self._checked(role, norm, num_heads, shape[-1], notes), shape[-1]
+        num_heads, head_dim = found
+        return self._checked(role, norm, num_heads, head_dim, notes), head_dim
+
+    def _beside(self, role: Role, fits: _Fits) -> tuple[int | None, int] | None:
+        """Return what a norm of the same layer says of one that has no weight."""
+        other = role.layers.removeprefix("role:")
+        for name in (other, *fits):
+            for _, found in fits.get(name, ()):
+                if isinstance(found, ModelNorm):
+                    return (found.num_heads if other else None), found.head_dim
+        return None
 
     def _checked(
         self, role: Role, norm: ModelNorm, heads: int | None, head_dim: int, notes: list[str]
@@ -339,14 +272,3 @@ class Reader:
                 f"{'; needs whole heads' if heads is None else f'{other}; needs one number'}"
             )
         return found
-
-
-def one_each(name: str, tensors: tuple[str, ...]) -> bool:
-    """Tell whether each head has a module of its own below `name`."""
-    return bool(tensors) and tensors[0].startswith(f"{name}.norms.")
-
-
-def refuse(norm: ModelNorm, reason: str, *, unknown: bool = False) -> Refused:
-    """Return a norm as one that is not supported, with the reason."""
-    at = norm.name, norm.tower, norm.layer, norm.role
-    return Refused(*at, norm.shape, norm.dtype, reason, unknown)

@@ -15,7 +15,6 @@ from cupy_headnorm.checkpoint import files
 from cupy_headnorm.checkpoint import tensors as checkpoint_tensors
 from cupy_headnorm.checkpoint.files import CheckpointError, short
 from cupy_headnorm.checkpoint.layers import (
-    MAIN_TOWERS,
     PLACE,
     Group,
     Tower,
@@ -23,32 +22,19 @@ from cupy_headnorm.checkpoint.layers import (
     groups_of,
     model_type_of,
 )
-from cupy_headnorm.checkpoint.reader import (
+from cupy_headnorm.checkpoint.norms import (
     ARGUMENTS,
     Found,
     ModelNorm,
-    Reader,
+    ModelNorms,
     Refused,
     Tensors,
+    UnknownModelError,
     one_each,
     refuse,
+    supported,
 )
-
-__all__ = [
-    "ModelNorm",
-    "ModelNorms",
-    "Refused",
-    "Survey",
-    "UnknownModelError",
-    "find",
-    "load",
-    "load_all",
-    "ranges",
-    "read",
-    "serve",
-    "survey",
-    "without_layer",
-]
+from cupy_headnorm.checkpoint.reader import Reader
 
 _LOOKS = re.compile(
     r"(?:.*[._])?(?:(?:q|k|v|qk|query|key|value)_?(?:rms_?|layer_?|l2_?)?(?:norm|ln)"
@@ -70,40 +56,6 @@ published Qwen 3.5 and 4 conversions are 0.94 to 1.22, of weights without the 1 
 """
 _TRAINED_NEAR_ONE = {"gemma3", "gemma3_text"}
 """Whose weights' means are near 1 without the 1: Gemma 3 270M's are 0.81 for q and 1.27 for k."""
-
-
-class UnknownModelError(CheckpointError):
-    """Nothing is known of a model, or of one tensor of it, and it looks like a head norm."""
-
-
-class ModelNorms(NamedTuple):
-    """All that was found, by tower and layer."""
-
-    model_type: str
-    norms: tuple[ModelNorm, ...]
-    refused: tuple[Refused, ...]
-    notes: tuple[str, ...]
-
-    def keyed(self) -> dict[tuple[int, str], Found]:
-        """
-        Return norms by layer and role.
-
-        The roles of the text tower, or of the only one, are ``"q"``, ``"k"``, ...; those of
-        others carry its name: ``"vision_q"``.
-        """
-        found: list[Found] = [*self.norms]
-        found += [norm for norm in self.refused if norm.role]
-        one = len({norm.tower for norm in found}) == 1
-        keyed: dict[tuple[int, str], Found] = {}
-        for norm in found:
-            role = norm.role if one or norm.tower in MAIN_TOWERS else f"{norm.tower}_{norm.role}"
-            other = keyed.setdefault((norm.layer, role), norm)
-            if other is not norm:
-                raise CheckpointError(
-                    f"{other.name} and {norm.name} are both {role} of layer {norm.layer}; "
-                    "needs one of them"
-                )
-        return keyed
 
 
 def find(config: Mapping[str, Any], tensors: Tensors, *, full_width: bool = False) -> ModelNorms:
@@ -129,7 +81,7 @@ def find(config: Mapping[str, Any], tensors: Tensors, *, full_width: bool = Fals
     top = model_type_of(config)
     norms: list[ModelNorm] = []
     refused: list[Refused] = []
-    strangers: list[Refused] = []
+    unclaimed: list[Refused] = []
     notes: list[str] = []
     known = False
     flags: dict[str, Any] = {}  # those that are on; None once one of its norms is found
@@ -155,11 +107,11 @@ def find(config: Mapping[str, Any], tensors: Tensors, *, full_width: bool = Fals
             if family.refused and not own:
                 notes.append(f"{tower.model_type}: {family.refused}")
             taken = reader.taken
-        strangers += _strangers(group, tower, taken, tensors)
-    if strangers and not known:
+        unclaimed += _unclaimed(group, tower, taken, tensors)
+    if unclaimed and not known:
         raise UnknownModelError(
             f"nothing is known of {top}, and these tensors look like head norms: "
-            f"{_listed(strangers)}; needs kind, eps, weight_offset and rounding: {ARGUMENTS}"
+            f"{_listed(unclaimed)}; needs kind, eps, weight_offset and rounding: {ARGUMENTS}"
         )
     notes += [
         f"config.json's {flag} is {short(value)}; no tensor of a norm is there"
@@ -168,15 +120,15 @@ def find(config: Mapping[str, Any], tensors: Tensors, *, full_width: bool = Fals
     ]
     if not known:
         notes.append(f"nothing is known of {top}, and no tensor looks like a head norm")
-    elif not (norms or refused or strangers or notes):
+    elif not (norms or refused or unclaimed or notes):
         notes.append(f"no tensor of a head norm of {top} is there")
-    refused += dict.fromkeys(strangers)
+    refused += dict.fromkeys(unclaimed)
     found = ModelNorms(top, tuple(norms), tuple(refused), tuple(dict.fromkeys(notes)))
     found.keyed()  # refuses two norms in one place
     return found
 
 
-def _strangers(group: Group, tower: Tower, taken: set[str], tensors: Tensors) -> Iterator[Refused]:
+def _unclaimed(group: Group, tower: Tower, taken: set[str], tensors: Tensors) -> Iterator[Refused]:
     """Yield the tensors of a group that no role claims and that look like a head norm's."""
     what = tower.model_type if tower.family is None else f"such a norm of {tower.model_type}"
     reason = f"nothing is known of {what}; {ARGUMENTS} would say it"
@@ -270,16 +222,8 @@ def read(
         near = difflib.get_close_matches(key, list(every), n=3, cutoff=0.5) or list(every)[-3:]
         what = f"needs one of its, such as {', '.join(near)}" if near else "; ".join(found.notes)
         raise CheckpointError(f"{folder} has no head norm {key}; {what}")
-    served = serve(norm)
-    return served, *load(where, served)
-
-
-def serve(norm: Found) -> ModelNorm:
-    """Return a norm; CheckpointError with the reason if it is refused."""
-    if isinstance(norm, Refused):
-        kind = UnknownModelError if norm.unknown else CheckpointError
-        raise kind(f"{norm.name} is refused: {norm.reason}")
-    return norm
+    described = supported(norm)
+    return described, *load(where, described)
 
 
 def load(where: Mapping[str, Path], norm: ModelNorm) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -343,9 +287,9 @@ def ranges(layers: list[int]) -> str:
     return ", ".join(told)
 
 
-def _listed(strangers: list[Refused]) -> str:
+def _listed(unclaimed: list[Refused]) -> str:
     alike: dict[str, list[int]] = {}
-    for norm in dict.fromkeys(strangers):
+    for norm in dict.fromkeys(unclaimed):
         told = f"{without_layer(norm.name)} {norm.dtype} {short(norm.shape)}"
         alike.setdefault(told, []).append(norm.layer)
     listed = [f"{told} in layers {ranges(layers)}" for told, layers in alike.items()]

@@ -21,7 +21,7 @@ from cupy_headnorm._calls.parameters import Norm
 from cupy_headnorm._cuda.memory import CaptureError
 from cupy_headnorm._sources import of_model
 from cupy_headnorm.checkpoint import survey
-from cupy_headnorm.checkpoint.reader import ModelNorm
+from cupy_headnorm.checkpoint.norms import ModelNorm
 from cupy_headnorm.headnorm import HeadNorm, built, inside
 
 __all__ = ["SwappedNorms", "use_head_norms"]

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from cupy_headnorm import CheckpointError, HeadNorm, QKNorm
 from cupy_headnorm.checkpoint import files, survey
-from cupy_headnorm.checkpoint.survey import UnknownModelError
+from cupy_headnorm.checkpoint.norms import UnknownModelError
 from cupy_headnorm.models import BY_MODEL_TYPE
 from cupy_headnorm.pretrained import head_norms
 
@@ -555,14 +555,14 @@ def test_a_k_of_one_head_is_what_the_registry_says():
     assert len(described({**config, "model_type": "qwen3"}, keys).norms) == 2
 
 
-def test_a_norm_over_all_heads_is_refused_or_served_as_one_head(model):
+def test_a_norm_over_all_heads_is_refused_or_read_as_one_head(model):
     config = {**QWEN3, "model_type": "olmo2"}
     tensors = layers(q=(64,), k=(32,))
     folder = model(config, tensors)
     norms = head_norms(folder)
     assert len(norms) == 0
     assert [norm.role for norm in norms.refused] == ["q", "k", "q", "k"]
-    why = r"q_norm is refused: olmo2 normalizes 4 heads together, .*num_heads=1 serves that, as one"
+    why = r"q_norm is refused: olmo2 normalizes 4 heads together, .*num_heads=1 does that, as one"
     with pytest.raises(CheckpointError, match=why):
         norms[0, "q"]
     assert (0, "q") not in norms
@@ -807,7 +807,7 @@ def test_names_that_could_steer_a_terminal():
     assert described(QWEN3, tensors).refused == ()
 
 
-def test_many_strangers_are_not_all_listed():
+def test_many_unclaimed_tensors_are_not_all_listed():
     tensors = {f"h.0.{letter}.q_norm.weight": filled(16) for letter in "abcdefghij"}
     with pytest.raises(UnknownModelError, match=r"h.\*.h.q_norm F32 \(16,\) in layers 0, 2 more;"):
         described({"model_type": "newcomer"}, tensors)
@@ -837,14 +837,14 @@ def test_a_norm_beside_those_of_the_row_is_named(model):
     folder = model(QWEN3, tensors)
     norms = head_norms(folder)
     assert len(norms) == 4
-    (stranger,) = norms.refused
-    assert stranger.name == "model.layers.0.self_attn.v_norm"
-    assert stranger.reason.startswith("nothing is known of such a norm of qwen3; HeadNorm.from")
+    (unclaimed,) = norms.refused
+    assert unclaimed.name == "model.layers.0.self_attn.v_norm"
+    assert unclaimed.reason.startswith("nothing is known of such a norm of qwen3; HeadNorm.from")
     with pytest.raises(UnknownModelError, match="v_norm is refused: nothing is known of such"):
-        HeadNorm.from_pretrained(folder, stranger.name)
+        HeadNorm.from_pretrained(folder, unclaimed.name)
     # A module a head is one norm.
     heads = norms_of_heads(range(3), "model.layers.0.self_attn.v_norm")
-    assert [norm.name for norm in described(QWEN3, layers() | heads).refused] == [stranger.name]
+    assert [norm.name for norm in described(QWEN3, layers() | heads).refused] == [unclaimed.name]
     with pytest.raises(UnknownModelError, match=r"has .*q_proj.weight, of which nothing is known"):
         HeadNorm.from_pretrained(folder, "model.layers.0.self_attn.q_proj")
 

@@ -1,5 +1,5 @@
 """
-Folders from a stranger: reading ends soon, stays within them, and fails with an error of ours.
+Untrusted folders: reading ends soon, stays within them, and fails with an error of ours.
 
 Valid little checkpoints are changed at every level: the tree of config.json, of the index and of
 the headers, their bytes, the length in front of a header, the offsets, the data, what lies in the
@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 import pytest
-import strangers
+import untrusted
 from checkpoints import KEYS, SEEDS, SHARDS, encoded, file_of, header_of, seeded, write
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -20,8 +20,8 @@ from cupy_headnorm import HeadNorm, QKNorm
 from cupy_headnorm.checkpoint import files
 from cupy_headnorm.pretrained import head_norms
 
-# The fixtures of strangers.py that these tests take.
-place, tried = strangers.place, strangers.tried
+# The fixtures of untrusted.py that these tests take.
+place, tried = untrusted.place, untrusted.tried
 
 
 CASES = int(os.environ.get("HEADNORM_CASES") or 0)

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import strangers
+import untrusted
 from checkpoints import LLAMA3, SEEDS, TEXT, WHOLE, YARN, file_of, header_of, tensors_of, write
-from strangers import LONG, deliberate, in_memory, in_time, shown
+from untrusted import LONG, deliberate, in_memory, in_time, shown
 
 from cupy_headnorm import CheckpointError, QKNorm
 from cupy_headnorm._commands import inspect
@@ -15,8 +15,8 @@ from cupy_headnorm.checkpoint import files as checkpoint_files
 from cupy_headnorm.models import BY_MODEL_TYPE
 from cupy_headnorm.pretrained import head_norms
 
-# The fixtures of strangers.py that these tests take.
-place = strangers.place
+# The fixtures of untrusted.py that these tests take.
+place = untrusted.place
 
 
 def refused_soon(folder, config, tensors, read, match):

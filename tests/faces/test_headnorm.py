@@ -17,7 +17,7 @@ from cupy_headnorm._arrays.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from cupy_headnorm._arrays.layout import Device
 from cupy_headnorm._calls.uploads import device_of
 from cupy_headnorm._sources import of_model
-from cupy_headnorm.checkpoint.reader import ModelNorm
+from cupy_headnorm.checkpoint.norms import ModelNorm
 from cupy_headnorm.headnorm import built, inside
 from cupy_headnorm.models import records
 

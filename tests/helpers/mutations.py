@@ -1,4 +1,4 @@
-"""Strategies that change a tree of JSON, or bytes, as a stranger might."""
+"""Strategies that change a tree of JSON, or bytes, as damage or malice might."""
 
 import copy
 import functools

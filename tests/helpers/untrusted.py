@@ -1,4 +1,4 @@
-"""What must hold when a stranger's folder is read: an end, bounds, and errors of ours."""
+"""What must hold when an untrusted folder is read: an end, bounds, and errors of ours."""
 
 import contextlib
 import io
