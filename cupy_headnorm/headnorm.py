@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_headnorm import _sources, reference
-from cupy_headnorm._arrays import find
+from cupy_headnorm import _sources
 from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._arrays.views import AnyArray, Array
 from cupy_headnorm._calls import dispatch
@@ -17,6 +16,7 @@ from cupy_headnorm._calls.parameters import HeldNorm
 from cupy_headnorm._calls.uploads import Held, device_of, snapshot
 from cupy_headnorm._cuda import environment
 from cupy_headnorm._described import Described
+from cupy_headnorm._exllama import ExLlamaForm
 from cupy_headnorm._plans.geometry import LaunchConfig
 from cupy_headnorm._rules import heads as head_rules
 from cupy_headnorm._rules import options
@@ -26,7 +26,7 @@ _HEADS_AXIS = -2
 """The default: a call that leaves it checks nothing. Told by `is`, or -2.0 would pass for it."""
 
 
-class HeadNorm(Described):
+class HeadNorm(Described, ExLlamaForm):
     """
     Normalize each attention head on its own: RMSNorm or LayerNorm, with a copy of the weight.
 
@@ -43,7 +43,7 @@ class HeadNorm(Described):
     eps : float, optional
         Default: 1e-6 for rms, 1e-5 for layer.
     num_heads, head_dim : int, optional
-        See `cupy_headnorm.rms_norm`; ``num_heads=1`` serves x of any shape whose last axis is
+        See `cupy_headnorm.rms_norm`; ``num_heads=1`` is for x of any shape whose last axis is
         head_dim.
     weight_offset : float, optional
         Added to the weight in float32: 1.0 for Gemma 3. Default: ``0.0``.
@@ -168,7 +168,7 @@ class HeadNorm(Described):
         ------
         CheckpointError
             The checkpoint is damaged, its config and tensors contradict, the key is not found, or
-            the model's arithmetic is not served; the message says which.
+            the model's arithmetic is not supported; the message says which.
 
         Notes
         -----
@@ -206,58 +206,6 @@ class HeadNorm(Described):
         norm = self._norm if heads_axis is _HEADS_AXIS else self._norm.for_heads_axis(heads_axis)
         result: Array = dispatch.lane(norm, x, out)
         return result
-
-    @untraced
-    def forward(
-        self,
-        hidden_states: Any,
-        cache: Any = None,
-        attn_params: Any = None,
-        past_len: Any = None,
-        intermediates: bool = False,
-        loras: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Normalize in the calling form of ExLlamaV2's head norm; the other arguments are ignored.
-
-        Returns
-        -------
-        array or dict
-            A new array, in ``{"hidden_states": array}`` if `intermediates`.
-        """
-        _refuse_new_names(kwargs)
-        result = self(hidden_states)
-        return {"hidden_states": result} if intermediates else result
-
-    @untraced
-    def forward_reference(
-        self,
-        hidden_states: Any,
-        cache: Any = None,
-        attn_params: Any = None,
-        past_len: Any = None,
-        intermediates: bool = False,
-        loras: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Normalize as `forward` does, but on the host in NumPy: for debugging; it copies."""
-        _refuse_new_names(kwargs)
-        x = find.view(hidden_states, "x")
-        o = self._options
-        function = reference.rms_norm if o.kind == "rms" else reference.layer_norm
-        values = function(
-            x.library.to_host(hidden_states, "x"),
-            self._weight,
-            self._bias,
-            eps=o.eps,
-            num_heads=o.num_heads,
-            head_dim=o.head_dim,
-            weight_offset=o.weight_offset,
-            rounding=o.rounding,
-        )
-        result = x.library.from_host(values, x)
-        return {"hidden_states": result} if intermediates else result
 
     def heads(self, start: int, stop: int) -> HeadNorm:
         """
@@ -303,14 +251,9 @@ class HeadNorm(Described):
         with the norm.
         """
         norm = self._norm.for_heads_axis(heads_axis)
-        for target in (None, x) if out is None else (out,):
-            given = Given((x,), (None, None), None if target is None else (target,))
-            try:
-                dispatch.step_by_step(norm, given, dry=True)
-            except (TypeError, ValueError):
-                if target is not x or out is x:
-                    raise
-                # x may be an array that cannot be written; then there is nothing to prepare.
+        outs = [None, (x,)] if out is None else [(out,)]
+        calls = [Given((x,), (None, None), given) for given in outs]
+        dispatch.prepare(norm, calls, asked=out is not None)
 
     def plan(self, x: AnyArray, /, *, heads_axis: int = -2) -> LaunchConfig:
         """Return the geometry used for `x`, or for its like on an H100 if it is in host memory."""
@@ -333,10 +276,3 @@ def built(read: _sources.Read, kind: type[HeadNorm] = HeadNorm) -> HeadNorm:
 def inside(norm: HeadNorm) -> HeldNorm:
     """Return the norm as calls meet it."""
     return norm._norm
-
-
-def _refuse_new_names(ignored: dict[str, Any]) -> None:
-    """Refuse arguments of `__call__` that the old calling form would silently ignore."""
-    for name in ("out", "heads_axis"):
-        if name in ignored:
-            raise TypeError(f"forward takes no {name}; needs a call of the norm itself")

@@ -1,4 +1,4 @@
-"""The class that normalizes queries and keys, and turns them by their positions, in one launch."""
+"""The class that normalizes queries and keys and rotates them, in one launch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HEADS_AXIS = -2
 
 class QKNorm:
     r"""
-    Normalize queries and keys, each with its own norm, and turn them by their positions.
+    Normalize queries and keys, each with its own norm, and rotate them by their positions.
 
     One launch reads q, k and, with a `v_norm`, v once and writes each once.
 
@@ -33,7 +33,7 @@ class QKNorm:
         Of one kind, one rounding and one head_dim; weights of one dtype, biases too. A num_heads
         that was given is that of the calls' arrays, ``num_heads=1`` too.
     v_norm : HeadNorm, optional
-        Normalizes v, which is not turned (Gemma 3n and 4: ``HeadNorm(head_dim=256)``). Default:
+        Normalizes v, which is not rotated (Gemma 3n and 4: ``HeadNorm(head_dim=256)``). Default:
         calls take no v.
     rope : Rope, optional
         The rotary embedding. Default: none.
@@ -46,15 +46,15 @@ class QKNorm:
     Notes
     -----
     Without `rope` the results are those of the norms one by one, bit for bit. With it they are
-    first rounded to x's dtype, as between a model's modules, and turned then (or the other way
+    first rounded to x's dtype, as between a model's modules, and rotated then (or the other way
     round, where ``rope.order`` is ``"before norm"``).
 
-    Streams, graphs, threads, results and errors are as `HeadNorm` has them. One refusal differs
-    between host and GPU: on the host a position outside of the table is a ValueError. On a GPU,
-    where the kernel alone reads positions, it is clamped to the table's ends without a word.
+    Streams, graphs, threads, results and errors are as `HeadNorm` has them. A position outside of
+    the table is a ValueError on the host. On a GPU, where the kernel alone reads positions, it is
+    clamped to the table's ends without a word.
 
-    On the host heads have any length. On a GPU all up to 4,096 elements are served, 3,072 of
-    float64; of longer ones those that fit a block of threads, with ValueError for the others.
+    On the host heads have any length. On a GPU they have up to 4,096 elements, 3,072 of float64;
+    longer ones must fit a block of threads, or raise ValueError.
 
     Examples
     --------
@@ -115,7 +115,7 @@ class QKNorm:
         CheckpointError
             As `HeadNorm.from_pretrained`.
         ValueError
-            The rotary embedding is not served (`cupy_headnorm.rope.Rope.from_config`).
+            The rotary embedding is not supported (`cupy_headnorm.rope.Rope.from_config`).
         """
         from cupy_headnorm import pretrained
 
@@ -133,9 +133,8 @@ class QKNorm:
         return dict(self._norms)
 
     def __repr__(self) -> str:
-        words = [repr(norm) for norm in self._norms.values()]
-        if self._tables.rope is not None:
-            r = self._tables.rope
+        words, r = [repr(norm) for norm in self._norms.values()], self.rope
+        if r is not None:
             words.append(f"rope=<{r.style}, rotary_dim={r.rotary_dim}, {r.order}>")
         return f"QKNorm({', '.join(words)})"
 
@@ -158,7 +157,7 @@ class QKNorm:
         out: Any = None,
     ) -> tuple[Any, ...]:
         """
-        Normalize and turn.
+        Normalize and rotate.
 
         Parameters
         ----------
@@ -181,8 +180,7 @@ class QKNorm:
 
         Returns
         -------
-        tuple of arrays
-            As many as were given.
+        tuple of arrays, one for each part
         """
         operation = self._operation(heads_axis)
         return dispatch.run(operation, operation.given(q, k, v, positions, cos, sin, out))
@@ -213,8 +211,7 @@ class QKNorm:
         """
         Return what a call returns, computed on the host in NumPy: for debugging; it copies.
 
-        Positions outside of the table are a ValueError here, of arrays on a GPU too, where a call
-        clamps them.
+        Positions outside of the table are a ValueError, of arrays on a GPU too.
         """
         arrays = {"q": q, "k": k, "v": v, "positions": positions, "cos": cos, "sin": sin}
         given = {name: array for name, array in arrays.items() if array is not None}
@@ -239,9 +236,9 @@ class QKNorm:
         sin: Any = None,
     ) -> Any:
         """
-        Work in place on a packed buffer ``(..., (num_heads + 2 num_kv_heads) * head_dim)``.
+        Work in place on ``(..., (num_heads + 2 num_kv_heads) * head_dim)``, and return it.
 
-        Queries come first, then keys, then values, which only a `v_norm` touches. Returns `qkv`.
+        Queries come first, then keys, then values, which only a `v_norm` touches.
         """
         shape = packed.Packed(num_heads, num_kv_heads, self._head_dim, len(self._norms))
         buffer, parts = packed.split(qkv, shape)
@@ -289,20 +286,14 @@ class QKNorm:
         """
         Load, compile and plan for arrays laid out like these; they stay as they are.
 
-        Then such a call can be captured into a CUDA graph. Keep this object as long as the graph,
-        and do not `unload` it or its norms meanwhile: the graph reads the weights and the tables on
-        the device, which are freed with them.
+        Then such a call can be captured into a CUDA graph, which reads the weights and tables on
+        the device: keep this object as long, and do not `unload` it or its norms meanwhile.
         """
         parts = (q, k) if v is None else (q, k, v)
         operation = self._operation(heads_axis)
-        for target in (None, parts) if out is None else (out,):
-            given = operation.given(q, k, v, positions, cos, sin, target)
-            try:
-                dispatch.step_by_step(operation, given, dry=True)
-            except (TypeError, ValueError):
-                if target is not parts or out is parts:
-                    raise
-                # Parts may be arrays that cannot be written; then there is nothing to prepare.
+        outs = (None, parts) if out is None else (out,)
+        calls = [operation.given(q, k, v, positions, cos, sin, given) for given in outs]
+        dispatch.prepare(operation, calls, asked=out is not None)
 
 
 def _rebuilt(norms: tuple[Any, ...], rope: Rope | None) -> QKNorm:

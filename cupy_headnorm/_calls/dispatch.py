@@ -10,7 +10,7 @@ call is remembered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from cupy_headnorm._arrays import find, layout
@@ -172,6 +172,17 @@ def step_by_step(
         return tuple(map(library.deliver, results, parts))
     library.wrote(results)
     return results
+
+
+def prepare(operation: Operation, calls: Iterable[Given], *, asked: bool) -> None:
+    """Do all of some calls but their arithmetic; `asked` tells whether a caller named the `out`."""
+    for given in calls:
+        try:
+            step_by_step(operation, given, dry=True)
+        except (TypeError, ValueError):
+            # Parts may be arrays that cannot be written; then there is nothing to prepare.
+            if asked or given.results != IN_PLACE:
+                raise
 
 
 def _views(names: tuple[str, ...], parts: tuple[Any, ...]) -> tuple[ArrayView, ...]:

@@ -38,6 +38,7 @@ def wing_of(name):
 FACES = {
     "__init__",
     "_described",
+    "_exllama",
     "_sources",
     "headnorm",
     "ops",
