@@ -2,7 +2,7 @@
 Per-attention-head normalization (QK-norm) for CuPy, torch, NumPy and every DLPack array.
 
 `HeadNorm` holds a weight and normalizes; `rms_norm` and `layer_norm` are the same as functions;
-`reference` has them in NumPy. `QKNorm` normalizes queries and keys and turns them by a `Rope`, in
+`reference` has them in NumPy. `QKNorm` normalizes queries and keys and rotates them by a `Rope`, in
 one launch. `head_norms` finds the norms of a Hugging Face model.
 """
 
@@ -14,11 +14,11 @@ from cupy_headnorm._cuda.environment import environment
 from cupy_headnorm._cuda.memory import CaptureError
 from cupy_headnorm._plans.geometry import LaunchConfig
 from cupy_headnorm._version import __version__
-from cupy_headnorm.checkpoint import CheckpointError
 from cupy_headnorm.headnorm import HeadNorm
 from cupy_headnorm.ops import layer_norm, rms_norm
 
 if TYPE_CHECKING:
+    from cupy_headnorm.checkpoint import CheckpointError
     from cupy_headnorm.pretrained import head_norms
     from cupy_headnorm.qknorm import QKNorm
     from cupy_headnorm.rope import Rope
@@ -40,8 +40,14 @@ __all__ = [
 ]
 
 
-_LATER = {"QKNorm": "qknorm", "Rope": "rope", "head_norms": "pretrained"}
-"""Where they are. What is known of models takes some milliseconds to import."""
+_LATER = {
+    "CheckpointError": "checkpoint",
+    "QKNorm": "qknorm",
+    "Rope": "rope",
+    "checkpoint": "checkpoint",
+    "head_norms": "pretrained",
+}
+"""Where they are. What reads files and what is known of models takes milliseconds to import."""
 
 
 if not TYPE_CHECKING:  # a type checker would take it for a promise of every name
@@ -51,7 +57,8 @@ if not TYPE_CHECKING:  # a type checker would take it for a promise of every nam
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         import importlib
 
-        found = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+        module = importlib.import_module(f"{__name__}.{_LATER[name]}")
+        found = getattr(module, name, module)
         globals()[name] = found
         return found
 

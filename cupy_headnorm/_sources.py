@@ -6,8 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cupy_headnorm.checkpoint import tensors
-
 if TYPE_CHECKING:
     from cupy_headnorm.checkpoint.norms import ModelNorm
 
@@ -45,6 +43,8 @@ class Read(NamedTuple):
 
 def from_safetensors(path: str | os.PathLike[str], key: str, arguments: Mapping[str, Any]) -> Read:
     """Read a norm's tensors from a file or a folder with shards."""
+    from cupy_headnorm.checkpoint import tensors
+
     weight, bias = tensors.read_norm(path, key)
     return Read(weight, bias, arguments, Source("from_safetensors", os.fspath(path), key))
 
@@ -53,7 +53,11 @@ def from_pretrained(
     model_dir: str | os.PathLike[str], key: str, variant: str | None, given: Mapping[str, Any]
 ) -> Read:
     """Read a norm of a model as the model computes it; what is `given` and not None wins."""
-    from cupy_headnorm.checkpoint import norms, survey  # the registry: only checkpoints need it
+    from cupy_headnorm.checkpoint import (  # the registry: only checkpoints need it
+        norms,
+        survey,
+        tensors,
+    )
 
     overrides = {name: value for name, value in given.items() if value is not None}
     source = Source("from_pretrained", os.fspath(model_dir), key, overrides, variant)
