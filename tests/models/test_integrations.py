@@ -13,6 +13,7 @@ import pytest
 from tolerances import FLIPS_FEW, mismatch
 
 from cupy_headnorm.checkpoint import survey
+from cupy_headnorm.integrations import forward as forward_module
 from cupy_headnorm.integrations import transformers as transformers_module
 from cupy_headnorm.integrations.transformers import use_head_norms
 
@@ -114,7 +115,7 @@ def norm_of(model):
 
 def assert_plain(model):
     for module in model.modules():
-        assert not vars(module).keys() & {*transformers_module._METHODS}
+        assert not vars(module).keys() & {*forward_module._METHODS}
 
 
 def unanswered(reason=""):
@@ -209,7 +210,7 @@ def other_kind(norm):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bound_tells_a_wrong_norm(family, monkeypatch):
     altered(monkeypatch, kind=other_kind)
-    monkeypatch.setattr(transformers_module, "_check_agrees", lambda *_: None)
+    monkeypatch.setattr(transformers_module, "check_agrees", lambda *_: None)
     model = model_of(family)
     expected = logits(model)
     bound = rounding_of(model)
