@@ -1,5 +1,5 @@
 """
-The DLPack structures, read from capsules and through the C exchange API, with ctypes alone.
+The DLPack structures, read from capsules with ctypes alone.
 
 Layouts are those of dlpack.h 1.3, https://github.com/dmlc/dlpack.
 """
@@ -110,60 +110,3 @@ def read_capsule(capsule: Any, of: str = "the array") -> Tensor:
         # DLManagedTensor begins with its DLTensor, and has no read-only flag.
         return _read(DLTensor.from_address(address), read_only=False)
     raise TypeError(f"capsule named {name!r}; needs an unconsumed DLPack capsule")
-
-
-class _ExchangeTable(ctypes.Structure):
-    _fields_ = [
-        ("version", _Version),
-        ("prev_api", ctypes.c_void_p),
-        ("managed_tensor_allocator", ctypes.c_void_p),
-        ("managed_tensor_from_py_object_no_sync", ctypes.c_void_p),
-        ("managed_tensor_to_py_object_no_sync", ctypes.c_void_p),
-        ("dltensor_from_py_object_no_sync", ctypes.c_void_p),
-        ("current_work_stream", ctypes.c_void_p),
-    ]
-
-
-class ExchangeApi:
-    """
-    The functions of a producer's C exchange API that a kernel library needs.
-
-    It looks at tensors without owning them and knows nothing of autograd: whoever calls it
-    checks the tensor's flags first.
-    """
-
-    def __init__(self, table: _ExchangeTable) -> None:
-        self._view = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(DLTensor))(
-            table.dltensor_from_py_object_no_sync
-        )
-        self._stream = ctypes.PYFUNCTYPE(
-            ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p)
-        )(table.current_work_stream)
-
-    def view(self, tensor: object) -> Tensor:
-        """Describe `tensor`, which the caller keeps alive."""
-        raw = DLTensor()
-        if self._view(tensor, ctypes.byref(raw)):
-            raise TypeError(f"{type(tensor).__name__} has no DLPack form")
-        return _read(raw, read_only=False)
-
-    def stream(self, index: int) -> int:
-        """Return the producer's current stream on CUDA device `index`: 0 is the default one."""
-        handle = ctypes.c_void_p()
-        if self._stream(CUDA, index, ctypes.byref(handle)):
-            raise RuntimeError(f"no current stream on cuda:{index}")
-        return handle.value or 0
-
-
-def exchange_api(kind: type) -> ExchangeApi | None:
-    """Return the C exchange API of a tensor type; None where it has none of our major version."""
-    capsule = getattr(kind, "__dlpack_c_exchange_api__", None)
-    if capsule is None:
-        return None
-    address = _pointer_of(capsule, b"dlpack_exchange_api")
-    while address:
-        table = _ExchangeTable.from_address(address)
-        if table.version.major == _MAJOR:
-            return ExchangeApi(table)
-        address = table.prev_api
-    return None

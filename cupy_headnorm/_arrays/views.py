@@ -142,10 +142,28 @@ class Plain(Library):
         """Do nothing: the library keeps no account of writes."""
 
 
+def view_at(
+    pointer: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: dtypes.DType,
+    device: Device,
+    role: str,
+    owner: Any,
+    library: Library,
+    writeable: bool = True,
+) -> ArrayView:
+    """Return a view of memory at an address; `strides` are bytes."""
+    layout = Layout(shape, strides, dtype, device, alignment_of(pointer))
+    if pointer == 0 and layout.size:
+        raise TypeError(f"{role} has {layout.size} elements at a null pointer; needs memory")
+    return ArrayView(pointer, layout, writeable, owner, library)
+
+
 def view_of(
     raw: dlpack.Tensor, dtype: dtypes.DType, role: str, owner: Any, library: Library
 ) -> ArrayView:
-    """Turn what DLPack tells into a view; TypeError for memory that is not served."""
+    """Turn what DLPack tells into a view; TypeError for memory that is not supported."""
     kind, index = raw.device
     if kind in (dlpack.CUDA, dlpack.CUDA_MANAGED):
         device = Device("cuda", index)
@@ -155,7 +173,5 @@ def view_of(
         name = dlpack.DEVICE_NAMES.get(kind, f"DLPack device type {kind}")
         raise TypeError(f"{role} is in {name} memory; needs host or CUDA memory")
     strides = tuple(s * dtype.itemsize for s in raw.strides)
-    layout = Layout(raw.shape, strides, dtype, device, alignment_of(raw.pointer))
-    if raw.pointer == 0 and layout.size:
-        raise TypeError(f"{role} has {layout.size} elements at a null pointer; needs memory")
-    return ArrayView(raw.pointer, layout, not raw.read_only, owner, library)
+    writeable = not raw.read_only
+    return view_at(raw.pointer, raw.shape, strides, dtype, device, role, owner, library, writeable)

@@ -175,27 +175,6 @@ def test_capsules_of_a_later_dlpack_are_refused():
     dlpack._Versioned.from_address(address).version.major = 1  # for whoever frees it
 
 
-def test_the_exchange_api_of_our_version_is_found():
-    """Tables are chained, the newest first."""
-    ours, newer = dlpack._ExchangeTable(), dlpack._ExchangeTable()
-    ours.version.major, newer.version.major = 1, 2
-    ours.dltensor_from_py_object_no_sync = ours.current_work_stream = 64  # not called
-    newer.prev_api = ctypes.addressof(ours)
-    name = b"dlpack_exchange_api"
-    make = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
-        ("PyCapsule_New", ctypes.pythonapi)
-    )
-
-    def api(table):
-        capsule = make(ctypes.addressof(table), name, None)
-        return dlpack.exchange_api(type("Tensor", (), {"__dlpack_c_exchange_api__": capsule}))
-
-    assert isinstance(api(newer), dlpack.ExchangeApi)
-    newer.prev_api = None
-    assert api(newer) is None
-    assert dlpack.exchange_api(int) is None
-
-
 def test_libraries_without_a_glance_say_so():
     """None sends a call to `view`; the address of a result is what `view` finds."""
     x = np.ones((3, 64), np.float32)

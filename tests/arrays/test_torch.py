@@ -10,8 +10,9 @@ from tolerances import assert_alike
 
 import cupy_headnorm
 from cupy_headnorm import HeadNorm, rms_norm
-from cupy_headnorm._arrays import find
+from cupy_headnorm._arrays import dlpack, dtypes, find, views
 from cupy_headnorm._arrays import torch as torch_arrays
+from cupy_headnorm._arrays.layout import CPU, Device
 
 torch = pytest.importorskip("torch")
 
@@ -33,24 +34,81 @@ def test_versions_are_counted_without_torchs_private_function():
         assert [x._version for x in arrays] == [count, count]
 
 
+ANY = dtypes._rows((*dtypes.DTYPES, dtypes.INT64), "any")
+
+
+class Handing:
+    """Hands on a tensor by DLPack alone; results are those of NumPy or CuPy."""
+
+    def __init__(self, x):
+        self.x = x
+        self.__dlpack_device__ = x.__dlpack_device__
+
+    def __dlpack__(self, **options):
+        return self.x.__dlpack__(**options)
+
+    def __array_namespace__(self):
+        return np if self.x.device.type == "cpu" else pytest.importorskip("cupy")
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("way", ["exchange API", "capsule"])
-def test_torch_through_either_door(device, way, dtype, rng, monkeypatch):
-    library = find.library_of(torch.ones(1), "x")
-    if way == "capsule":
-        monkeypatch.setattr(library, "_api", None)
-    else:
-        if library._api is None:
-            pytest.skip("torch before 2.11 has no C exchange API")
+@pytest.mark.parametrize("way", ["attributes", "capsule"])
+def test_torch_through_either_door(device, way, dtype, rng):
     values = rng.standard_normal((5, 6, 64)).astype(dtype.numpy)
     x = TorchLibrary(device).array(values)[:, ::2]
-    y = TorchLibrary(device).host(rms_norm(x))
     expected = cupy_headnorm.reference.rms_norm(values[:, ::2])
-    assert_alike(y, expected)
+    if way == "capsule":
+        if device == "cpu" and dtype.name == "bfloat16":
+            with pytest.raises(TypeError, match="x is a bfloat16 Handing on the host"):
+                rms_norm(Handing(x))
+            return
+        y = rms_norm(Handing(x))
+        assert type(y).__module__.partition(".")[0] == ("numpy" if device == "cpu" else "cupy")
+        assert_alike(y if device == "cpu" else y.get(), expected)
+        return
+    assert_alike(TorchLibrary(device).host(rms_norm(x)), expected)
     pointer = x.data_ptr()
     assert rms_norm(x, out=x) is x
     assert x.data_ptr() == pointer
     assert find.view(x, "x").pointer == pointer
+
+
+def test_attributes_tell_what_a_capsule_does(rng):
+    """Of all layouts: with gaps, of one element, of none, broadcast, with a step of any length."""
+    base = torch.from_numpy(rng.standard_normal((6, 5, 8)).astype(np.float32))
+    arrays = [
+        base, base[1:, ::2], base[..., 3], base[0, 0, 0], base[6:], base[:, :0], base.mT,
+        base[:1].expand(4, 5, 8), base.as_strided((1, 8), (77, 1)), base.to(torch.float64),
+        torch.nn.Parameter(base[2:]), base.long(),
+    ]  # fmt: skip
+    with torch.no_grad():
+        for x in arrays:
+            view = find.view(x, "x", ANY)
+            raw = dlpack.read_capsule(x.detach().__dlpack__())
+            told = views.view_of(raw, view.layout.dtype, "x", x, view.library)
+            steps = [
+                [step for n, step in zip(v.layout.shape, v.layout.strides, strict=True) if n > 1]
+                for v in (view, told)
+            ]  # a capsule of torch has 1 along an axis of length 1
+            assert view.layout._replace(strides=()) == told.layout._replace(strides=())
+            assert steps[0] == steps[1]
+            assert view.pointer == told.pointer
+
+
+def test_memory_of_other_devices_is_refused(monkeypatch):
+    library = find.library_of(torch.ones(1), "x")
+
+    def lying_on(kind):
+        x = SimpleNamespace(device=SimpleNamespace(type=kind), get_device=lambda: 1)
+        return library._device(x, "x")
+
+    assert lying_on("cuda") == Device("cuda", 1)
+    with pytest.raises(TypeError, match="x is in xpu memory; needs host or CUDA memory"):
+        lying_on("xpu")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert lying_on("cpu") == CPU
+    with pytest.raises(TypeError, match="x is in ROCm memory; needs host or CUDA memory"):
+        lying_on("cuda")
 
 
 @pytest.mark.parametrize("device", DEVICES)
