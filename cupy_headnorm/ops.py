@@ -52,7 +52,7 @@ def rms_norm(
         Added to the mean square before the root; finite, 0 or more. Default: ``1e-6``.
     num_heads : int, optional
         Needed for flat `x`, unless a weight of shape ``(num_heads, head_dim)``, or a flat one and
-        `head_dim`, tells it. 1 serves `x` of any shape whose last axis is head_dim.
+        `head_dim`, tells it. 1 is for `x` of any shape whose last axis is head_dim.
     head_dim : int, optional
         Default: the last axis of a 2-D weight; else that of a flat weight split by `num_heads`;
         else the length of a 1-D weight; else the last axis of `x`.
@@ -79,7 +79,7 @@ def rms_norm(
     Raises
     ------
     TypeError
-        An array is of a dtype, library, device or kind that is not served.
+        An array is of a dtype, library, device or kind that is not supported.
     ValueError
         A shape, stride, count or number does not fit, `out` overlaps, or a torch tensor requires
         grad while grad mode is on.

@@ -20,7 +20,7 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
     A model's head norms by layer and role: ``norms[0, "q"]``; build one with `head_norms`.
 
     Getting a norm reads its tensors, once; nothing else does. Looking for one, counting and
-    iterating over keys read nothing. A norm that is not served is no key: getting it raises
+    iterating over keys read nothing. A norm that is not supported is no key: getting it raises
     `CheckpointError` with the reason.
     """
 
@@ -47,7 +47,7 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
 
     @property
     def refused(self) -> tuple[Refused, ...]:
-        """Norms that are not served, and tensors that look like norms, with the reasons."""
+        """Norms that are not supported, and tensors that look like norms, with the reasons."""
         return self._found.refused
 
     @property

@@ -1,8 +1,8 @@
 """
 The norms in NumPy: same names, signatures, arithmetic and roundings as the kernels.
 
-They serve host memory wherever the library is called on it, and are public because a reference
-that nobody can call convinces nobody. Rows are worked on in chunks that stay in the cache, by up to
+They run wherever the library is called on host memory, and are public because a reference that
+nobody can call convinces nobody. Rows are worked on in chunks that stay in the cache, by up to
 four threads, so the extra memory is a few MiB whatever the input.
 """
 

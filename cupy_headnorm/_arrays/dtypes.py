@@ -51,8 +51,8 @@ INT64 = DType("int64", "i64", np.dtype(np.int64), 0, "I64", "long long", 1.0)
 DTYPES = (FLOAT16, BFLOAT16, FLOAT32, FLOAT64)
 
 
-class Rows(NamedTuple):
-    """Some rows of the table, found by the names that libraries have for them."""
+class Allowed(NamedTuple):
+    """Some dtypes of the table, found by the names that libraries have for them."""
 
     needed: str
     """For messages."""
@@ -61,8 +61,8 @@ class Rows(NamedTuple):
     by_name: dict[str, DType]
 
 
-def _rows(dtypes: tuple[DType, ...], needed: str) -> Rows:
-    return Rows(
+def _allowed(dtypes: tuple[DType, ...], needed: str) -> Allowed:
+    return Allowed(
         needed,
         {dtype.numpy: dtype for dtype in dtypes},
         {(dtype.dlpack_code, 8 * dtype.itemsize, 1): dtype for dtype in dtypes},
@@ -71,9 +71,9 @@ def _rows(dtypes: tuple[DType, ...], needed: str) -> Rows:
 
 
 NEEDED = "float16, bfloat16, float32 or float64"
-NUMBERS = _rows(DTYPES, NEEDED)
+NUMBERS = _allowed(DTYPES, NEEDED)
 """Of arrays that are normalized, and all beside them but positions."""
-POSITIONS = _rows((INT32, INT64), "int32 or int64")
+POSITIONS = _allowed((INT32, INT64), "int32 or int64")
 
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES}
 
@@ -85,29 +85,29 @@ def promoted(a: DType, b: DType) -> DType:
     return max(a, b, key=lambda dtype: dtype.itemsize)
 
 
-def from_numpy(dtype: np.dtype, role: str, rows: Rows = NUMBERS) -> DType:
+def from_numpy(dtype: np.dtype, role: str, allowed: Allowed = NUMBERS) -> DType:
     """Return the table's row for a NumPy (or CuPy) dtype; TypeError names `role`."""
-    found = rows.by_numpy.get(dtype)
+    found = allowed.by_numpy.get(dtype)
     # A byte-swapped float32 compares unequal to np.float32 and is refused here by name.
     if found is None:
-        raise TypeError(f"{role} has dtype {dtype}; needs {rows.needed} in native byte order")
+        raise TypeError(f"{role} has dtype {dtype}; needs {allowed.needed} in native byte order")
     return found
 
 
-def from_dlpack(code: int, bits: int, lanes: int, role: str, rows: Rows = NUMBERS) -> DType:
+def from_dlpack(code: int, bits: int, lanes: int, role: str, allowed: Allowed = NUMBERS) -> DType:
     """Return the table's row for a DLPack type triple; TypeError names `role`."""
-    found = rows.by_dlpack.get((code, bits, lanes))
+    found = allowed.by_dlpack.get((code, bits, lanes))
     if found is None:
         raise TypeError(
             f"{role} has DLPack dtype (code {code}, {bits} bits, {lanes} lanes); "
-            f"needs {rows.needed}"
+            f"needs {allowed.needed}"
         )
     return found
 
 
-def from_name(name: str, role: str, rows: Rows = NUMBERS) -> DType:
+def from_name(name: str, role: str, allowed: Allowed = NUMBERS) -> DType:
     """Return the table's row for ``"float16"`` and the like; TypeError names `role`."""
-    found = rows.by_name.get(name)
+    found = allowed.by_name.get(name)
     if found is None:
-        raise TypeError(f"{role} has dtype {name}; needs {rows.needed}")
+        raise TypeError(f"{role} has dtype {name}; needs {allowed.needed}")
     return found

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_headnorm._arrays.dtypes import NUMBERS, POSITIONS, Rows
+from cupy_headnorm._arrays.dtypes import NUMBERS, POSITIONS, Allowed
 from cupy_headnorm._arrays.libraries import JAX, CuPy, DLPack, NumPy
 from cupy_headnorm._arrays.torch import Torch, untraced
 from cupy_headnorm._arrays.views import ArrayView, Library
@@ -77,13 +77,13 @@ def _once(adapter: Callable[[Any], Library], module: Any, array: type) -> Librar
     return library
 
 
-def view(x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
+def view(x: Any, role: str, allowed: Allowed = NUMBERS) -> ArrayView:
     """Describe any array."""
-    return library_of(x, role).view(x, role, rows)
+    return library_of(x, role).view(x, role, allowed)
 
 
 def view_beside(
-    x: ArrayView, array: Any, role: str, rows: Rows = NUMBERS, *, of: str = "x"
+    x: ArrayView, array: Any, role: str, allowed: Allowed = NUMBERS, *, of: str = "x"
 ) -> ArrayView:
     """Describe `array`, which must come from the library of `x`, called `of`."""
     library = library_of(array, role)
@@ -92,13 +92,13 @@ def view_beside(
             f"{role} is a {type(array).__name__} ({library.name}); "
             f"needs the library of {of}, {x.library.name}"
         )
-    return library.view(array, role, rows)
+    return library.view(array, role, allowed)
 
 
 def to_host(array: Any, role: str) -> np.ndarray:
     """Return an array's values in host memory, copied from a device."""
-    rows = POSITIONS if role == "positions" else NUMBERS
-    return library_of(array, role).to_host(array, role, rows)
+    allowed = POSITIONS if role == "positions" else NUMBERS
+    return library_of(array, role).to_host(array, role, allowed)
 
 
 _hidden: dict[type, Library] | None = None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupy_headnorm._arrays import dlpack, dtypes
-from cupy_headnorm._arrays.dtypes import NUMBERS, Rows
+from cupy_headnorm._arrays.dtypes import NUMBERS, Allowed
 from cupy_headnorm._arrays.layout import CPU, Device, Layout, alignment_of, dense_like
 from cupy_headnorm._arrays.messages import shown
 from cupy_headnorm._arrays.views import ArrayView, Plain, view_of
@@ -19,14 +19,14 @@ from cupy_headnorm._cuda import environment
 class NumPy(Plain):
     name = "numpy"
 
-    def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
+    def view(self, x: Any, role: str, allowed: Allowed = NUMBERS) -> ArrayView:
         if type(x) not in (np.ndarray, np.memmap):
             raise TypeError(
                 f"{role} is a {type(x).__name__}, whose meaning a norm would drop; "
                 "needs a plain numpy.ndarray"
             )
         pointer = x.ctypes.data
-        dtype = dtypes.from_numpy(x.dtype, role, rows)
+        dtype = dtypes.from_numpy(x.dtype, role, allowed)
         layout = Layout(x.shape, x.strides, dtype, CPU, alignment_of(pointer))
         return ArrayView(pointer, layout, x.flags.writeable, x, self)
 
@@ -36,8 +36,8 @@ class NumPy(Plain):
     def stream(self, index: int, /) -> int:
         raise NotImplementedError("host memory has no stream")
 
-    def to_host(self, x: Any, role: str, rows: Rows = NUMBERS) -> np.ndarray:
-        self.view(x, role, rows)
+    def to_host(self, x: Any, role: str, allowed: Allowed = NUMBERS) -> np.ndarray:
+        self.view(x, role, allowed)
         return np.asarray(x)
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
@@ -64,14 +64,14 @@ class CuPy(Plain):
         address: int = x.data.ptr
         return address
 
-    def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
+    def view(self, x: Any, role: str, allowed: Allowed = NUMBERS) -> ArrayView:
         if type(x) is not self._cupy.ndarray:
             raise TypeError(
                 f"{role} is a {type(x).__name__}, whose meaning a norm would drop; "
                 "needs a plain cupy.ndarray"
             )
         pointer = x.data.ptr
-        dtype = dtypes.from_numpy(x.dtype, role, rows)
+        dtype = dtypes.from_numpy(x.dtype, role, allowed)
         device = Device("cuda", x.data.device_id)
         layout = Layout(x.shape, x.strides, dtype, device, alignment_of(pointer))
         return ArrayView(pointer, layout, True, x, self)
@@ -97,8 +97,8 @@ class CuPy(Plain):
         handle: int = self._current_stream(index).ptr
         return handle
 
-    def to_host(self, x: Any, role: str, rows: Rows = NUMBERS) -> np.ndarray:
-        self.view(x, role, rows)
+    def to_host(self, x: Any, role: str, allowed: Allowed = NUMBERS) -> np.ndarray:
+        self.view(x, role, allowed)
         values: np.ndarray = x.get()
         return values
 
@@ -116,7 +116,7 @@ class DLPack(Plain):
     def __init__(self) -> None:
         self._in_flight: dict[object, tuple[Any, Any]] = {}
 
-    def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
+    def view(self, x: Any, role: str, allowed: Allowed = NUMBERS) -> ArrayView:
         if role == "out":
             raise TypeError(
                 f"out is a {type(x).__name__}, which may forbid writing; "
@@ -140,7 +140,7 @@ class DLPack(Plain):
         if capsule is None:
             capsule = x.__dlpack__(stream=stream)
         raw = dlpack.read_capsule(capsule, role)
-        dtype = dtypes.from_dlpack(*raw.dtype, role, rows)
+        dtype = dtypes.from_dlpack(*raw.dtype, role, allowed)
         view = view_of(raw, dtype, role, (x, capsule), self)
         if role in RESULTS_OF:
             self._check_way_back(x, view, role)
@@ -196,8 +196,8 @@ class DLPack(Plain):
     def wrote(self, arrays: tuple[Any, ...], /) -> None:
         raise NotImplementedError("out is refused when it is viewed")
 
-    def to_host(self, x: Any, role: str, rows: Rows = NUMBERS) -> np.ndarray:
-        view = self.view(x, role, rows)
+    def to_host(self, x: Any, role: str, allowed: Allowed = NUMBERS) -> np.ndarray:
+        view = self.view(x, role, allowed)
         if view.layout.device.kind == "cuda":
             values: np.ndarray = environment.import_cupy().from_dlpack(x).get()
             return values
@@ -220,11 +220,11 @@ class JAX(DLPack):
         super().__init__()
         self._jax = jax
 
-    def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
-        self._refuse(x, role, rows)
-        return super().view(x, role, rows)
+    def view(self, x: Any, role: str, allowed: Allowed = NUMBERS) -> ArrayView:
+        self._refuse(x, role, allowed)
+        return super().view(x, role, allowed)
 
-    def _refuse(self, x: Any, role: str, rows: Rows = NUMBERS) -> None:
+    def _refuse(self, x: Any, role: str, allowed: Allowed = NUMBERS) -> None:
         if role == "out":
             raise TypeError(
                 "out is a jax.Array, which is immutable: JAX may share its memory; "
@@ -238,7 +238,7 @@ class JAX(DLPack):
                 f"{role} is a jax.Array on {devices} devices; needs one on a single device, "
                 f"such as the data of each of {role}.addressable_shards"
             )
-        dtypes.from_numpy(x.dtype, role, rows)
+        dtypes.from_numpy(x.dtype, role, allowed)
 
     def _check_way_back(self, x: Any, view: ArrayView, role: str) -> None:
         if view.layout.dtype.name == "float64" and not self._jax.config.jax_enable_x64:
@@ -252,8 +252,8 @@ class JAX(DLPack):
             return self.from_host(result, like)
         return super().deliver(result, like)
 
-    def to_host(self, x: Any, role: str, rows: Rows = NUMBERS) -> np.ndarray:
-        self._refuse(x, role, rows)
+    def to_host(self, x: Any, role: str, allowed: Allowed = NUMBERS) -> np.ndarray:
+        self._refuse(x, role, allowed)
         return np.asarray(x)
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:

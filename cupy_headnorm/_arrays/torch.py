@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cupy_headnorm._arrays import dtypes
-from cupy_headnorm._arrays.dtypes import NUMBERS, Rows
+from cupy_headnorm._arrays.dtypes import NUMBERS, Allowed
 from cupy_headnorm._arrays.layout import CPU, Device, dense_strides, is_dense
 from cupy_headnorm._arrays.views import ArrayView, Looked, Plain, view_at
 
@@ -181,9 +181,9 @@ class Torch(Plain):
             (self._is_dual, "a forward-mode AD dual"),
         )
 
-    def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
+    def view(self, x: Any, role: str, allowed: Allowed = NUMBERS) -> ArrayView:
         self._refuse(x, role)
-        dtype = dtypes.from_name(str(x.dtype).removeprefix("torch."), role, rows)
+        dtype = dtypes.from_name(str(x.dtype).removeprefix("torch."), role, allowed)
         device = self._device(x, role)
         strides = tuple([stride * dtype.itemsize for stride in x.stride()])
         return view_at(x.data_ptr(), tuple(x.shape), strides, dtype, device, role, x, self)
@@ -272,10 +272,10 @@ class Torch(Plain):
         handle: int = self._torch.cuda.current_stream(index).cuda_stream
         return handle
 
-    def to_host(self, x: Any, role: str, rows: Rows = NUMBERS) -> np.ndarray:
+    def to_host(self, x: Any, role: str, allowed: Allowed = NUMBERS) -> np.ndarray:
         with self._torch.no_grad():
             self._refuse(x, role)
-            return self.view(x.detach().cpu(), role, rows).as_numpy()
+            return self.view(x.detach().cpu(), role, allowed).as_numpy()
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:
         # NumPy cannot hand bfloat16 to torch, so torch makes the memory and NumPy fills it.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from cupy_headnorm._arrays import dlpack, dtypes
-from cupy_headnorm._arrays.dtypes import NUMBERS, Rows
+from cupy_headnorm._arrays.dtypes import NUMBERS, Allowed
 from cupy_headnorm._arrays.layout import CPU, Device, Layout, alignment_of, as_numpy
 
 
@@ -59,11 +59,11 @@ class Library(Protocol):
     allocates_in_graphs: bool
     """Whether new memory may be asked for while its stream is captured into a CUDA graph."""
 
-    def view(self, x: Any, role: str, rows: Rows = NUMBERS) -> ArrayView:
+    def view(self, x: Any, role: str, allowed: Allowed = NUMBERS) -> ArrayView:
         """
         Describe `x`; TypeError or ValueError, naming `role`, where it cannot be used.
 
-        `rows` are the dtypes that it may have.
+        It may have the `allowed` dtypes.
         """
 
     def glance(self, x: Any, /) -> tuple[int, tuple[Any, ...]] | None:
@@ -99,7 +99,7 @@ class Library(Protocol):
     def wrote(self, arrays: tuple[Any, ...], /) -> None:
         """Take note that `arrays`, given by the caller, were written."""
 
-    def to_host(self, x: Any, role: str, rows: Rows = NUMBERS) -> np.ndarray:
+    def to_host(self, x: Any, role: str, allowed: Allowed = NUMBERS) -> np.ndarray:
         """Copy (or view) `x` as a NumPy array; refuses what `view` does, but not gradients."""
 
     def from_host(self, values: np.ndarray, like: ArrayView) -> Any:

@@ -14,17 +14,17 @@ from cupy_headnorm._calls import threads
 from cupy_headnorm._rules.axes import RowAxis
 from cupy_headnorm._rules.norm import NormCall, NormSpec
 
-if TYPE_CHECKING:  # one norm needs no rules of several, which take 2 ms to import
+if TYPE_CHECKING:  # one norm needs no rules of several: 2 ms
     from cupy_headnorm._rules.parts import Part, PartsCall
 
 _CHUNK_BYTES = 1024 * 1024
-"""Of widened values a chunk, beside as much scratch. 1 GiB of float32, head_dim 128, one core of a
-server with 1 MiB of L2: 128 KiB 0.36 s, 256 KiB 0.31, 512 KiB 0.27, 1 MiB 0.22, 2 MiB 0.21;
-whole-array NumPy 0.63."""
+"""A chunk has so many of widened values, and as much scratch. 1 GiB of float32, head_dim 128, one
+core of a server with 1 MiB of L2: 128 KiB 0.36 s, 256 KiB 0.31, 512 KiB 0.27, 1 MiB 0.22, 2 MiB
+0.21; whole-array NumPy 0.63."""
 _MAX_THREADS = 4
 """Each has chunks of its own, 2 MiB with its scratch."""
 _THREAD_CHUNKS = 8
-"""A thread takes on at least: 4 ms of work, against 0.1 ms to start it."""
+"""A thread takes no fewer: 4 ms of work, against 0.1 ms to start it."""
 
 
 def apply(
@@ -42,7 +42,7 @@ def apply(
     sizes, *strides = zip(*call.axes, strict=True)
     x_rows = _rows(x, sizes, strides[0], head_dim)
     out_rows = _rows(out, sizes, strides[1], head_dim)
-    # One entry serves an axis along which a parameter does not change.
+    # One entry is enough for an axis along which a parameter does not change.
     parameters = [
         None if array is None else _rows(array, map(_entries, sizes, steps), steps, head_dim)
         for array, steps in zip((weight, bias), strides[2:], strict=True)
@@ -87,8 +87,7 @@ def apply_parts(
     """
     Run a validated call on q, k and v.
 
-    `rotate` takes heads of shape ``(*tokens, num_heads, head_dim)``, the tokens' axes being those
-    of the call.
+    `rotate` takes heads of shape ``(*tokens, num_heads, head_dim)``, by the axes of the call.
     """
     for i, part in enumerate(call.parts):
         sizes = [*(axis.size for axis in call.axes), part.num_heads]

@@ -33,7 +33,7 @@ def collect(folder: str, variant: str | None = None) -> dict[str, Any]:
         standard deviation over all its layers, as stored, or None.
     """
     _, _, where, found = survey.survey(folder, variant=variant)
-    served: dict[Any, list[tuple[str, ModelNorm]]] = {}
+    supported: dict[Any, list[tuple[str, ModelNorm]]] = {}
     refused: dict[Any, list[Refused]] = {}
     keyed = found.keyed()
     norms = [norm for norm in keyed.values() if isinstance(norm, ModelNorm)]
@@ -41,7 +41,7 @@ def collect(folder: str, variant: str | None = None) -> dict[str, Any]:
     for (_, role), norm in keyed.items():
         if isinstance(norm, ModelNorm):
             alike = tuple(getattr(norm, name) for name in _SAME)
-            served.setdefault((role, alike), []).append((role, norm))
+            supported.setdefault((role, alike), []).append((role, norm))
     for norm in found.refused:
         place = survey.without_layer(norm.name)
         refused.setdefault((place, norm.shape, norm.dtype, norm.reason), []).append(norm)
@@ -49,7 +49,7 @@ def collect(folder: str, variant: str | None = None) -> dict[str, Any]:
         "checkpoint": str(folder),
         "variant": variant,
         "model_type": found.model_type,
-        "norms": [_row(loaded, alike) for alike in served.values()],
+        "norms": [_row(loaded, alike) for alike in supported.values()],
         "refused": [
             {
                 "name": place,
@@ -106,7 +106,7 @@ def show(found: dict[str, Any], console: Any) -> None:
         console.print("\nNames, and values as stored over all layers of a row")
         console.print(_values(found["norms"]))
     else:
-        console.print("no head norm is served")
+        console.print("no head norm is supported")
     if found["refused"]:
         console.print("\nRefused")
         rows = [

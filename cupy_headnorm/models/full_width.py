@@ -212,7 +212,7 @@ LOW_RANK = (
     ),
 )
 
-# What is left: norms of outputs, and rows that serve no norm but say why.
+# What is left: norms of outputs, and rows that have no norm to offer but say why.
 OTHERS = (
     # diffllama:242, :308
     Family(

@@ -23,7 +23,7 @@ def apply(
     rotary_dim: int | None = None,
 ) -> np.ndarray:
     """
-    Turn heads in NumPy, as the kernel does.
+    Rotate heads in NumPy, as the kernel does.
 
     Parameters
     ----------

@@ -34,7 +34,7 @@ def test_versions_are_counted_without_torchs_private_function():
         assert [x._version for x in arrays] == [count, count]
 
 
-ANY = dtypes._rows((*dtypes.DTYPES, dtypes.INT64), "any")
+ANY = dtypes._allowed((*dtypes.DTYPES, dtypes.INT64), "any")
 
 
 class Handing:

@@ -419,12 +419,12 @@ def test_demo_without_a_key_names_the_norms(model, capsys):
     assert err.endswith("layers.2.q_norm, layers.3.q_norm and 2 more\n")
 
 
-def test_inspect_says_that_nothing_is_served(model, capsys):
+def test_inspect_says_that_nothing_is_supported(model, capsys):
     (model / "config.json").write_text('{"model_type": "llama"}')
     save_file({"model.norm.weight": np.ones(8)}, model / "model.safetensors")
     code, out, _ = in_process(capsys, "inspect", model)
     assert code == 0
-    assert "no head norm is served" in out
+    assert "no head norm is supported" in out
     assert "Note: nothing is known of llama, and no tensor looks like a head norm" in out
 
 

@@ -138,7 +138,7 @@ def test_no_document_names_a_place_that_is_not_there():
 
 def test_documents_count_the_models_that_are_known():
     known = len(models.BY_MODEL_TYPE)
-    served = sum(
+    supported = sum(
         len(family.model_types)
         for family in models.FAMILIES
         if not family.refused and any(not r.refused and r.weight != "full" for r in family.roles)
@@ -147,12 +147,12 @@ def test_documents_count_the_models_that_are_known():
         " ".join(text.split()) for text in (README, (ROOT / "CHANGELOG.md").read_text())
     )
     assert f"a registry of {known} model types" in readme
-    assert f"norms of {served} are served" in readme
-    assert f"the norms of {served} model types" in changelog
-    assert f"{known - served} others refused" in changelog
+    assert f"norms of {supported} are supported" in readme
+    assert f"the norms of {supported} model types" in changelog
+    assert f"{known - supported} others refused" in changelog
     # No other count of them is told, which would not be held here.
-    assert len(re.findall(r"\d+ (?:model types|others refused|are served)", readme)) == 3
-    assert len(re.findall(r"\d+ (?:model types|others refused|are served)", changelog)) == 2
+    assert len(re.findall(r"\d+ (?:model types|others refused|are supported)", readme)) == 3
+    assert len(re.findall(r"\d+ (?:model types|others refused|are supported)", changelog)) == 2
 
 
 def test_readme_counts_the_model_types_whose_modules_are_compared():
