@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+from cupy_headnorm import reference
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.torch import untraced
+from cupy_headnorm._described import Described
 
 
-class ExLlamaForm:
-    """What calls itself in that form, too."""
-
-    def __call__(self, x: Any, /) -> Any:
-        """Normalize `x`."""
-        raise NotImplementedError
+class ExLlamaForm(Described):
+    """A norm that can be called in that form, too."""
 
     @untraced
     def forward(
@@ -35,7 +33,7 @@ class ExLlamaForm:
             A new array, in ``{"hidden_states": array}`` if `intermediates`.
         """
         _refuse_new_names(kwargs)
-        result = self(hidden_states)
+        result = cast(Any, self)(hidden_states)
         return {"hidden_states": result} if intermediates else result
 
     @untraced
@@ -52,7 +50,10 @@ class ExLlamaForm:
         """Normalize as `forward` does, but on the host in NumPy: for debugging; it copies."""
         _refuse_new_names(kwargs)
         x = find.view(hidden_states, "x")
-        result = x.library.from_host(self(x.library.to_host(hidden_states, "x")), x)
+        arguments = self._arguments()
+        function = getattr(reference, f"{arguments.pop('kind')}_norm")
+        values = x.library.to_host(hidden_states, "x")
+        result = x.library.from_host(function(values, self.weight, self.bias, **arguments), x)
         return {"hidden_states": result} if intermediates else result
 
 

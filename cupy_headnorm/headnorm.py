@@ -15,7 +15,6 @@ from cupy_headnorm._calls.operands import Given
 from cupy_headnorm._calls.parameters import HeldNorm
 from cupy_headnorm._calls.uploads import Held, device_of, snapshot
 from cupy_headnorm._cuda import environment
-from cupy_headnorm._described import Described
 from cupy_headnorm._exllama import ExLlamaForm
 from cupy_headnorm._plans.geometry import LaunchConfig
 from cupy_headnorm._rules import heads as head_rules
@@ -26,7 +25,7 @@ _HEADS_AXIS = -2
 """The default: a call that leaves it checks nothing. Told by `is`, or -2.0 would pass for it."""
 
 
-class HeadNorm(Described, ExLlamaForm):
+class HeadNorm(ExLlamaForm):
     """
     Normalize each attention head on its own: RMSNorm or LayerNorm, with a copy of the weight.
 

@@ -148,8 +148,8 @@ def leads(arrays: Sequence[TokenStrides]) -> list[int]:
 
 
 def but_for_lengths(arrays: Sequence[TokenStrides], lead: int) -> tuple[Any, ...]:
-    """Return all that is seen of the arrays but for the lengths of their axes up to `lead`."""
-    return (lead, *[(a.lengths[lead + 1 :], a.strides[lead:], a.rest) for a in arrays])
+    """Return for each array all that is seen but for the lengths of its axes up to `lead`."""
+    return tuple([(a.lengths[lead + 1 :], a.strides[lead:], a.rest) for a in arrays])
 
 
 def is_outermost(lead: int, results: Sequence[ArrayView], strides: Sequence[TokenStrides]) -> bool:

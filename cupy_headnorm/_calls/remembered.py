@@ -135,9 +135,9 @@ def derive(
     Returns it, and the results that were made on the way where none are given.
     """
     (key, addresses, _), form = seen, operation.form(given)
-    strides = _apart(given, form.arrays.token_strides(key[2:]))
+    strides = form.arrays.token_strides(key[2:])
     for lead in lengths.leads(strides):
-        known = thread.lengths.get(_key_of_lengths(key, strides, lead))
+        known = thread.lengths.get(_key_of_lengths(key, given, strides, lead))
         if known is not None:
             break
     else:
@@ -180,12 +180,12 @@ def _apart(given: Given, of_arrays: Sequence[Any]) -> Sequence[Any]:
 
 
 def _key_of_lengths(
-    key: tuple[Any, ...], strides: Sequence[lengths.TokenStrides], lead: int
+    key: tuple[Any, ...], given: Given, strides: Sequence[lengths.TokenStrides], lead: int
 ) -> tuple[Any, ...]:
     identity, form = key[:2]
     if form & IN_PLACE:
         form ^= IN_PLACE | GIVEN
-    return (identity, form, *lengths.but_for_lengths(strides, lead))
+    return (identity, form, lead, *_apart(given, lengths.but_for_lengths(strides, lead)))
 
 
 def _over_length(call: Call, run: Run, length: int, addresses: tuple[int, ...]) -> Call:
@@ -258,6 +258,6 @@ def remember(
     )
     store(thread.calls, key, call)
     if lead is not None:
-        of_key = _key_of_lengths(key, _apart(given, strides[:given_arrays]), lead)
+        of_key = _key_of_lengths(key, given, strides[:given_arrays], lead)
         results = lengths.but_for_lengths(strides[of_results], lead)
         store(thread.lengths, of_key, Lengths(call, planned.launch, results))

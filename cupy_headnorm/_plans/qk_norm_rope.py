@@ -239,7 +239,8 @@ def launch_of(call: PartsCall, config: PartsConfig, index: int) -> Launch:
     """Return the launch of `call` on CUDA device `index`, but for its function."""
     params = _params(call, config)
     blocks, at = config.blocks(params.groups), type(params).part.offset
-    return Launch(0, blocks, config.threads, index, params, at, config, call.spec)
+    of_token = (call.spec, _heads(call), params.groups // call.tokens)
+    return Launch(0, blocks, config.threads, index, params, at, config, of_token)
 
 
 def prepare(call: PartsCall, index: int, stream: int, config: PartsConfig | None = None) -> Launch:
@@ -259,12 +260,14 @@ def over(launch: Launch, before: int, after: int) -> Launch | None:
 
     None where that takes another kernel.
     """
-    config, params = launch.config, type(launch.params).from_buffer_copy(launch.params)
-    groups = params.groups // before * after
-    heads = groups // params.groups_end[PARTS - 1] * sum(params.num_heads)
-    alike = config.heads_per_group == _heads_per_group(launch.spec, heads, config.lanes)
+    config, (spec, heads, groups_of_token) = launch.config, launch.spec
+    groups = launch.params.groups // before * after
+    heads *= groups // groups_of_token
+    alike = config.heads_per_group == _heads_per_group(spec, heads, config.lanes)
     counted = groups <= geometry.MAX_FEW_ROWS or config.axes == AXES[-1]
-    if not alike or not counted or config.blocks(groups) > geometry.MAX_BLOCKS:
+    blocks = config.blocks(groups)
+    if not alike or not counted or blocks > geometry.MAX_BLOCKS:
         return None
+    params = type(launch.params).from_buffer_copy(launch.params)
     params.groups = groups
-    return launch.over(config.blocks(groups), params)
+    return launch.over(blocks, params)
