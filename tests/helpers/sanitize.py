@@ -205,14 +205,14 @@ class _Watch:
             return function
 
         def counting(launch):
-            params, arguments, start = packed(launch)
+            memory, start, only_device = packed(launch)
             name = self.names[launch.function]
 
             def start_counted(*arguments):
                 launches[name] = launches.get(name, 0) + 1
                 start(*arguments)
 
-            return params, arguments, start_counted
+            return memory, start_counted, only_device
 
         compiler.compiled, launcher.packed = naming, counting
 
