@@ -8,7 +8,6 @@ one launch. `head_norms` finds the norms of a Hugging Face model.
 
 from typing import TYPE_CHECKING, Any
 
-from cupy_headnorm import reference
 from cupy_headnorm._cuda.driver import GPUUnavailableError
 from cupy_headnorm._cuda.environment import environment
 from cupy_headnorm._cuda.memory import CaptureError
@@ -18,6 +17,7 @@ from cupy_headnorm.headnorm import HeadNorm
 from cupy_headnorm.ops import layer_norm, rms_norm
 
 if TYPE_CHECKING:
+    from cupy_headnorm import reference
     from cupy_headnorm.checkpoint import CheckpointError
     from cupy_headnorm.pretrained import head_norms
     from cupy_headnorm.qknorm import QKNorm
@@ -46,6 +46,7 @@ _LATER = {
     "Rope": "rope",
     "checkpoint": "checkpoint",
     "head_norms": "pretrained",
+    "reference": "reference",
 }
 """Where they are. What reads files and what is known of models takes milliseconds to import."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,7 +11,37 @@ from cupy_headnorm._calls.parameters import HeldNorm
 from cupy_headnorm._rules import options
 from cupy_headnorm._rules.heads import Geometry
 from cupy_headnorm._rules.options import Kind, NormOptions, Rounding
-from cupy_headnorm._sources import Source
+
+
+class Source(NamedTuple):
+    """The constructor that read a norm from a file, and what it was given."""
+
+    constructor: str
+    path: str
+    key: str
+    overrides: Mapping[str, Any] | None = None
+    variant: str | None = None
+
+    def told(self, words: list[str]) -> str:
+        """Write the call; `words` are the arguments where `overrides` are not kept."""
+        if self.overrides is not None:
+            given = {} if self.variant is None else {"variant": self.variant}
+            words = [f"{name}={value!r}" for name, value in (given | dict(self.overrides)).items()]
+        return (
+            f"HeadNorm.{self.constructor}({', '.join([repr(self.path), repr(self.key), *words])})"
+        )
+
+
+class Read(NamedTuple):
+    """All that `headnorm.built` needs to build a norm."""
+
+    weight: Any
+    bias: Any
+    arguments: Mapping[str, Any]
+    """HeadNorm's own."""
+    source: Source | None
+    result: str = "x"
+    """As `NormOptions.result`."""
 
 
 class Described:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from cupy_headnorm import reference
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._described import Described
@@ -50,6 +49,8 @@ class ExLlamaForm(Described):
         """Normalize as `forward` does, but on the host in NumPy: for debugging; it copies."""
         _refuse_new_names(kwargs)
         x = find.view(hidden_states, "x")
+        from cupy_headnorm import reference
+
         arguments = self._arguments()
         function = getattr(reference, f"{arguments.pop('kind')}_norm")
         values = x.library.to_host(hidden_states, "x")

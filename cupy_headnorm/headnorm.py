@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from cupy_headnorm import _sources
 from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._arrays.views import AnyArray, Array
 from cupy_headnorm._calls import dispatch
@@ -15,6 +14,7 @@ from cupy_headnorm._calls.operands import Given
 from cupy_headnorm._calls.parameters import HeldNorm
 from cupy_headnorm._calls.uploads import Held, device_of, snapshot
 from cupy_headnorm._cuda import environment
+from cupy_headnorm._described import Read
 from cupy_headnorm._exllama import ExLlamaForm
 from cupy_headnorm._plans.geometry import LaunchConfig
 from cupy_headnorm._rules import heads as head_rules
@@ -130,6 +130,8 @@ class HeadNorm(ExLlamaForm):
             "weight_offset": weight_offset,
             "rounding": rounding,
         }
+        from cupy_headnorm import _sources
+
         return built(_sources.from_safetensors(path, key, given), cls)
 
     @classmethod
@@ -182,6 +184,8 @@ class HeadNorm(ExLlamaForm):
             "weight_offset": weight_offset,
             "rounding": rounding,
         }
+        from cupy_headnorm import _sources
+
         return built(_sources.from_pretrained(model_dir, key, variant, given), cls)
 
     def to_safetensors(self, path: str | os.PathLike[str], key: str) -> None:
@@ -218,7 +222,7 @@ class HeadNorm(ExLlamaForm):
         start, stop = head_rules.checked_range(start, stop, self.num_heads)
         arguments = self._arguments() | {"num_heads": stop - start, "head_dim": self.head_dim}
         weight, bias = (self._part(values, start, stop) for values in (self._weight, self._bias))
-        return built(_sources.Read(weight, bias, arguments, None, self._options.result))
+        return built(Read(weight, bias, arguments, None, self._options.result))
 
     def _part(self, values: np.ndarray | None, start: int, stop: int) -> np.ndarray | None:
         """Return what belongs to some heads: all of it where they share it."""
@@ -259,13 +263,11 @@ class HeadNorm(ExLlamaForm):
         return dispatch.plan(self._norm.for_heads_axis(heads_axis), x)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        read = _sources.Read(
-            self._weight, self._bias, self._arguments(), self._source, self._options.result
-        )
+        read = Read(self._weight, self._bias, self._arguments(), self._source, self._options.result)
         return built, (read, type(self))
 
 
-def built(read: _sources.Read, kind: type[HeadNorm] = HeadNorm) -> HeadNorm:
+def built(read: Read, kind: type[HeadNorm] = HeadNorm) -> HeadNorm:
     """Build a norm from what was read of it."""
     norm = kind(read.weight, read.bias, **read.arguments)
     norm._norm, norm._source = norm._norm.with_result_dtype(read.result), read.source

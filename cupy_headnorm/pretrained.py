@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
+from cupy_headnorm._described import Source
 from cupy_headnorm._rules import options
-from cupy_headnorm._sources import Source, of_model
+from cupy_headnorm._sources import of_model
 from cupy_headnorm.checkpoint import CheckpointError
 from cupy_headnorm.checkpoint import survey as checkpoint_survey
 from cupy_headnorm.checkpoint.norms import ModelNorm, Refused, supported
