@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+from cupy_headnorm.checkpoint import rotary
 from cupy_headnorm.checkpoint.files import CheckpointError, short
 from cupy_headnorm.models.records import Family, ModelRope, Role
 
@@ -78,33 +80,19 @@ class Fields:
         return float(value)
 
     def rope(self, rope: ModelRope, layer: int, head_dim: int) -> ModelRope:
-        """Return `rope` with the share of head_dim that the config says, in old words or new."""
-        shares: list[Any] = []
+        """Return `rope` with the share of head_dim that the model rotates by its config."""
         for name in ("rope_parameters", "rope_scaling"):
             given = self.config.get(name)
-            if not isinstance(given, Mapping):
-                continue
-            if len(given) > _MOST_ROPES:  # each layer looks at all of them
+            if isinstance(given, Mapping) and len(given) > _MOST_ROPES:  # each layer looks at all
                 raise CheckpointError(
                     f"config.json's {name} has {len(given)} fields; needs {_MOST_ROPES} at most"
                 )
-            # Some have one set for each type of layer.
-            sets = {kind: nested for kind, nested in given.items() if isinstance(nested, Mapping)}
-            kind = self.get("layer_types", layer)
-            own = sets.get(kind) if isinstance(kind, str) else None
-            chosen = [own] if own is not None else list(sets.values()) or [given]
-            if any(each.get("rope_type") == "proportional" for each in chosen):
-                return rope
-            told = [each.get("partial_rotary_factor") for each in chosen]
-            # Numbers only: to compare what else may be there takes as long as it is, each time.
-            if all(type(share) in (int, float) and share == told[0] for share in told):
-                shares.append(told[0])
-        for name in ("partial_rotary_factor", "rotary_pct"):
-            shares.append(self.get(name, layer))
-        rotary_dim = self.get("rotary_dim", layer)
-        whole = type(rotary_dim) is int and 0 < rotary_dim <= head_dim
-        shares.append(rotary_dim / head_dim if whole else None)
-        for share in shares:
-            if type(share) in (int, float) and 0 < share <= 1:
-                return rope._replace(partial=float(share))
+        # What cannot be read, or says two shares, `rope.Rope` refuses; a norm is one without it.
+        with contextlib.suppress(*rotary.UNREADABLE):
+            of = rotary.Layer(self.config, "", self.family, layer)
+            layer_type = of.get("layer_types")
+            parameters = rotary.parameters(of, layer_type)
+            if parameters["rope_type"] != "proportional":
+                share = rotary.share(of, parameters, layer_type, head_dim)
+                return rope._replace(partial=share)
         return rope

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from cupy_headnorm.rope import dims
-from cupy_headnorm.rope.dims import Layer
+from cupy_headnorm.checkpoint import rotary
+from cupy_headnorm.checkpoint.rotary import Layer
 from cupy_headnorm.rope.frequencies import ROPE_TYPES, inverse_frequency
 
 _LONGEST_HEAD = 1 << 16
@@ -31,7 +31,7 @@ def of_any_values() -> Iterator[None]:
     try:
         with np.errstate(all="ignore"):
             yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except rotary.UNREADABLE as error:
         if type(error) is ValueError and "; needs" in str(error):
             raise
         raise ValueError(
@@ -43,7 +43,7 @@ def of_any_values() -> Iterator[None]:
 def rotates(config: Mapping[str, Any], layer: int) -> bool:
     """Tell whether a layer of a model that has a rotary embedding applies it."""
     with of_any_values():
-        of = dims.of_layer(config, layer)
+        of = rotary.of_layer(config, layer)
         return _rotates(of, of.family.rotary.unrotated)
 
 
@@ -78,19 +78,19 @@ def read(
     config: Mapping[str, Any], layer: int, head_dim: int | None, max_position: int | None
 ) -> tuple[dict[str, Any], int]:
     """Return the fields of `rope.Rope` for one layer of a model, and the layer's head_dim."""
-    of = dims.of_layer(config, layer)
+    of = rotary.of_layer(config, layer)
     text, model_type, family = of.text, of.model_type, of.family
     _refuse_unsupported(of)
     layer_type = of.get("layer_types")
     pattern = text.get("sliding_window_pattern") or family.rotary.pattern
     if layer_type is None and pattern:
         layer_type = "sliding_attention" if (layer + 1) % pattern else "full_attention"
-    params = _parameters(of, layer_type)
+    params = rotary.parameters(of, layer_type)
     theta = _theta(of, params, layer_type)
-    head_dim = dims.head_dim(of, layer_type, head_dim)
+    head_dim = rotary.head_dim(of, layer_type, head_dim)
     if not 1 <= head_dim <= _LONGEST_HEAD:
         raise ValueError(f"head_dim is {head_dim}; needs 1 to {_LONGEST_HEAD}")
-    partial = dims.share(of, params, layer_type, head_dim)
+    partial = rotary.share(of, params, layer_type, head_dim)
     if params["rope_type"] == "dynamic" and params.get("alpha") and family.rotary.alpha:
         theta *= params["alpha"] ** (head_dim / (head_dim - 2))
         params["rope_type"] = "default"
@@ -110,7 +110,7 @@ def read(
         "rotary_dim": 2 * len(frequencies),
         "inverse_frequency": tuple(frequencies.tolist()),
         "max_position": max_position,
-        "style": dims.style(of),
+        "style": rotary.style(of),
         "order": family.rope.order,
         "rounding": "once" if family.rotary.table else "every_op",
         "table": family.rotary.table or "x",
@@ -122,10 +122,10 @@ def read(
 
 
 def _refuse_unsupported(of: Layer) -> None:
-    family, rotary = of.family, of.family.rotary
-    why = family.refused or rotary.refused
-    if rotary.only_with and of.text.get(rotary.only_with[0]) != rotary.only_with[1]:
-        flag, value = rotary.only_with
+    family, row = of.family, of.family.rotary
+    why = family.refused or row.refused
+    if row.only_with and of.text.get(row.only_with[0]) != row.only_with[1]:
+        flag, value = row.only_with
         why = f"it has none unless its config's {flag} is {value!r}"
     if family.rope.order == "none":
         why = "it has none"
@@ -136,9 +136,7 @@ def _refuse_unsupported(of: Layer) -> None:
             f"no rotary embedding of {of.model_type} is supported: {why}; "
             "needs a Rope by hand, whose calls are given cos and sin, or none"
         )
-    if rotary.own_parameters and not (
-        of.text.get("rope_scaling") or of.text.get("rope_parameters")
-    ):
+    if row.own_parameters and not (of.text.get("rope_scaling") or of.text.get("rope_parameters")):
         raise ValueError(
             f"the config of {of.model_type} has no rope_parameters; needs them, since its class "
             "has more of its own than a rope_theta"
@@ -146,56 +144,22 @@ def _refuse_unsupported(of: Layer) -> None:
 
 
 def _theta(of: Layer, params: Mapping[str, Any], layer_type: str | None) -> Any:
-    rotary = of.family.rotary
+    row = of.family.rotary
     theta = params.get("rope_theta")
-    if theta is None and rotary.full_alone and layer_type == "sliding_attention":
-        theta = of.text.get("rope_local_base_freq", rotary.sliding_theta)
+    if theta is None and row.full_alone and layer_type == "sliding_attention":
+        theta = of.text.get("rope_local_base_freq", row.sliding_theta)
     if theta is None:
         theta = of.get("rope_theta")
     if of.text.get("layer_rope_theta"):  # in the model a truth value: muse_spark:645
         own = of.get("layer_rope_theta")
         theta = own and (params.get("rope_theta") or own)
-    if theta is None and (of.text.get("rope_parameters") or rotary.theta):
-        theta = rotary.theta or 1e4
+    if theta is None and (of.text.get("rope_parameters") or row.theta):
+        theta = row.theta or 1e4
     if not theta:
         raise ValueError(
             f"layer {of.layer} of {of.model_type} has rope_theta {theta}; needs a number"
         )
     return theta
-
-
-def _parameters(of: Layer, layer_type: str | None) -> dict[str, Any]:
-    """Return the layer's parameters, with rope_type, truncate and by_type."""
-    text, layer = of.text, of.layer
-    params = dict(text.get("rope_scaling") or text.get("rope_parameters") or {})
-    # transformers looks for it in the outer mapping, so that it counts only if that is flat
-    # (modeling_rope_utils:475).
-    truncate = params.get("truncate", True)
-    scaled = text.get("rope_scaling_layers")  # molmo2:662
-    by_type = any(isinstance(value, Mapping) for value in params.values())
-    if by_type:
-        if layer_type not in params:
-            raise ValueError(
-                f"layer {layer} is of type {layer_type!r}; needs one of {tuple(params)}, "
-                "which rope_parameters have"
-            )
-        if params[layer_type] is None:
-            raise ValueError(f"layer {layer} ({layer_type}) has no rotary embedding; needs one")
-        params = dict(params[layer_type])
-    elif (of.family.rotary.full_alone and layer_type == "sliding_attention") or (
-        scaled is not None and layer not in scaled
-    ):
-        params = {name: params[name] for name in ("rope_theta",) if name in params}
-    rope_type: Any = params.get("rope_type", params.get("type", "default"))
-    # Qwen2-VL's and HunyuanOCR's names for sections: qwen2_vl:131, hunyuan_vl:217.
-    params["rope_type"] = {"mrope": "default", "xdrope": "dynamic"}.get(rope_type, rope_type)
-    original = params.get("original_max_position_embeddings")
-    if not by_type:
-        original = text.get("original_max_position_embeddings") or original
-    params["original_max_position_embeddings"] = original or text.get("max_position_embeddings")
-    params["truncate"] = truncate
-    params["by_type"] = by_type
-    return params
 
 
 def _sections(of: Layer, params: Mapping[str, Any], half: int) -> tuple[tuple[int, ...], bool]:
@@ -204,18 +168,18 @@ def _sections(of: Layer, params: Mapping[str, Any], half: int) -> tuple[tuple[in
 
     The second tells whether the rows interleave.
     """
-    rotary = of.family.rotary
+    row = of.family.rotary
     sections = tuple(params.get("mrope_section") or params.get("xdrope_section") or ())
-    if rotary.sections and not sections:
+    if row.sections and not sections:
         # The first row takes what the others, clipped, leave.
-        rows = enumerate(rotary.sections)
+        rows = enumerate(row.sections)
         others = [len(range(half)[row : 3 * size : 3]) for row, size in rows][1:]
         sections = (half - sum(others), *others)
-    if rotary.alternating:
+    if row.alternating:
         sections = (half // 2,) * 2
-    if sections and rotary.wide_sections:
+    if sections and row.wide_sections:
         raise ValueError(
             f"sections of {of.model_type} are {sections} of twice as many dims: the dims of a pair "
             "rotate by different angles; needs a Rope by hand, whose calls are given cos and sin"
         )
-    return sections, rotary.alternating or bool(rotary.sections)
+    return sections, row.alternating or bool(row.sections)

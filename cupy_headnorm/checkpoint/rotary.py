@@ -20,6 +20,10 @@ _FIELDS = (*_IN_VLLM, "partial_rotary_factors", "rotary_dim")
 """All fields that say a share to some engine."""
 
 
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""Any field may hold anything; these are raised where one of no use is used."""
+
+
 class Layer(NamedTuple):
     """One layer of a model: the config of its text tower, its type and that type's row."""
 
@@ -49,6 +53,40 @@ def of_layer(config: Mapping[str, Any], layer: int) -> Layer:
             "Rope(...) with its arguments"
         )
     return Layer(tower.config, tower.model_type, tower.family, layer)
+
+
+def parameters(of: Layer, layer_type: str | None) -> dict[str, Any]:
+    """Return the layer's parameters, with rope_type, truncate and by_type."""
+    text, layer = of.text, of.layer
+    params = dict(text.get("rope_scaling") or text.get("rope_parameters") or {})
+    # transformers looks for it in the outer mapping, so that it counts only if that is flat
+    # (modeling_rope_utils:475).
+    truncate = params.get("truncate", True)
+    scaled = text.get("rope_scaling_layers")  # molmo2:662
+    by_type = any(isinstance(value, Mapping) for value in params.values())
+    if by_type:
+        if layer_type not in params:
+            raise ValueError(
+                f"layer {layer} is of type {layer_type!r}; needs one of {tuple(params)}, "
+                "which rope_parameters have"
+            )
+        if params[layer_type] is None:
+            raise ValueError(f"layer {layer} ({layer_type}) has no rotary embedding; needs one")
+        params = dict(params[layer_type])
+    elif (of.family.rotary.full_alone and layer_type == "sliding_attention") or (
+        scaled is not None and layer not in scaled
+    ):
+        params = {name: params[name] for name in ("rope_theta",) if name in params}
+    rope_type: Any = params.get("rope_type", params.get("type", "default"))
+    # Qwen2-VL's and HunyuanOCR's names for sections: qwen2_vl:131, hunyuan_vl:217.
+    params["rope_type"] = {"mrope": "default", "xdrope": "dynamic"}.get(rope_type, rope_type)
+    original = params.get("original_max_position_embeddings")
+    if not by_type:
+        original = text.get("original_max_position_embeddings") or original
+    params["original_max_position_embeddings"] = original or text.get("max_position_embeddings")
+    params["truncate"] = truncate
+    params["by_type"] = by_type
+    return params
 
 
 def head_dim(of: Layer, layer_type: str | None, given: int | None) -> int:
