@@ -250,15 +250,15 @@ def test_bench_prints_a_table(capsys):
     assert "195 x 2 x 128" in out
 
 
-QWEN3 = {
-    "model_type": "qwen3", "num_hidden_layers": 3, "num_attention_heads": 4,
+CONFIG = {
+    "model_type": "sarvam_moe", "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "partial_rotary_factor": 0.5,
 }  # fmt: skip
 
 
 @pytest.fixture
 def model(tmp_path):
-    """Three layers of Qwen3, the second without norms, and a tensor that looks like one."""
+    """Three layers of Sarvam, the second without norms, and a tensor that looks like one."""
     tensors = {"model.layers.1.self_attn.v_norm.weight": np.ones(16, np.float32)}
     for layer in (0, 2):
         at = f"model.layers.{layer}.self_attn"
@@ -266,7 +266,7 @@ def model(tmp_path):
         tensors[f"{at}.k_norm.weight"] = np.full(16, np.nan, np.float32)
         tensors[f"{at}.q_proj.weight"] = np.zeros((64, 8), np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     return tmp_path
 
 
@@ -275,7 +275,7 @@ def test_inspect_prints_tables(model, capsys):
     code, out, err = in_process(capsys, "inspect", model)
     assert (code, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert lines[0] == f"qwen3 in {model}"
+    assert lines[0] == f"sarvam_moe in {model}"
     rows = "0, 2 {} (16,) F32 {} rms 0 1e-06 before_weight after norm, half, 0.5 of head_dim"
     assert rows.format("q", 4) in lines
     assert rows.format("k", 2) in lines
@@ -294,7 +294,7 @@ def test_inspect_prints_json(model, capsys):
     code, out, err = in_process(capsys, "inspect", model, "--json")
     assert (code, err) == (0, "")
     said = json.loads(out)
-    assert (said["model_type"], said["variant"], said["notes"]) == ("qwen3", None, [])
+    assert (said["model_type"], said["variant"], said["notes"]) == ("sarvam_moe", None, [])
     q, k = said["norms"]
     assert q["name"] == "model.layers.*.self_attn.q_norm"
     assert (q["layers"], q["role"], q["shape"], q["dtype"]) == ([0, 2], "q", [16], "F32")
@@ -307,7 +307,7 @@ def test_inspect_prints_json(model, capsys):
 
 
 def test_inspect_merges_what_is_alike_and_nothing_else(model, capsys):
-    config = {**QWEN3, "model_type": "llama4_text", "num_hidden_layers": 10}
+    config = {**CONFIG, "model_type": "llama4_text", "num_hidden_layers": 10}
     (model / "config.json").write_text(json.dumps(config))
     save_file({"model.norm.weight": np.ones(8)}, model / "model.safetensors")
     code, out, _ = in_process(capsys, "inspect", model)
@@ -319,7 +319,7 @@ def test_inspect_merges_what_is_alike_and_nothing_else(model, capsys):
 
 def test_inspect_shows_names_as_they_are(model, capsys):
     odd = "model.layers.0.[bold]:bug:.v_norm"
-    config = {**QWEN3, "model_type": ":bug:[red]", "text_config": QWEN3}
+    config = {**CONFIG, "model_type": ":bug:[red]", "text_config": CONFIG}
     (model / "config.json").write_text(json.dumps(config))
     save_file({f"{odd}.weight": np.ones(8)}, model / "model.safetensors")
     code, out, _ = in_process(capsys, "inspect", model)
@@ -345,7 +345,7 @@ def test_inspect_of_values_that_overflow(model, capsys, recwarn):
 )  # fmt: skip
 def test_inspect_notes_a_mean_near_one(model, capsys, model_type, mean, noted):
     # Whatever the metadata says: of a trained Gemma 3 alone it is near 1 as it should be.
-    (model / "config.json").write_text(json.dumps({**QWEN3, "model_type": model_type}))
+    (model / "config.json").write_text(json.dumps({**CONFIG, "model_type": model_type}))
     weight = np.linspace(mean - 0.1, mean + 0.1, 16, dtype=np.float32)
     save_file({"model.layers.0.self_attn.q_norm.weight": weight}, model / "model.safetensors")
     code, out, _ = in_process(capsys, "inspect", model)
@@ -359,7 +359,7 @@ def test_inspect_notes_a_mean_near_one(model, capsys, model_type, mean, noted):
 
 
 def test_inspect_says_that_mlx_may_have_stored_sums(model, capsys):
-    (model / "config.json").write_text(json.dumps({**QWEN3, "model_type": "qwen3_5"}))
+    (model / "config.json").write_text(json.dumps({**CONFIG, "model_type": "qwen3_5"}))
     tensors = {"model.layers.0.self_attn.q_norm.weight": np.ones(16, np.float32)}
     save_file(tensors, model / "model.safetensors", metadata={"format": "mlx"})
     code, out, err = in_process(capsys, "inspect", model, "--json")
@@ -385,7 +385,7 @@ def test_demo_on_a_models_folder_computes_as_the_model(
     model, capsys, monkeypatch, model_type, options, said
 ):
     # Gemma's weights of 0 stand for 1: without the 1 all results are 0, and an error of 0 said so.
-    config = {**QWEN3, "model_type": model_type, "rms_norm_eps": 3e-6}
+    config = {**CONFIG, "model_type": model_type, "rms_norm_eps": 3e-6}
     (model / "config.json").write_text(json.dumps(config))
     save_file({f"{Q}.weight": np.zeros(16, np.float32)}, model / "model.safetensors")
     loaded, load = [], demo._load
@@ -443,7 +443,7 @@ def test_inspect_names_what_it_cannot_read(model, capsys):
     code, out, err = in_process(capsys, "inspect", "/nowhere")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "/nowhere has no config.json" in err
-    (model / "config.json").write_text(json.dumps({**QWEN3, "model_type": "new [bold]comer"}))
+    (model / "config.json").write_text(json.dumps({**CONFIG, "model_type": "new [bold]comer"}))
     code, out, err = in_process(capsys, "inspect", model, "--json")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "nothing is known of new [bold]comer, and these tensors look like head norms" in err
