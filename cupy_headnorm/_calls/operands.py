@@ -103,8 +103,9 @@ class Form(NamedTuple):
     arrays: Arrays
     """`Given.arrays`."""
     results: Arrays
-    """New results, or those of calls in place, which are parts too."""
+    """New results, which have the roles of the parts."""
     both: Arrays
+    """`Given.arrays`, and new results after them."""
     sources: Sources
 
 

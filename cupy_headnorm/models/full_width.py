@@ -212,6 +212,8 @@ LOW_RANK = (
     ),
 )
 
+MIXER = (Role("out", ("mixer.norm", "mamba.norm", "mamba_decoder.mamba.norm"), refused=GATE),)
+
 # What is left: norms of outputs, and rows that have no norm to offer but say why.
 OTHERS = (
     # diffllama:242, :308
@@ -246,25 +248,26 @@ OTHERS = (
         defaults={"num_heads": 8, "norm_eps": 1e-6},
     ),
     # mamba2:105, :430; bamba:637; granitemoehybrid:557; nemotron_h:441; zamba2:697; falcon_h1:640
-    *(
-        Family(
-            names,
-            (Role("out", ("mixer.norm", "mamba.norm", "mamba_decoder.mamba.norm"), refused=GATE),),
-            rotary=rotary,
-            aliases={"attention_head_dim": "head_dim"} if "zamba2" in names else {},
-        )
-        for names, rotary in (
-            (("mamba2", "nemotron_h"), Rotary(refused="it has none")),
-            (
-                ("bamba",),  # configuration_bamba:92
-                Rotary(shares=("partial_rotary_factor",), shares_in_parameters=True, share=0.5),
-            ),
-            # granitemoehybrid:1057
-            (("granitemoehybrid",), Rotary(only_with=("position_embedding_type", "rope"))),
-            # zamba2:1142, configuration_zamba2:114
-            (("zamba2",), Rotary(only_with=("use_mem_rope", True), hidden_times=2)),
-            (("falcon_h1",), Rotary()),
-        )
+    Family(("mamba2", "nemotron_h"), MIXER, rotary=Rotary(refused="it has none")),
+    Family(("falcon_h1",), MIXER),
+    # configuration_bamba:92
+    Family(
+        ("bamba",),
+        MIXER,
+        rotary=Rotary(shares=("partial_rotary_factor",), shares_in_parameters=True, share=0.5),
+    ),
+    # granitemoehybrid:1057
+    Family(
+        ("granitemoehybrid",),
+        MIXER,
+        rotary=Rotary(only_with=("position_embedding_type", "rope")),
+    ),
+    # zamba2:1142, configuration_zamba2:114
+    Family(
+        ("zamba2",),
+        MIXER,
+        rotary=Rotary(only_with=("use_mem_rope", True), hidden_times=2),
+        aliases={"attention_head_dim": "head_dim"},
     ),
     # zaya:259, :377, :395
     Family(
