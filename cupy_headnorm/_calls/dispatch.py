@@ -146,14 +146,15 @@ def step_by_step(
     if given.out is not None:
         _check_overlaps(operation, parts, outs, beside)
     if plan.launch is not None:
-        launch = launcher.runner(plan.launch, operation.form(given).sources)
+        runs = launcher.runners(plan.launch, operation.form(given).sources)
+        launch = runs(plan.launch)
         arrays = (*parts, *beside.given, *(outs if given.results == GIVEN else ()))
         seen = None
         if config is None and quick.get(type(given.parts[0])) is library:
             seen = operands.glance(operation, library, given)
         if seen is not None:
             planned = remembered.Planned(
-                plan.launch, launch, makes, arrays, outs,
+                plan.launch, launch, runs, makes, arrays, outs,
                 operation.axes_before_heads(beside, first.layout),
             )  # fmt: skip
             remembered.remember(operation, library, given, seen, planned)

@@ -18,7 +18,7 @@ from cupy_headnorm._arrays.views import ArrayView, Library
 from cupy_headnorm._calls import lengths
 from cupy_headnorm._calls.operands import GIVEN, IN_PLACE, NEW, Given, Operation, Seen
 from cupy_headnorm._cuda import launcher
-from cupy_headnorm._cuda.launcher import Launch, Run
+from cupy_headnorm._cuda.launcher import Launch, Run, Runs
 
 
 class Call(NamedTuple):
@@ -45,6 +45,8 @@ class Lengths(NamedTuple):
 
     call: Call
     launch: Launch
+    runs: dict[int, Runs]
+    """What makes such calls, by `Given.form`."""
     results: tuple[Any, ...]
     """What `lengths.but_for_lengths` says of them, where none are given."""
 
@@ -86,11 +88,10 @@ def may_overlap(call: Call, seen: Seen, given: Given, *, new: bool = False) -> b
         for j, (start, end) in enumerate(ranges):
             if start >= high or low >= end or outs <= j <= i:  # two results are compared once
                 continue
+            if _side_by_side(call, ranges, i, j) or _as_before(places, addresses, i, j):
+                continue
             part_of_i = j == i - outs
-            in_place = part_of_i and addresses[i] == addresses[j] and key[2 + i] == key[2 + j]
-            if not (
-                in_place or _as_before(places, addresses, i, j) or _side_by_side(call, ranges, i, j)
-            ):
+            if not (part_of_i and addresses[i] == addresses[j] and key[2 + i] == key[2 + j]):
                 return True
     return False
 
@@ -160,8 +161,10 @@ def derive(
             or lengths.but_for_lengths(of_results, lead) != known.results
         ):
             return None, None
-    run = launcher.runner(launch, form.sources)
-    call = _over_length(known.call, run, length, addresses)
+    runs = known.runs.get(given.form)
+    if runs is None:
+        runs = known.runs[given.form] = launcher.runners(launch, form.sources)
+    call = _over_length(known.call, runs(launch), length, addresses)
     if given.results != NEW and len(addresses) > 1 and may_overlap(call, seen, given, new=True):
         return None, None
     store(thread.calls, key, call)
@@ -190,14 +193,15 @@ def _key_of_lengths(
 
 def _over_length(call: Call, run: Run, length: int, addresses: tuple[int, ...]) -> Call:
     """Return a call over another number of tokens, with the reach and places of its arrays."""
-    more, count, first = length - call.length, len(addresses), addresses[0]
-    reach = []
-    for (low, high), step in zip(call.reach[:count], call.steps, strict=False):
-        grown = more * step
-        reach.append((low + grown, high) if step < 0 else (low, high + grown))
+    more, first, steps = length - call.length, addresses[0], call.steps[: len(addresses)]
+    reach = tuple(
+        [
+            (low, high + more * step) if step >= 0 else (low + more * step, high)
+            for (low, high), step in zip(call.reach, steps, strict=False)
+        ]
+    )
     places = tuple([address - first for address in addresses])
-    makes, alignments, steps = call.makes, call.alignments, call.steps[:count]
-    return Call(run, makes, alignments, tuple(reach), places, steps, length)
+    return Call(run, call.makes, call.alignments, reach, places, steps, length)
 
 
 def made(call: Call, given: Given) -> tuple[Any, ...]:
@@ -212,6 +216,7 @@ class Planned(NamedTuple):
 
     launch: Launch
     run: Run
+    runs: Runs
     makes: tuple[Any, ...]
     views: tuple[ArrayView, ...]
     """Of `Given.arrays`."""
@@ -260,4 +265,8 @@ def remember(
     if lead is not None:
         of_key = _key_of_lengths(key, given, strides[:given_arrays], lead)
         results = lengths.but_for_lengths(strides[of_results], lead)
-        store(thread.lengths, of_key, Lengths(call, planned.launch, results))
+        store(
+            thread.lengths,
+            of_key,
+            Lengths(call, planned.launch, {given.form: planned.runs}, results),
+        )

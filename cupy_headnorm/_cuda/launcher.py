@@ -13,6 +13,8 @@ from cupy_headnorm._cuda import environment
 
 Run = Callable[[int, tuple[int, ...]], None]
 """Queue a kernel on a stream, with the addresses of a call."""
+Runs = Callable[["Launch"], Run]
+"""Make such functions, of a launch over any length."""
 Sources = tuple[tuple[int, int], ...]
 """Of each word of a launch that is an address: its place, and that of the address in a call."""
 
@@ -29,41 +31,49 @@ class Launch(NamedTuple):
     """The kernel's parameter, a ctypes structure."""
     offset: int
     """Bytes of `params` before its words, of 8 bytes each, of which some are addresses."""
+    total: int
+    """How many rows or groups there are: the word of `params` at `total_offset`, in bytes."""
+    total_offset: int
     config: Any
     spec: Any
     """With `config` what the plan needs to know for the same launch over another length."""
 
-    def over(self, blocks: int, params: Any) -> Launch:
-        """Return the launch of so many blocks with other parameters."""
-        return Launch(self[0], blocks, self[2], self[3], params, *self[5:])
+    def over(self, blocks: int, total: int) -> Launch:
+        """Return the launch of so many blocks over so many rows or groups."""
+        return Launch(self[0], blocks, *self[2:6], total, *self[7:])
 
 
 _thread = threading.local()
 
 
 _LAUNCHER = """
-def launcher(launch, words, start, address, again):
-    function, blocks, threads, *_ = launch
+def launcher(words, start, address):
     in_use = False
 
-    def launch_here(stream, addresses):
-        nonlocal in_use
-        if in_use:
-            # Between any two steps Python may run a signal's handler or a finalizer: this is in
-            # one, and the parameters are those of the call below it.
-            again(launch)(stream, addresses)
-            return
-        in_use = True
-        try:
-            {writes}
-            start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
-        finally:
-            in_use = False
+    def run_of(launch):
+        function, blocks, threads, *_ = launch
+        total = launch.total
 
-    return launch_here
+        def launch_here(stream, addresses):
+            nonlocal in_use
+            if in_use:
+                # Between any two steps Python may run a signal's handler or a finalizer: this is in
+                # one, and the parameters are those of the call below it.
+                runner(launch, sources)(stream, addresses)
+                return
+            in_use = True
+            try:
+                {writes}
+                start(function, blocks, 1, 1, threads, 1, 1, 0, stream, address, 0)
+            finally:
+                in_use = False
+
+        return launch_here
+
+    return run_of
 """
 """
-The text of a function whose `writes` bring a call's addresses to a launch's words.
+The text of a function whose `writes` bring a call's addresses and its total to a launch's words.
 
 There is a statement for each of them. Packing all words anew, or a loop, takes 1 us more, of 10
 that a call on q and k takes on an H200's host; a function for the writes alone 0.1.
@@ -71,25 +81,35 @@ that a call on q and k takes on an H200's host; a function for the writes alone 
 
 
 @functools.lru_cache(maxsize=256)
-def _launcher(sources: Sources) -> Callable[..., Run]:
-    writes = "; ".join(f"words[{word}] = addresses[{place}]" for word, place in sources)
-    made: dict[str, Any] = {}
-    exec(compile(_LAUNCHER.format(writes=writes), __file__, "exec"), made)
-    launcher: Callable[..., Run] = made["launcher"]
+def _launcher(sources: Sources, first: int, total: int) -> Callable[..., Runs]:
+    """Return the function of the text, for words that start at `first` and a total at `total`."""
+    writes = [f"words[{total}] = total"]
+    writes += [f"words[{first + word}] = addresses[{place}]" for word, place in sources]
+    made: dict[str, Any] = {"runner": runner, "sources": sources}
+    exec(compile(_LAUNCHER.format(writes="; ".join(writes)), __file__, "exec"), made)
+    launcher: Callable[..., Runs] = made["launcher"]
     return launcher
 
 
 def runner(launch: Launch, sources: Sources) -> Run:
-    """
-    Return a function that queues `launch`, for the thread that asks for it.
+    """Return a function that queues `launch`, for the thread that asks for it."""
+    return runners(launch, sources)(launch)
 
-    The parameters are packed here, once; a call writes its addresses over the last call's.
+
+def runners(launch: Launch, sources: Sources) -> Runs:
+    """
+    Return what makes such functions, of `launch` and of the same launch over other lengths.
+
+    All of them share the parameters, which are packed here, once: a call writes its total and its
+    addresses over the last call's.
     """
     memory, start, only_device = packed(launch)
-    whole, again = memoryview(memory).cast("Q"), functools.partial(runner, sources=sources)
-    address, words = whole[0] - _HEAD, whole[(_HEAD + launch.offset) // 8 :]
-    launch_here = _launcher(sources)(launch, words, start, address, again)
-    return launch_here if only_device else on_its_device(launch_here, launch.device)
+    words = memoryview(memory).cast("Q")
+    first, total = ((_HEAD + at) // 8 for at in (launch.offset, launch.total_offset))
+    run_of = _launcher(sources, first, total)(words, start, words[0] - _HEAD)
+    if only_device:
+        return run_of
+    return lambda launch: on_its_device(run_of(launch), launch.device)
 
 
 _HEAD = 16

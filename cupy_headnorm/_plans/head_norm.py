@@ -208,7 +208,10 @@ X, OUT, WEIGHT, BIAS = range(4)
 def launch_of(call: NormCall, config: LaunchConfig, axes: int, index: int) -> Launch:
     """Return the launch of `call` on CUDA device `index`, but for its function."""
     params = _params(call, config, axes)
-    return Launch(0, config.blocks(call.rows), config.threads, index, params, 0, config, call.spec)
+    blocks, rows_at = config.blocks(call.rows), type(params).rows.offset
+    return Launch(
+        0, blocks, config.threads, index, params, 0, call.rows, rows_at, config, call.spec
+    )  # fmt: skip
 
 
 def prepare(call: NormCall, index: int, stream: int, config: LaunchConfig | None = None) -> Launch:
@@ -233,11 +236,9 @@ def over(launch: Launch, before: int, after: int) -> Launch | None:
 
     None where that takes another kernel.
     """
-    rows = launch.params.rows // before * after
+    rows = launch.total // before * after
     if len(launch.params.axis) == FEW_AXES and rows > geometry.MAX_FEW_ROWS:
         return None
     blocks = launch.config.blocks(rows)
     geometry.check_blocks(blocks, f"x has {rows} rows,")
-    params = type(launch.params).from_buffer_copy(launch.params)
-    params.rows = rows
-    return launch.over(blocks, params)
+    return launch.over(blocks, rows)

@@ -238,9 +238,12 @@ def _params(call: PartsCall, config: PartsConfig) -> Any:
 def launch_of(call: PartsCall, config: PartsConfig, index: int) -> Launch:
     """Return the launch of `call` on CUDA device `index`, but for its function."""
     params = _params(call, config)
-    blocks, at = config.blocks(params.groups), type(params).part.offset
-    of_token = (call.spec, _heads(call), params.groups // call.tokens)
-    return Launch(0, blocks, config.threads, index, params, at, config, of_token)
+    groups, fields = params.groups, type(params)
+    of_token = (call.spec, _heads(call), groups // call.tokens)
+    return Launch(
+        0, config.blocks(groups), config.threads, index, params, fields.part.offset,
+        groups, fields.groups.offset, config, of_token,
+    )  # fmt: skip
 
 
 def prepare(call: PartsCall, index: int, stream: int, config: PartsConfig | None = None) -> Launch:
@@ -261,13 +264,11 @@ def over(launch: Launch, before: int, after: int) -> Launch | None:
     None where that takes another kernel.
     """
     config, (spec, heads, groups_of_token) = launch.config, launch.spec
-    groups = launch.params.groups // before * after
+    groups = launch.total // before * after
     heads *= groups // groups_of_token
     alike = config.heads_per_group == _heads_per_group(spec, heads, config.lanes)
     counted = groups <= geometry.MAX_FEW_ROWS or config.axes == AXES[-1]
     blocks = config.blocks(groups)
     if not alike or not counted or blocks > geometry.MAX_BLOCKS:
         return None
-    params = type(launch.params).from_buffer_copy(launch.params)
-    params.groups = groups
-    return launch.over(blocks, params)
+    return launch.over(blocks, groups)

@@ -278,7 +278,9 @@ def test_threads_have_parameters_of_their_own(slow, rng):
 
 def test_every_path_asks_for_the_stream_of_now(slow, rng, monkeypatch):
     streams = []
-    monkeypatch.setattr(launcher, "runner", lambda *_: lambda stream, _: streams.append(stream))
+    monkeypatch.setattr(
+        launcher, "runners", lambda *_: lambda _: lambda stream, _: streams.append(stream)
+    )
     now = iter(range(100, 200))
     monkeypatch.setattr(find.quick[torch.Tensor], "stream", lambda index: next(now))
     norm, weight = HeadNorm(tensor(rng, 64)), tensor(rng, 64)

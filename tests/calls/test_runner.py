@@ -21,6 +21,7 @@ class Launches:
         cupy = pytest.importorskip("cupy", exc_type=ImportError)
         self.current = 1
         self.found = []
+        self.counted = []
         self.broken = False
         runtime, driver = cupy.cuda.runtime, cupy.cuda.driver
         monkeypatch.setattr(launcher, "_thread", threading.local())
@@ -35,13 +36,14 @@ class Launches:
         if self.broken:
             raise RuntimeError("the launch failed")
         params = ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[0]
-        addresses = tuple((ctypes.c_uint64 * 4).from_address(params))
-        self.found.append((self.current, stream, addresses))
+        *addresses, rows = (ctypes.c_uint64 * 5).from_address(params)
+        self.found.append((self.current, stream, tuple(addresses)))
+        self.counted.append((rows, grid_and_block[0]))
 
     @staticmethod
     def on(device):
         params = head_norm._params_type(ctypes.c_float, 1)(rows=3)
-        return Launch(1, 2, 32, device, params, 0, None, None)
+        return Launch(1, 2, 32, device, params, 0, 3, type(params).rows.offset, None, None)
 
 
 @pytest.mark.parametrize("device", [0, 1])
@@ -93,3 +95,29 @@ def test_runners_of_one_launch_share_nothing(monkeypatch):
     for _, stream, addresses in cuda.found:
         assert addresses == (stream, addresses[1], stream, addresses[1])
     assert launch.params.x == 0
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_runs_over_other_lengths_share_parameters_and_keep_their_counts(device, monkeypatch):
+    cuda = Launches(monkeypatch)
+    launch = cuda.on(device)
+    run_of = launcher.runners(launch, WORDS)
+    run, longer = run_of(launch), run_of(launch.over(5, 90))
+    for one, count in ((run, (3, 2)), (longer, (90, 5)), (run, (3, 2))):
+        one(7, (1, 2, 3, 4))
+        assert cuda.counted[-1] == count
+        assert cuda.found[-1] == (device, 7, (1, 2, 3, 4))
+    assert launch.params.rows == 3
+
+
+def test_a_run_inside_of_its_like_over_another_length_has_its_own_parameters(monkeypatch):
+    """As where a signal's handler calls between the writing of the parameters and the launch."""
+    cuda = Launches(monkeypatch)
+    launch = cuda.on(1)
+    run_of = launcher.runners(launch, WORDS)
+    longer, inside = run_of(launch.over(5, 90)), [lambda: longer(8, (5, 6, 7, 8))]
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda t: inside.pop()() if inside else sleep(t))
+    run_of(launch)(7, (1, 2, 3, 4))
+    assert cuda.found == [(1, 8, (5, 6, 7, 8)), (1, 7, (1, 2, 3, 4))]
+    assert cuda.counted == [(90, 5), (3, 2)]

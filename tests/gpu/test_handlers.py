@@ -92,16 +92,21 @@ def struck(request):
 def compiled(slow, monkeypatch):
     """Let kernels be compiled, and list those that were launched; `compiled.during` runs then."""
     found = SimpleNamespace(during=lambda: None, count=0, launched=[])
-    launch_of, runner_of = head_norm.prepare, launcher.runner
+    launch_of, runners_of = head_norm.prepare, launcher.runners
 
     def compile_one(call):
         found.count += 1
         found.during()
         return launch_of(call)
 
-    def runner(launch, sources):
-        found.launched.append(launch)
-        return runner_of(launch, sources)
+    def runners(launch, sources):
+        run_of = runners_of(launch, sources)
+
+        def listed(launch):
+            found.launched.append(launch)
+            return run_of(launch)
+
+        return listed
 
     monkeypatch.setattr(compiler, "_functions", {})
     monkeypatch.setattr(
@@ -109,7 +114,7 @@ def compiled(slow, monkeypatch):
         "prepare",
         lambda call, *_: compiler.loaded((call,), 0, lambda: compile_one(call)),
     )
-    monkeypatch.setattr(launcher, "runner", runner)
+    monkeypatch.setattr(launcher, "runners", runners)
     return found
 
 
@@ -367,7 +372,7 @@ def test_two_threads_whose_finalizers_want_what_the_other_makes(compiled, upload
 
 def test_calls_from_finalizers_of_forgotten_calls(slow, monkeypatch, rng):
     """A cache that starts over lets calls go, whose finalizers call and are remembered."""
-    norm, runner, results = HeadNorm(), launcher.runner, []
+    norm, runners, results = HeadNorm(), launcher.runners, []
     more = [tensor(rng, 2, heads, 64) for heads in range(20, 30)]
 
     def call_another():
@@ -376,11 +381,16 @@ def test_calls_from_finalizers_of_forgotten_calls(slow, monkeypatch, rng):
             results.append((norm(x), x))
 
     def watched(launch, sources):
-        found = runner(launch, sources)
-        weakref.finalize(found, call_another).atexit = False
-        return found
+        run_of = runners(launch, sources)
 
-    monkeypatch.setattr(launcher, "runner", watched)
+        def watching(launch):
+            found = run_of(launch)
+            weakref.finalize(found, call_another).atexit = False
+            return found
+
+        return watching
+
+    monkeypatch.setattr(launcher, "runners", watched)
     monkeypatch.setattr(remembered, "MAX_CALLS", 2)
     for heads in range(1, 15):
         x = tensor(rng, 2, heads, 64)

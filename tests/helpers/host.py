@@ -201,12 +201,12 @@ class _Device:
         memory = bytearray(16)
         memory += launch.params
         params = type(launch.params).from_buffer(memory, 16)
-        blocks = range(launch.blocks) if self.blocks is None else self.blocks
         uses = _norm_uses if isinstance(launch.spec, NormSpec) else _parts_uses
 
-        def start(*_):
-            found = uses(dict(launch.function.macros), params, blocks)
-            run(self.built, launch.function, params, found, blocks, launch.threads, self.orders)
+        def start(function, count, *_):
+            blocks = range(count) if self.blocks is None else self.blocks
+            found = uses(dict(function.macros), params, blocks)
+            run(self.built, function, params, found, blocks, launch.threads, self.orders)
 
         return memory, start, True
 

@@ -77,14 +77,17 @@ def list_steps(patch, of_given):
 def take_for_runner(patch):
     """Let launches that stand in for a kernel's run themselves."""
 
-    def runner(launch, sources):
-        def run(stream, addresses):
-            assert stream == STREAM
-            launch.run(collections.defaultdict(int, {w: addresses[i] for w, i in sources}))
+    def runners(_, sources):
+        def run_of(launch):
+            def run(stream, addresses):
+                assert stream == STREAM
+                launch.run(collections.defaultdict(int, {w: addresses[i] for w, i in sources}))
 
-        return run
+            return run
 
-    patch.setattr(launcher, "runner", runner)
+        return run_of
+
+    patch.setattr(launcher, "runners", runners)
 
 
 def torch_adapter():

@@ -224,9 +224,11 @@ def test_a_launch_over_other_tokens_is_the_one_that_is_planned(before, rotated, 
         derived.append(after)
         assert found.config._replace(axes=0) == planned.config._replace(axes=0)
         assert found.config.axes >= planned.config.axes
-        assert found.blocks == planned.blocks
-        head = type(found.params).axis.offset
-        assert bytes(found.params)[:head] == bytes(planned.params)[:head]
+        assert (found.blocks, found.total) == (planned.blocks, planned.total)
+        assert found.total == planned.params.groups
+        assert found.total_offset == type(planned.params).groups.offset == 0
+        rest = slice(type(found.params).groups.size, type(found.params).axis.offset)
+        assert bytes(found.params)[rest] == bytes(planned.params)[rest]
     assert (
         derived
         == {

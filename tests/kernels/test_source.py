@@ -109,7 +109,7 @@ def test_a_launch_holds_its_axes_and_any_number_of_rows(monkeypatch):
     for axis in params.axis:
         assert (axis.multiplier, axis.shift) == geometry.division(axis.size)
     longer = head_norm.over(launch, 4, 1000)
-    assert (longer.params.rows, longer.blocks) == (3000, config.blocks(3000))
-    assert (params.rows, launch.blocks) == (12, config.blocks(12))
+    assert (longer.total, longer.blocks) == (3000, config.blocks(3000))
+    assert (params.rows, launch.total, launch.blocks) == (12, 12, config.blocks(12))
     # With few axes the kernel counts rows in 32 bits.
     assert head_norm.over(launch, 4, 2**30) is None
