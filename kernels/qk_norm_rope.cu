@@ -114,10 +114,7 @@ __device__ __forceinline__ void normalize(Row& row, const S& scales, Acc eps, in
   Values value;
 #pragma unroll
   for (int j = 0; j < G::kVectors; ++j) {
-#pragma unroll
-    for (int i = 0; i < G::kVec; ++i) {
-      value[j][i] = widen<Acc>(row[j].element[i]);
-    }
+    widen_to(value[j], row[j].element);
   }
   Acc mean = 0;
   if constexpr (Kind::HN_KIND == Kind::layer) {
@@ -125,9 +122,10 @@ __device__ __forceinline__ void normalize(Row& row, const S& scales, Acc eps, in
     add_values<G>(sum, value);
     mean = mean_of<G>(folded(sum), partial[0]);
   }
-  Acc squares[HN_FOLD] = {};
-  add_squares<Kind::HN_KIND, G>(squares, value, mean, 0, lane);
-  const Acc inverse = inverse_of<Rounding::HN_ROUNDING, T, G>(folded(squares), eps, partial[1]);
+  Acc squares[HN_FOLD];
+  sum_squares<Kind::HN_KIND, G>(squares, value, mean, 0, lane);
+  const Acc inverse =
+      inverse_of<Kind::HN_KIND, Rounding::HN_ROUNDING, T, G>(folded(squares), eps, partial[1]);
 #pragma unroll
   for (int j = 0; j < G::kVectors; ++j) {
     row[j] = scales.apply(value[j], mean, inverse, j);
@@ -189,10 +187,6 @@ extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
 
   const auto load = [&](Row& row, bool there) {
     const Mover<T, G> mover{reinterpret_cast<T*>(moved), lane, there};
-#pragma unroll
-    for (int j = 0; j < G::kVectors; ++j) {
-      row[j] = {};
-    }
     mover.load(row, reinterpret_cast<const T*>(x), 0);
   };
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cupy_headnorm._cuda import compiler
@@ -16,13 +18,17 @@ from cupy_headnorm._rules.axes import RowAxis
 from cupy_headnorm._rules.norm import NormCall, NormSpec
 
 GROUP_THREADS = 256
-"""A block has no more where rows share it; the kernels are compiled for this bound."""
-GROUP_BLOCKS = 5
-"""A multiprocessor has room for so many such blocks at least, which leaves a thread 48 registers.
-Layer, bfloat16, head_dim 160, 64 MB, H100: 1.00 of copy speed, without the cap 0.96."""
-GROUP_BLOCKS_VALUES = 12
-"""`GROUP_BLOCKS` is for lanes of so many values at most; with more, a bias or narrower accesses the
+"""A block has no more where rows share it."""
+GROUP_WARPS = 40
+"""A multiprocessor has room for so many warps of such blocks at least, which leaves a thread 48
+registers. Layer, bfloat16, head_dim 160, 64 MB, H100: 1.00 of copy speed, without the cap 0.96."""
+GROUP_WARPS_VALUES = 12
+"""`GROUP_WARPS` is for lanes of so many values at most; with more, a bias or narrower accesses the
 compiler spills."""
+MOST_BLOCKS = 16
+"""Any GPU has room for so many blocks on a multiprocessor."""
+MAX_STEP = 2**31 - 1
+"""Kernels for few axes take no longer steps in bytes."""
 MAX_HEAD_DIM = 2**31 - 2**17
 """The kernels count inside a row in 32 bits, up to a tile past its end."""
 AXES = (1, FEW_AXES, 8)
@@ -100,16 +106,34 @@ class Memory(NamedTuple):
 
     axes: int
     """It is one of `AXES`."""
+    narrow: bool
+    """Whether 32 bits hold the number of rows and all steps in bytes."""
     parameter_access: int
     """One load moves so many elements of weight or bias."""
 
 
 def memory_of(call: NormCall, config: LaunchConfig) -> Memory:
     """Return which kernel fits the memory of a call."""
-    few_rows = call.rows <= geometry.MAX_FEW_ROWS
-    axes = next(n for n in AXES if len(call.axes) <= n and (n != FEW_AXES or few_rows))
+    steps = [step for axis in _stepped(call.axes) for step in axis[1:]]
+    narrow = call.rows <= geometry.MAX_FEW_ROWS and max(map(abs, steps)) <= MAX_STEP
+    axes = next(n for n in AXES if len(call.axes) <= n and (n != FEW_AXES or narrow))
     vector, _ = _in_elements(config, call.spec)
-    return Memory(axes, _access(call, vector, ("weight", "bias")))
+    return Memory(axes, narrow and axes <= FEW_AXES, _access(call, vector, ("weight", "bias")))
+
+
+def _stepped(axes: Sequence[RowAxis]) -> list[RowAxis]:
+    """
+    Return axes, innermost first, with the steps of ``headnorm::RowAxis`` for strides.
+
+    Each but the innermost one goes back over the axis inside of it.
+    """
+    inner = axes[-1]
+    found = [inner]
+    for axis in reversed(axes[:-1]):
+        back = (inner.size * stride for stride in inner[1:])
+        found.append(RowAxis(axis.size, *map(operator.sub, axis[1:], back)))
+        inner = axis
+    return found
 
 
 def plan(call: NormCall, limits: DeviceLimits = DeviceLimits()) -> LaunchConfig:
@@ -141,7 +165,7 @@ def macros(spec: NormSpec, config: LaunchConfig, memory: Memory) -> dict[str, st
         shared_block
         and not spec.bias
         and access == vector
-        and vector * config.vectors_per_lane <= GROUP_BLOCKS_VALUES
+        and vector * config.vectors_per_lane <= GROUP_WARPS_VALUES
     )
     name = spec.name
     if access != vector:
@@ -156,46 +180,45 @@ def macros(spec: NormSpec, config: LaunchConfig, memory: Memory) -> dict[str, st
         "HN_PARAMETER_ACCESS": str(memory.parameter_access),
         "HN_LANES": str(config.lanes),
         "HN_VECTORS": str(config.vectors_per_lane),
-        "HN_THREADS": str(GROUP_THREADS if shared_block else config.lanes),
-        "HN_BLOCKS": str(GROUP_BLOCKS if capped else 1),
+        "HN_ROWS": str(config.rows_per_block),
+        "HN_THREADS": str(config.threads),
+        "HN_BLOCKS": str(min(GROUP_WARPS * WARP // config.threads, MOST_BLOCKS) if capped else 1),
         "HN_AXES": str(memory.axes),
+        "HN_INDEX": "int" if memory.narrow else "long long",
     }
 
 
-class _Axis(ctypes.Structure):
-    """``headnorm::RowAxis``."""
-
-    _fields_ = [
-        *fields(ctypes.c_int64, "size", *ARRAYS),
-        *fields(ctypes.c_uint32, "multiplier", "shift"),
-    ]
-
-
 @functools.cache
-def _params_type(real: Real, axes: int) -> Struct:
+def _params_type(real: Real, axes: int, narrow: bool) -> Struct:
+    index = ctypes.c_int32 if narrow else ctypes.c_int64
+
+    class Axis(ctypes.Structure):
+        """``headnorm::RowAxis``."""
+
+        _fields_ = [
+            *fields(index, "size", *ARRAYS),
+            *fields(ctypes.c_uint32, "multiplier", "shift"),
+        ]
+
     class Params(ctypes.Structure):
         """``headnorm::Params``."""
 
         _fields_ = [
             *fields(ctypes.c_uint64, *ARRAYS),
             ("rows", ctypes.c_int64),
-            ("axis", _Axis * axes),
-            ("rows_per_block", ctypes.c_int32),
+            ("axis", Axis * axes),
             *fields(real, "eps", "weight_offset"),
         ]
 
     return Params
 
 
-def _params(call: NormCall, config: LaunchConfig, axes: int) -> Any:
-    params: Any = _params_type(specialisation.real_of(call.spec), axes)(
-        rows=call.rows,
-        rows_per_block=config.rows_per_block,
-        eps=call.eps,
-        weight_offset=call.weight_offset,
+def _params(call: NormCall, memory: Memory) -> Any:
+    params: Any = _params_type(specialisation.real_of(call.spec), memory.axes, memory.narrow)(
+        rows=call.rows, eps=call.eps, weight_offset=call.weight_offset
     )
-    unneeded = [RowAxis(1)] * (axes - len(call.axes))
-    for place, axis in zip(params.axis, (*unneeded, *reversed(call.axes)), strict=True):
+    unneeded = [RowAxis(1)] * (memory.axes - len(call.axes))
+    for place, axis in zip(params.axis, _stepped((*call.axes, *unneeded)), strict=True):
         place.size, place.x, place.out, place.weight, place.bias = axis
         place.multiplier, place.shift = geometry.division(axis.size)
     return params
@@ -205,9 +228,9 @@ X, OUT, WEIGHT, BIAS = range(4)
 """These are places among the words of a launch: the first fields of ``headnorm::Params``."""
 
 
-def launch_of(call: NormCall, config: LaunchConfig, axes: int, index: int) -> Launch:
+def launch_of(call: NormCall, config: LaunchConfig, memory: Memory, index: int) -> Launch:
     """Return the launch of `call` on CUDA device `index`, but for its function."""
-    params = _params(call, config, axes)
+    params = _params(call, memory)
     blocks, rows_at = config.blocks(call.rows), type(params).rows.offset
     return Launch(
         0, blocks, config.threads, index, params, 0, call.rows, rows_at, config, call.spec
@@ -222,11 +245,9 @@ def prepare(call: NormCall, index: int, stream: int, config: LaunchConfig | None
         check_config(config, call.spec, compiler.limits(index))
         check_call(call, config)
     spec, memory = call.spec, memory_of(call, config)
-    launch = launch_of(call, config, memory.axes, index)
-    # rows_per_block is a run-time argument: every number of rows runs one kernel.
-    key = (spec, *_in_elements(config, spec), config.lanes, config.vectors_per_lane, memory)
+    launch = launch_of(call, config, memory, index)
     return specialisation.loaded(
-        launch, "head_norm.cu", key, lambda: macros(spec, config, memory), stream
+        launch, "head_norm.cu", (spec, config, memory), lambda: macros(spec, config, memory), stream
     )
 
 
@@ -237,7 +258,7 @@ def over(launch: Launch, before: int, after: int) -> Launch | None:
     None where that takes another kernel.
     """
     rows = launch.total // before * after
-    if len(launch.params.axis) == FEW_AXES and rows > geometry.MAX_FEW_ROWS:
+    if len(launch.params.axis) <= FEW_AXES and rows > geometry.MAX_FEW_ROWS:
         return None
     blocks = launch.config.blocks(rows)
     geometry.check_blocks(blocks, f"x has {rows} rows,")

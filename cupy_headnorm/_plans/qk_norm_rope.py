@@ -185,7 +185,6 @@ def macros(spec: PartsSpec, config: PartsConfig) -> dict[str, str]:
     if rope.sections:
         sections = "interleaved" if rope.interleaved_sections else "chunks"
     return specialisation.macros(spec.norm, name) | {
-        "HN_OFFSET": str(spec.offset).lower(),
         "HN_ALIKE": str(spec.all_parts_alike).lower(),
         "HN_VEC": str(config.vector),
         "HN_ACCESS": str(config.access),

@@ -26,6 +26,7 @@ def macros(spec: NormSpec, name: str) -> dict[str, str]:
         "HN_X": spec.x.cuda,
         "HN_WEIGHT": spec.weight.cuda if spec.weight else NONE,
         "HN_BIAS": spec.bias.cuda if spec.bias else NONE,
+        "HN_OFFSET": str(spec.offset).lower(),
         "HN_HEAD_DIM": str(spec.head_dim),
     }
 

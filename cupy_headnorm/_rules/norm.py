@@ -23,6 +23,8 @@ class NormSpec(NamedTuple):
     bias: DType | None
     head_dim: int
     rounding: Rounding
+    offset: bool
+    """Whether a weight has one; nothing is added to it else."""
 
     def words(self, kernel: str) -> list[str]:
         """Return what the name of `kernel` tells of the norm."""
@@ -30,7 +32,8 @@ class NormSpec(NamedTuple):
         words.append(self.weight.short if self.weight else "unweighted")
         words += [f"bias_{self.bias.short}"] if self.bias else []
         words.append(f"d{self.head_dim}")
-        return words + ([self.rounding] if self.rounding != "once" else [])
+        words += [self.rounding] if self.rounding != "once" else []
+        return words + ["offset"] * self.offset
 
     @property
     def name(self) -> str:
@@ -76,7 +79,7 @@ def describe(
     axes_merged = merged(axes, RowAxis(1)) if rows else ()
     dtypes = (x.dtype, weight and weight.dtype, bias and bias.dtype)
     return NormCall(
-        NormSpec(opts.kind, *dtypes, head_dim, opts.rounding),
+        NormSpec(opts.kind, *dtypes, head_dim, opts.rounding, opts.weight_offset != 0),
         axes_merged,
         rows,
         opts.eps,

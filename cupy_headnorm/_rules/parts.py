@@ -33,7 +33,6 @@ class PartsSpec(NamedTuple):
     """What one compiled kernel computes."""
 
     norm: NormSpec
-    offset: bool
     all_parts_alike: bool
     """All parts rotate, and all or none have a weight, and a bias."""
     rope: RopeSpec | None
@@ -42,7 +41,7 @@ class PartsSpec(NamedTuple):
     def name(self) -> str:
         """Return the kernel's name in a profiler."""
         words = self.norm.words("qk_norm")
-        words += ["offset"] * self.offset + ["unlike"] * (not self.all_parts_alike)
+        words += ["unlike"] * (not self.all_parts_alike)
         return "_".join(words + ([self.rope.name] if self.rope else []))
 
 
@@ -197,9 +196,9 @@ def _spec_of(norms: Mapping[str, PartNorm], x: DType, head_dim: int) -> PartsSpe
     biases = [norm.bias.dtype for norm in norms.values() if norm.bias]
     options = norms["q"].options
     weight, bias = (found[0] if found else None for found in (weights, biases))
+    offset = any(norm.options.weight_offset for norm in norms.values())
     return PartsSpec(
-        NormSpec(options.kind, x, weight, bias, head_dim, options.rounding),
-        any(norm.options.weight_offset for norm in norms.values()),
+        NormSpec(options.kind, x, weight, bias, head_dim, options.rounding, offset),
         len(weights) in (0, len(norms)) and len(biases) in (0, len(norms)),
         None,
     )

@@ -42,7 +42,7 @@ class Launches:
 
     @staticmethod
     def on(device):
-        params = head_norm._params_type(ctypes.c_float, 1)(rows=3)
+        params = head_norm._params_type(ctypes.c_float, 1, True)(rows=3)
         return Launch(1, 2, 32, device, params, 0, 3, type(params).rows.offset, None, None)
 
 

@@ -203,7 +203,7 @@ class Compiler:
 
 
 def prepare(head_dim=D):
-    spec = NormSpec("rms", dtypes.FLOAT32, None, None, head_dim, "once")
+    spec = NormSpec("rms", dtypes.FLOAT32, None, None, head_dim, "once", False)
     axes = (RowAxis(5, 4 * head_dim, 4 * head_dim, 0, 0),)
     return head_norm.prepare(NormCall(spec, axes, 5, 1e-6, 0.0, (16, 16, 16, 16)), 0, 0)
 

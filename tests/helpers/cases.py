@@ -91,16 +91,24 @@ AROUND = list(dict.fromkeys(AROUND))
 
 
 def covering_specs():
-    """Return specialisations in which every pair of choices occurs: at most 80."""
+    """Return specialisations in which every pair of choices occurs: at most 81."""
     dims = (1, 37, 64, 80, 96, 100, 128, 160, 256, 512, 1001, 4096, 16384, 100003)
     names = [None, *(dtype.name for dtype in dtypes.DTYPES)]
     roundings = [name for name in ROUNDINGS if name != "rstd"]
-    choices = [("rms", "layer"), names[1:], names, names, dims, roundings]
+    choices = [("rms", "layer"), names[1:], names, names, dims, roundings, [False, True]]
     by_name = {dtype.name: dtype for dtype in dtypes.DTYPES} | {None: None}
     return [
-        NormSpec(kind, by_name[x], by_name[weight], by_name[bias], head_dim, rounding)
-        for kind, x, weight, bias, head_dim, rounding in AllPairs(choices)
-    ] + [NormSpec("rms", dtype, None, None, 128, "rstd") for dtype in dtypes.DTYPES[:2]]
+        NormSpec(
+            kind,
+            by_name[x],
+            by_name[weight],
+            by_name[bias],
+            head_dim,
+            rounding,
+            offset and weight is not None,
+        )
+        for kind, x, weight, bias, head_dim, rounding, offset in AllPairs(choices)
+    ] + [NormSpec("rms", dtype, None, None, 128, "rstd", False) for dtype in dtypes.DTYPES[:2]]
 
 
 class Layout(NamedTuple):

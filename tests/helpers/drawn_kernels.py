@@ -35,7 +35,7 @@ def _norm_calls(key):
         alignments[i] = 16 if key.aligned or of is None else of.itemsize
     for axes in AXES:
         rows = (RowAxis(2, 0, 0, 0, 0),) * axes
-        yield NormCall(NormSpec(*key[:6]), rows, 2**axes, 1e-6, 0.0, tuple(alignments))
+        yield NormCall(NormSpec(*key[:7]), rows, 2**axes, 1e-6, 0.0, tuple(alignments))
 
 
 def dense(shape, dtype, alignment):

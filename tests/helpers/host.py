@@ -25,7 +25,7 @@ from stand_in import forget_calls, on_cuda, take_for_gpu
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.dtypes import DTYPES, INT32, INT64
 from cupy_headnorm._cuda import compiler, launcher
-from cupy_headnorm._plans import geometry, head_norm, qk_norm_rope
+from cupy_headnorm._plans import head_norm, qk_norm_rope
 from cupy_headnorm._rules.norm import NormSpec
 
 ITEMSIZE = {dtype.cuda: dtype.itemsize for dtype in (*DTYPES, INT32, INT64)}
@@ -60,15 +60,24 @@ def _offsets(numbers, axes, strides):
     return offsets + numbers * strides[-1]
 
 
+def _row_offsets(rows, axes, name):
+    """See ``headnorm/rows.cuh``: steps are multiplied by whole quotients."""
+    offsets, size = np.zeros(rows.shape, np.int64), 1
+    for axis in axes:
+        offsets += rows // size * getattr(axis, name)
+        size *= axis.size
+    return offsets
+
+
 def _norm_uses(macros, params, blocks):
-    rows = np.add.outer(np.array(blocks) * params.rows_per_block, np.arange(params.rows_per_block))
+    each = int(macros["HN_ROWS"])
+    rows = np.add.outer(np.array(blocks) * each, np.arange(each))
     rows = rows[rows < params.rows]
     uses = {}
     for i, name in enumerate(("x", "out", "weight", "bias")):
         width = ITEMSIZE.get(macros["HN_X" if i < 2 else f"HN_{name.upper()}"], 0)
         if width:
-            strides = [getattr(axis, name) for axis in params.axis]
-            starts = np.unique(getattr(params, name) + _offsets(rows, params.axis, strides))
+            starts = np.unique(getattr(params, name) + _row_offsets(rows, params.axis, name))
             uses[8 * i] = Use(starts, width * int(macros["HN_HEAD_DIM"]), name == "out")
     return uses
 
@@ -120,16 +129,15 @@ def _parts_uses(macros, params, blocks):
 
 
 # From the package to a launch.
-LOOSE = {"HN_NAME", "HN_BLOCKS", "HN_ACCESS", "HN_PARAMETER_ACCESS", "HN_TABLE_ACCESS", "HN_AXES"}
+LOOSE = {
+    "HN_NAME", "HN_BLOCKS", "HN_ACCESS", "HN_PARAMETER_ACCESS", "HN_TABLE_ACCESS", "HN_AXES",
+    "HN_INDEX",
+}  # fmt: skip
 """A kernel may differ in these macros and still do: it moves less at once, or has axes to spare."""
 
 
-def kernel_for(kernels, source, macros, architecture, few_rows=True):
-    """
-    Return the specialisation that does what `macros` ask for, itself or the next best one.
-
-    `few_rows` says that 32 bits count the rows: kernels of `geometry.FEW_AXES` do no more.
-    """
+def kernel_for(kernels, source, macros, architecture):
+    """Return the specialisation that does what `macros` ask for, itself or the next best one."""
 
     def accesses(of):
         return [int(of.get(f"HN_{name}ACCESS", 1)) for name in ("", "PARAMETER_", "TABLE_")]
@@ -142,7 +150,7 @@ def kernel_for(kernels, source, macros, architecture, few_rows=True):
             continue
         moves = all(a <= b for a, b in zip(accesses(of), accesses(macros), strict=True))
         axes = int(of["HN_AXES"])
-        counts = few_rows or axes in (int(macros["HN_AXES"]), head_norm.AXES[-1])
+        counts = of.get("HN_INDEX") != "int" or macros["HN_INDEX"] == "int"
         if moves and counts and axes >= int(macros["HN_AXES"]):
             found.append((accesses(of), -axes, kernel))
     if not found:
@@ -185,11 +193,11 @@ class _Device:
         else:
             head_norm.check_config(config, call.spec, compiler.DeviceLimits())
             head_norm.check_call(call, config)
-        macros = head_norm.macros(call.spec, config, head_norm.memory_of(call, config))
-        few_rows = call.rows <= geometry.MAX_FEW_ROWS
-        found = self.find("head_norm.cu", macros, few_rows=few_rows)
-        launch = head_norm.launch_of(call, config, int(dict(found.macros)["HN_AXES"]), index)
-        return launch._replace(function=found)
+        memory = head_norm.memory_of(call, config)
+        found = self.find("head_norm.cu", head_norm.macros(call.spec, config, memory))
+        of = dict(found.macros)
+        memory = memory._replace(axes=int(of["HN_AXES"]), narrow=of["HN_INDEX"] == "int")
+        return head_norm.launch_of(call, config, memory, index)._replace(function=found)
 
     def prepare_parts(self, call, index, stream, config=None):
         config = qk_norm_rope.plan(call) if config is None else config

@@ -91,10 +91,13 @@ class Norm(NamedTuple):
     """It is one of `_plans.head_norm.AXES`. A kernel runs calls of fewer axes too."""
     config: LaunchConfig | None = None
     """None for the geometry that the package chooses."""
+    wide: bool = False
+    """Whether it counts in 64 bits, as all kernels for many axes do."""
 
     def __str__(self):
-        geometry = "" if self.config is None else ",other geometry"
-        return f"{self.spec.name},{self.how},axes={self.axes}{geometry}"
+        geometry = "" if self.config is None else f",{self.config.rows_per_block} rows a block"
+        wide = ",wide" if self.wide else ""
+        return f"{self.spec.name},{self.how},axes={self.axes}{geometry}{wide}"
 
     def launched(self):
         """Return the whole geometry."""
@@ -102,7 +105,8 @@ class Norm(NamedTuple):
         config = self.config
         if config is None:
             vector, lanes, vectors = row_geometries.row_geometry(self.spec.head_dim, itemsize)
-            rows = max(1, 4 * row_geometries.WARP // lanes)
+            warp = row_geometries.WARP
+            rows = 4 * warp // lanes if lanes <= warp else 1
             config = LaunchConfig(vector * itemsize, lanes, vectors, rows, itemsize)
         access = {WHOLE: config.vector_bytes, ANY: itemsize}.get(self.how, self.how)
         return replace(config, access_bytes=access)
@@ -110,31 +114,34 @@ class Norm(NamedTuple):
     def specialisation(self):
         config = self.launched()
         vector = config.vector_bytes // self.spec.x.itemsize
-        memory = head_norm.Memory(self.axes, 1 if self.how == ANY else vector)
+        narrow = self.axes <= row_geometries.FEW_AXES and not self.wide
+        memory = head_norm.Memory(self.axes, narrow, 1 if self.how == ANY else vector)
         macros = head_norm.macros(self.spec, config, memory)
         return Specialisation("head_norm.cu", tuple(macros.items()))
 
 
-QWEN3 = NormSpec("rms", BFLOAT16, BFLOAT16, None, 128, "once")
-IDLE_LANES = NormSpec("layer", BFLOAT16, FLOAT32, FLOAT32, 96, "once")
-TWO_ROUNDINGS = NormSpec("layer", FLOAT16, FLOAT16, FLOAT16, 80, "before_weight")
-ONE_ELEMENT = NormSpec("rms", FLOAT16, FLOAT64, FLOAT16, 1, "once")
-BLOCK = NormSpec("rms", FLOAT16, FLOAT16, None, 2048, "once")
-TAIL = NormSpec("layer", FLOAT32, BFLOAT16, FLOAT64, 100, "once")
-ODD_BLOCK = NormSpec("layer", FLOAT32, FLOAT32, FLOAT32, 513, "once")
-ODD = NormSpec("rms", FLOAT32, None, FLOAT32, 37, "every_op")
-TILES = NormSpec("layer", FLOAT32, FLOAT32, None, 20000, "once")
-DOUBLE = NormSpec("rms", FLOAT64, FLOAT64, FLOAT32, 64, "before_weight")
+QWEN3 = NormSpec("rms", BFLOAT16, BFLOAT16, None, 128, "once", False)
+IDLE_LANES = NormSpec("layer", BFLOAT16, FLOAT32, FLOAT32, 96, "once", False)
+TWO_ROUNDINGS = NormSpec("layer", FLOAT16, FLOAT16, FLOAT16, 80, "before_weight", False)
+ONE_ELEMENT = NormSpec("rms", FLOAT16, FLOAT64, FLOAT16, 1, "once", False)
+BLOCK = NormSpec("rms", FLOAT16, FLOAT16, None, 2048, "once", False)
+TAIL = NormSpec("layer", FLOAT32, BFLOAT16, FLOAT64, 100, "once", False)
+ODD_BLOCK = NormSpec("layer", FLOAT32, FLOAT32, FLOAT32, 513, "once", True)
+ODD = NormSpec("rms", FLOAT32, None, FLOAT32, 37, "every_op", False)
+TILES = NormSpec("layer", FLOAT32, FLOAT32, None, 20000, "once", True)
+DOUBLE = NormSpec("rms", FLOAT64, FLOAT64, FLOAT32, 64, "before_weight", True)
 NORMS = (
     Norm(QWEN3, WHOLE, 1),
+    Norm(QWEN3, WHOLE, 1, wide=True),
+    *(Norm(QWEN3, WHOLE, 1, LaunchConfig(16, 16, 1, rows, 16)) for rows in (1, 2, 3, 16)),
     Norm(QWEN3, 4, 3),
     Norm(QWEN3, ANY, 8),  # by a stage in shared memory
     Norm(QWEN3, WHOLE, 1, LaunchConfig(16, 4, 2, 64, 16)),  # tiles within a warp
     Norm(IDLE_LANES, WHOLE, 3),
     Norm(IDLE_LANES, ANY, 8),
-    Norm(NormSpec("layer", BFLOAT16, BFLOAT16, BFLOAT16, 128, "every_op"), ANY, 8),
-    Norm(NormSpec("rms", BFLOAT16, None, None, 256, "rstd"), WHOLE, 8),
-    Norm(NormSpec("rms", BFLOAT16, FLOAT64, None, 73, "once"), ANY, 8),
+    Norm(NormSpec("layer", BFLOAT16, BFLOAT16, BFLOAT16, 128, "every_op", True), ANY, 8),
+    Norm(NormSpec("rms", BFLOAT16, None, None, 256, "rstd", False), WHOLE, 8),
+    Norm(NormSpec("rms", BFLOAT16, FLOAT64, None, 73, "once", False), ANY, 8),
     Norm(ONE_ELEMENT, ANY, 8),
     Norm(TWO_ROUNDINGS, WHOLE, 8),
     Norm(TWO_ROUNDINGS, ANY, 8),
@@ -149,7 +156,7 @@ NORMS = (
     Norm(TILES, ANY, 8),
     Norm(DOUBLE, WHOLE, 8),
     Norm(DOUBLE, ANY, 8),
-    Norm(NormSpec("layer", FLOAT64, FLOAT32, BFLOAT16, 33, "once"), ANY, 8),
+    Norm(NormSpec("layer", FLOAT64, FLOAT32, BFLOAT16, 33, "once", True), ANY, 8),
 )
 
 
@@ -228,7 +235,7 @@ PARTS = (
 
 @functools.cache
 def specialisations():
-    """Return all that is compiled: 40 at most."""
+    """Return all that is compiled."""
     return tuple(kernel.specialisation() for kernel in (*NORMS, *PARTS))
 
 

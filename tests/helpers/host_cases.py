@@ -81,9 +81,16 @@ def parameters(norm, rng, shape):
     return found
 
 
-def kernel_of(spec, how):
+def options(norm):
+    """Return the arguments of a call that a row of `NORMS` runs."""
+    offset = 1.0 if norm.spec.offset else 0.0
+    return {"eps": 1e-5, "rounding": norm.spec.rounding, "weight_offset": offset}
+
+
+def kernel_of(spec, how, *, wide=False):
     """Return the row of `NORMS` with the geometry that the package chooses."""
-    return next(n for n in NORMS if (n.spec, n.how, n.config) == (spec, how, None))
+    wanted = (spec, how, None, wide)
+    return next(n for n in NORMS if (n.spec, n.how, n.config, n.wide) == wanted)
 
 
 # Rows far apart. Of a reservation only the pages of rows are there, so that a wrong address faults.

@@ -33,6 +33,8 @@ class NormKey(NamedTuple):
     bias: DType | None
     head_dim: int
     rounding: str = "once"
+    offset: bool = False
+    """Of the weight."""
     access: int | None = None
     """Elements that x and out are aligned to; None for as many as a lane owns together."""
     aligned: bool = True
@@ -46,35 +48,35 @@ class NormKey(NamedTuple):
 
 NORM_KEYS = (
     NormKey("rms", BFLOAT16, BFLOAT16, None, 128),
-    NormKey("rms", BFLOAT16, BFLOAT16, None, 128, access=4),
+    NormKey("rms", BFLOAT16, BFLOAT16, None, 128, offset=True, access=4),
     NormKey("rms", BFLOAT16, BFLOAT16, None, 128, access=2),
     NormKey("rms", BFLOAT16, BFLOAT16, None, 128, access=1, aligned=False),
     NormKey("layer", BFLOAT16, FLOAT32, FLOAT32, 96, aligned=False),
-    NormKey("layer", BFLOAT16, BFLOAT16, BFLOAT16, 128, "every_op"),
+    NormKey("layer", BFLOAT16, BFLOAT16, BFLOAT16, 128, "every_op", offset=True),
     NormKey("layer", BFLOAT16, BFLOAT16, None, 16384),
-    NormKey("rms", BFLOAT16, BFLOAT16, None, 256, "before_weight", access=1),
-    NormKey("rms", BFLOAT16, FLOAT32, None, 1024),
+    NormKey("rms", BFLOAT16, BFLOAT16, None, 256, "before_weight", offset=True, access=1),
+    NormKey("rms", BFLOAT16, FLOAT32, None, 1024, offset=True),
     NormKey("rms", BFLOAT16, FLOAT64, None, 73),
     NormKey("rms", BFLOAT16, None, None, 256, "rstd"),
     NormKey("rms", FLOAT16, FLOAT16, None, 64),
-    NormKey("rms", FLOAT16, FLOAT16, None, 64, access=1),
-    NormKey("layer", FLOAT16, FLOAT16, FLOAT16, 80),
+    NormKey("rms", FLOAT16, FLOAT16, None, 64, offset=True, access=1),
+    NormKey("layer", FLOAT16, FLOAT16, FLOAT16, 80, offset=True),
     NormKey("layer", FLOAT16, FLOAT16, None, 512, "before_weight", access=2),
-    NormKey("rms", FLOAT16, FLOAT32, BFLOAT16, 160, "every_op"),
+    NormKey("rms", FLOAT16, FLOAT32, BFLOAT16, 160, "every_op", offset=True),
     NormKey("rms", FLOAT16, FLOAT64, FLOAT16, 1),
     NormKey("rms", FLOAT16, None, None, 72, "rstd"),
     NormKey("rms", FLOAT16, None, None, 4099),
     NormKey("rms", FLOAT16, FLOAT16, None, 2048, access=1),
     NormKey("rms", FLOAT32, FLOAT32, None, 128),
-    NormKey("rms", FLOAT32, FLOAT32, None, 128, access=1),
+    NormKey("rms", FLOAT32, FLOAT32, None, 128, offset=True, access=1),
     NormKey("layer", FLOAT32, BFLOAT16, FLOAT64, 100, access=2),
     NormKey("layer", FLOAT32, None, None, 3),
-    NormKey("layer", FLOAT32, FLOAT32, FLOAT32, 513),
+    NormKey("layer", FLOAT32, FLOAT32, FLOAT32, 513, offset=True),
     NormKey("rms", FLOAT32, None, FLOAT32, 37, "every_op"),
     NormKey("rms", FLOAT32, FLOAT32, None, 20000),
     NormKey("rms", FLOAT64, FLOAT64, None, 64),
-    NormKey("rms", FLOAT64, FLOAT64, FLOAT32, 64, "before_weight", access=1),
-    NormKey("layer", FLOAT64, FLOAT32, BFLOAT16, 33, aligned=False),
+    NormKey("rms", FLOAT64, FLOAT64, FLOAT32, 64, "before_weight", offset=True, access=1),
+    NormKey("layer", FLOAT64, FLOAT32, BFLOAT16, 33, offset=True, aligned=False),
 )
 
 
@@ -201,7 +203,7 @@ def drawn_norm_case(draw, backend, keys):
         "num_heads": heads if give_heads else None,
         "head_dim": head_dim if give_dim else None,
         "rounding": key.rounding,
-        "weight_offset": draw(st.sampled_from((0.0, 1.0, -0.5))) if key.weight else 0.0,
+        "weight_offset": draw(st.sampled_from((1.0, -0.5))) if key.offset else 0.0,
     }
     heads_axis = -2
     if heads_at is not None:

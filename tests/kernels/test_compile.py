@@ -100,7 +100,7 @@ def test_compiles_without_spills(spec, architecture, request):
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_misaligned_rows_compile_without_spills(kind, head_dim, architecture):
     """They move element by element: through shared memory where a row has lanes enough."""
-    spec = NormSpec(kind, FLOAT16, FLOAT16, None, head_dim, "once")
+    spec = NormSpec(kind, FLOAT16, FLOAT16, None, head_dim, "once", False)
     for config, memory in list(specialisations(spec))[1:]:
         assert config.access_bytes == 2
         assert_no_spills(spec, config, memory, architecture)
@@ -110,7 +110,7 @@ def test_misaligned_rows_compile_without_spills(kind, head_dim, architecture):
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_small_stores_follow_one_another(kind, head_dim):
     """Otherwise pieces of one sector come too late to meet in the cache: see norm.cuh."""
-    spec = NormSpec(kind, FLOAT16, FLOAT16, None, head_dim, "once")
+    spec = NormSpec(kind, FLOAT16, FLOAT16, None, head_dim, "once", False)
     config, memory = next(specialisations(spec))
     _, text = compiled(spec, config, memory, "compute_90")
     between = text[text.index("st.global") : text.rindex("st.global")]

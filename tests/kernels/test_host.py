@@ -19,6 +19,7 @@ from host_cases import (
     kernel_of,
     laid,
     last_rows,
+    options,
     parameters,
     reserved,
     rows,
@@ -33,11 +34,6 @@ from cupy_headnorm._calls import dispatch
 from cupy_headnorm._plans.geometry import LaunchConfig
 
 pytestmark = pytest.mark.usefixtures("compiler")
-
-
-def options(norm):
-    offset = 1.0 if norm.spec.weight and norm.axes == 3 else 0.0
-    return {"eps": 1e-5, "rounding": norm.spec.rounding, "weight_offset": offset}
 
 
 CASES = [
@@ -83,10 +79,10 @@ def test_a_row_has_the_bits_that_it_has_alone(norm, layout, rng):
     x = laid(norm, layout, rows(rng, shape, norm.spec.x))
     given = parameters(norm._replace(axes=1), rng, shape)
     with running(norm):
-        y = function(norm.spec.kind)(x, *given, rounding=norm.spec.rounding)
+        y = function(norm.spec.kind)(x, *given, **options(norm))
     with running(kernel_of(norm.spec, WHOLE)):
         for row, found in zip(x.reshape(-1, shape[-1]), y.reshape(-1, shape[-1]), strict=True):
-            alone = function(norm.spec.kind)(row.copy(), *given, rounding=norm.spec.rounding)
+            alone = function(norm.spec.kind)(row.copy(), *given, **options(norm))
             assert alone.tobytes() == found.tobytes()
 
 
@@ -99,6 +95,7 @@ def test_any_number_of_rows_shares_a_block(rows_per_block, rng):
     weight, _ = parameters(norm, rng, x.shape)
     with running(norm):
         expected = cupy_headnorm.rms_norm(x, weight)
+    with running(norm._replace(config=config)):
         found = ops.launch(config, x, weight)
     assert found.tobytes() == expected.tobytes()
 
@@ -150,7 +147,7 @@ def test_a_call_inside_of_its_like(rng):
 @pytest.mark.parametrize("step", [FAR, -FAR])
 @pytest.mark.parametrize("how", [WHOLE, ANY])
 def test_rows_may_lie_further_apart_than_32_bits_count(how, step, rng):
-    norm = kernel_of(host_build.QWEN3, how)
+    norm = kernel_of(host_build.QWEN3, how, wide=how == WHOLE)
     values = rows(rng, (4, norm.spec.head_dim), norm.spec.x)
     weight, _ = parameters(norm._replace(axes=1), rng, values.shape)
     x = far_apart(reserved(3 * FAR + 2**16), norm, step)
@@ -168,7 +165,7 @@ def test_more_rows_than_31_bits_count(rng):
 # What is compiled, and where nothing can be.
 def test_few_kernels_cover_all_choices():
     kernels = host_build.specialisations()
-    assert len(set(kernels)) == len(NORMS) + len(PARTS) <= 40
+    assert len(set(kernels)) == len(NORMS) + len(PARTS) <= 45
     for source, count in (("head_norm.cu", len(NORMS)), ("qk_norm_rope.cu", len(PARTS))):
         chosen = [dict(k.macros) for k in kernels if k.source == source]
         assert len(chosen) == count
@@ -182,6 +179,10 @@ def test_few_kernels_cover_all_choices():
             assert found["HN_WEIGHT"] == found["HN_BIAS"] == {*elements, "headnorm::None"}
             assert "rstd" in found["HN_ROUNDING"]
             assert found["HN_AXES"] == {"1", "3", "8"}
+            assert found["HN_OFFSET"] == {"false", "true"}
+            ways = {(int(of["HN_AXES"]), of["HN_INDEX"]) for of in chosen}
+            assert ways == {(1, "int"), (1, "long long"), (3, "int"), (8, "long long")}
+            assert found["HN_ROWS"] >= {"1", "2", "3", "8", "16"}
         else:
             assert found["HN_AXES"] == {"2", "3", "8"}
             assert found["HN_ROPE"] == {"none", "half", "half_flipped", "interleaved"}

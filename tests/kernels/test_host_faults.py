@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import function
 from host_build import ANY, NORMS, WHOLE
-from host_cases import FAR, far_apart, kernel_of, last_rows, parameters, reserved
+from host_cases import FAR, far_apart, kernel_of, last_rows, options, parameters, reserved
 from oracle import norm as oracle
 from tolerances import assert_close
 
@@ -20,9 +20,10 @@ def faulty(norm, rng, *changes, count=5, orders=host.ORDERS):
     built = host.planted(norm.specialisation(), *changes)
     x = rng.standard_normal((count, norm.spec.head_dim)).astype(norm.spec.x.numpy)
     weight, bias = parameters(norm._replace(axes=1), rng, x.shape)
-    exact, *rest = oracle(norm.spec.kind, x, weight, bias, eps=1e-5, rounding=norm.spec.rounding)
+    given = options(norm)
+    exact, *rest = oracle(norm.spec.kind, x, weight, bias, **given)
     with host.device(built, orders=orders):
-        y = function(norm.spec.kind)(x, weight, bias, eps=1e-5, rounding=norm.spec.rounding)
+        y = function(norm.spec.kind)(x, weight, bias, **given)
     return y, exact, rest[0]
 
 
@@ -71,8 +72,8 @@ def test_a_missing_barrier_gives_wrong_numbers_in_any_one_order(order, rng):
 def test_shared_sums_used_again_without_a_barrier_are_found(rng):
     """ExLlamaV2's LayerNorm: a warp that is ahead overwrites the mean that another one reads."""
     used_twice = (
-        "inverse_of<kRounding, T, G>(squares[0], p.eps, partial[1])",
-        "inverse_of<kRounding, T, G>(squares[0], p.eps, partial[0])",
+        "inverse_of<kKind, kRounding, T, G>(squares, p.eps, partial[1])",
+        "inverse_of<kKind, kRounding, T, G>(squares, p.eps, partial[0])",
     )
     with pytest.raises(host.Finding, match="give different bits"):
         faulty(kernel_of(host_build.ODD_BLOCK, ANY), rng, used_twice)
@@ -86,7 +87,7 @@ def test_a_missing_barrier_of_a_warp_is_found(rng):
     assert np.isnan(y.astype(np.float32)).all()
 
 
-EXISTS = "const bool row_exists = local_row < p.rows_per_block && row < p.rows;"
+EXISTS = "(kNoneIdle || local_row < HN_ROWS) && row < static_cast<Count>(p.rows);"
 
 
 @pytest.mark.parametrize("spec", [host_build.QWEN3, host_build.BLOCK], ids=lambda s: s.name)
@@ -112,8 +113,8 @@ def test_a_barrier_that_some_warps_miss_is_found(rng):
 def test_a_vector_loaded_from_a_misaligned_row_is_found(rng):
     norm = kernel_of(host_build.TAIL, ANY)
     change = (
-        "tile_of_lane[j].template load<G::kAccess>(row + first);",
-        "tile_of_lane[j].template load<G::kVec>(row + first);",
+        "tile_of_lane[j].template load_if<G::kAccess>(there, row + first);",
+        "tile_of_lane[j].template load_if<G::kVec>(there, row + first);",
     )
     built = host.planted(norm.specialisation(), change)
     x = rng.standard_normal(1 + norm.spec.head_dim).astype(np.float32)[1:]
@@ -125,8 +126,8 @@ def test_a_vector_loaded_from_a_misaligned_row_is_found(rng):
 @pytest.mark.parametrize("step", [FAR, -FAR])
 def test_an_offset_of_32_bits_is_found(step, rng):
     """The rows are where they are said to be, and a wrong address is nobody's."""
-    norm = kernel_of(host_build.QWEN3, WHOLE)
-    change = ("    x += index * axis.x;", "    x += static_cast<int>(index * axis.x);")
+    norm = kernel_of(host_build.QWEN3, WHOLE, wide=True)
+    change = ("    x += steps * axis.x;", "    x += static_cast<int>(steps * axis.x);")
     built = host.planted(norm.specialisation(), change)
     x = far_apart(reserved(3 * FAR + 2**16), norm, step)
     x[...] = 1
@@ -138,8 +139,8 @@ def test_an_offset_of_32_bits_is_found(step, rng):
 def test_a_row_number_of_32_bits_is_found(rng):
     norm = kernel_of(host_build.ONE_ELEMENT, ANY)
     change = (
-        "static_cast<long long>(blockIdx.x) * p.rows_per_block",
-        "static_cast<int>(blockIdx.x) * p.rows_per_block",
+        "static_cast<Count>(blockIdx.x) * HN_ROWS",
+        "static_cast<int>(blockIdx.x) * HN_ROWS",
     )
     with pytest.raises(host.Finding, match="signed integer overflow"):
         last_rows(host.planted(norm.specialisation(), change), rng)

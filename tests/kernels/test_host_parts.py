@@ -147,10 +147,7 @@ def test_no_token_after_some_is_no_launch(rng, monkeypatch):
         qk(*parts, out=outs)
         monkeypatch.setattr(launcher, "runners", None)
         known = remembered.thread.lengths
-        known |= {
-            key: like._replace(runs=dict.fromkeys(range(64)))
-            for key, like in known.items()
-        }
+        known |= {key: like._replace(runs=dict.fromkeys(range(64))) for key, like in known.items()}
         assert known
         none = [part[:0] for part in parts]
         for out in (None, tuple(y[:0] for y in outs)):

@@ -69,12 +69,12 @@ def test_installed_kernels_come_first(monkeypatch, tmp_path):
 
 
 def test_a_kernels_name_says_its_specialisation():
-    spec = NormSpec("rms", BFLOAT16, FLOAT32, None, 128, "once")
+    spec = NormSpec("rms", BFLOAT16, FLOAT32, None, 128, "once", False)
     assert spec.name == "head_norm_rms_bf16_f32_d128"
-    spec = NormSpec("layer", FLOAT32, None, BFLOAT16, 80, "before_weight")
+    spec = NormSpec("layer", FLOAT32, None, BFLOAT16, 80, "before_weight", False)
     assert spec.name == "head_norm_layer_f32_unweighted_bias_bf16_d80_before_weight"
     config = geometry.LaunchConfig(16, 16, 1, 8, 4)
-    one_axis, more = head_norm.Memory(1, 4), head_norm.Memory(8, 2)
+    one_axis, more = head_norm.Memory(1, True, 4), head_norm.Memory(8, False, 2)
     assert head_norm.macros(spec, config, one_axis)["HN_NAME"].endswith("_access4")
     assert head_norm.macros(spec, config, more)["HN_NAME"].endswith(
         "_access4_parameter_access2_axes8"
@@ -86,10 +86,14 @@ def test_params_lie_as_in_rows_cuh():
     text = (source.kernels_folder() / "include/headnorm/rows.cuh").read_text()
     struct = re.search(r"struct Params \{(.*?)\n\};", text, re.DOTALL).group(1)
     fields = re.findall(r"(\w+)(?:\[kAxes\])?;", struct)
-    assert fields == [name for name, _ in head_norm._params_type(ctypes.c_float, 3)._fields_]
     axis = re.search(r"struct RowAxis \{(.*?)\n\};", text, re.DOTALL).group(1)
-    fields = re.findall(r"(?:long long|unsigned int) (\w+);", axis)
-    assert fields == [name for name, _ in head_norm._Axis._fields_]
+    of_axis = re.findall(r"(?:Index|unsigned int) (\w+);", axis)
+    for narrow, index in ((True, ctypes.c_int32), (False, ctypes.c_int64)):
+        params = head_norm._params_type(ctypes.c_float, 3, narrow)
+        assert fields == [name for name, _ in params._fields_]
+        found = dict(dict(params._fields_)["axis"]._type_._fields_)
+        assert of_axis == list(found)
+        assert {found[name] for name in of_axis[:5]} == {index}
 
 
 def test_a_launch_holds_its_axes_and_any_number_of_rows(monkeypatch):
@@ -105,7 +109,8 @@ def test_a_launch_holds_its_axes_and_any_number_of_rows(monkeypatch):
     assert (launch.function, launch.threads) == (7, config.threads)
     assert (params.rows, params.eps, params.weight_offset) == (12, 0.5, 1.0)
     axes = [(a.size, a.x, a.out, a.weight, a.bias) for a in params.axis]
-    assert axes == [(1, 0, 0, 0, 0), (3, 256, 256, 256, 0), (4, 1280, 768, 0, 0)]
+    # The last one goes back over the one inside of it.
+    assert axes == [(1, 0, 0, 0, 0), (3, 256, 256, 256, 0), (4, 512, 0, -768, 0)]
     for axis in params.axis:
         assert (axis.multiplier, axis.shift) == geometry.division(axis.size)
     longer = head_norm.over(launch, 4, 1000)

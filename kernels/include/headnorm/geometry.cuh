@@ -107,12 +107,11 @@ struct Mover {
         }
       }
       const int first = G::first_element(tile, j, lane);
-      if (row_exists && G::inside(first)) {
-        if constexpr (kStaged) {
-          tile_of_lane[j].template load<G::kVec>(own(j));
-        } else {
-          tile_of_lane[j].template load<G::kAccess>(row + first);
-        }
+      const bool there = row_exists && G::inside(first);
+      if constexpr (kStaged) {
+        tile_of_lane[j].template load_if<G::kVec>(there, own(j));
+      } else {
+        tile_of_lane[j].template load_if<G::kAccess>(there, row + first);
       }
       if constexpr (kStaged) {
         if (j % kTogether == kTogether - 1) {

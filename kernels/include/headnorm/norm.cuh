@@ -19,10 +19,15 @@ enum class Kind { rms, layer };
 //   rstd           R(x R(r)), r the inverse root mean square: without weight and bias
 enum class Rounding { once, before_weight, every_op, rstd };
 
-// A power of two near 1 / head_dim. Scaling by it is exact and keeps a sum of head_dim squares of
-// values up to 1e18 inside float32's range.
+// A power of two near 1 / head_dim, by which a lane's sum of squares is scaled. That is exact and
+// keeps the sum of head_dim squares inside float32's range, values being up to 1e18, and centred
+// ones up to 2e18. So many of them stay in it as they are, a lane's always.
+template <Kind kKind>
 constexpr double sum_scale(int head_dim) {
   double scale = 1.0;
+  if (head_dim <= (kKind == Kind::rms ? 256 : 64)) {
+    return scale;
+  }
   for (int n = head_dim; n > 1; n = (n + 1) / 2) {
     scale *= 0.5;
   }
@@ -32,14 +37,11 @@ constexpr double sum_scale(int head_dim) {
 template <typename G, typename T, typename Acc>
 __device__ __forceinline__ void load_tile(Acc (&value)[G::kVectors][G::kVec], const T* row,
                                           int tile, const Mover<T, G>& mover) {
-  Vec<T, G::kVec> vecs[G::kVectors] = {};
+  Vec<T, G::kVec> vecs[G::kVectors];
   mover.load(vecs, row, tile);
 #pragma unroll
   for (int j = 0; j < G::kVectors; ++j) {
-#pragma unroll
-    for (int i = 0; i < G::kVec; ++i) {
-      value[j][i] = widen<Acc>(vecs[j].element[i]);
-    }
+    widen_to(value[j], vecs[j].element);
   }
 }
 
@@ -77,12 +79,15 @@ __device__ __forceinline__ void add_values(Acc (&sum)[kFold],
   }
 }
 
-// Adds a tile's squares about `mean`, scaled, to `squares`.
+// A tile's squares about `mean`, scaled.
 template <Kind kKind, typename G, int kFold, typename Acc>
-__device__ __forceinline__ void add_squares(Acc (&squares)[kFold],
+__device__ __forceinline__ void sum_squares(Acc (&squares)[kFold],
                                             const Acc (&value)[G::kVectors][G::kVec], Acc mean,
                                             int tile, int lane) {
-  constexpr Acc kScale = static_cast<Acc>(sum_scale(G::kHeadDim));
+#pragma unroll
+  for (int f = 0; f < kFold; ++f) {
+    squares[f] = 0;
+  }
 #pragma unroll
   for (int j = 0; j < G::kVectors; ++j) {
     // Slots past the row hold zeros; less the mean they would not be.
@@ -90,8 +95,12 @@ __device__ __forceinline__ void add_squares(Acc (&squares)[kFold],
 #pragma unroll
     for (int i = 0; i < G::kVec; ++i) {
       const Acc centred = inside ? value[j][i] - mean : Acc(0);
-      squares[j % kFold] = multiply_add(centred * kScale, centred, squares[j % kFold]);
+      squares[j % kFold] = multiply_add(centred, centred, squares[j % kFold]);
     }
+  }
+#pragma unroll
+  for (int f = 0; f < kFold; ++f) {
+    squares[f] *= static_cast<Acc>(sum_scale<kKind>(G::kHeadDim));
   }
 }
 
@@ -102,11 +111,12 @@ __device__ __forceinline__ Acc mean_of(Acc sum, Acc (&partial)[kWarp]) {
 }
 
 // The inverse root of the mean of the scaled squares, rounded to T where that is asked for.
-template <Rounding kRounding, typename T, typename G, typename Acc>
+template <Kind kKind, Rounding kRounding, typename T, typename G, typename Acc>
 __device__ __forceinline__ Acc inverse_of(Acc squares, Acc eps, Acc (&partial)[kWarp]) {
-  constexpr Acc kInverseScaledCount = static_cast<Acc>(1.0 / G::kHeadDim / sum_scale(G::kHeadDim));
-  const Acc mean_square = row_sum<G::kLanes>(squares, partial) * kInverseScaledCount;
-  const Acc inverse = inverse_root(mean_square + eps);
+  constexpr Acc kInverseScaledCount =
+      static_cast<Acc>(1.0 / G::kHeadDim / sum_scale<kKind>(G::kHeadDim));
+  const Acc sum = row_sum<G::kLanes>(squares, partial);
+  const Acc inverse = inverse_root(multiply_add(sum, kInverseScaledCount, eps));
   return kRounding == Rounding::rstd ? widen<Acc>(Round<T>::from(inverse)) : inverse;
 }
 
@@ -151,9 +161,11 @@ __device__ __forceinline__ Vec<T, kVec> finished(const Acc (&value)[kVec], Acc m
   return result;
 }
 
-template <Kind kKind, Rounding kRounding, typename T, typename W, typename B, typename G, int kAxes>
-__device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::type, kAxes>& p,
-                                         const RowPlace& place, int lane, bool row_exists) {
+template <Kind kKind, Rounding kRounding, typename T, typename W, bool kOffset, typename B,
+          typename G, typename Index, int kAxes>
+__device__ __forceinline__ void norm_row(
+    const Params<typename Accumulate<T>::type, Index, kAxes>& p, const RowPlace& place, int lane,
+    bool row_exists) {
   static_assert(kRounding != Rounding::rstd || (kKind == Kind::rms && !kPresent<W> && !kPresent<B>),
                 "rstd is of RMS without weight and bias");
   using Acc = typename Accumulate<T>::type;
@@ -209,15 +221,17 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
     mean = mean_of<G>(sum[0], partial[0]);
   }
 
-  Acc squares[1] = {};
+  Acc squares = 0;
 #pragma unroll 1
   for (int tile = 0; tile < G::kTiles; ++tile) {
     if constexpr (!kOneTile) {
       load_tile<G>(value, x, tile, mover);
     }
-    add_squares<kKind, G>(squares, value, mean, tile, lane);
+    Acc of_tile[1];
+    sum_squares<kKind, G>(of_tile, value, mean, tile, lane);
+    squares = kOneTile ? of_tile[0] : squares + of_tile[0];
   }
-  const Acc inverse = inverse_of<kRounding, T, G>(squares[0], p.eps, partial[1]);
+  const Acc inverse = inverse_of<kKind, kRounding, T, G>(squares, p.eps, partial[1]);
 
 #pragma unroll 1
   for (int tile = 0; tile < G::kTiles; ++tile) {
@@ -234,14 +248,15 @@ __device__ __forceinline__ void norm_row(const Params<typename Accumulate<T>::ty
       }
       Acc scale[G::kVec];
       Acc shift[G::kVec];
+      if constexpr (kPresent<W>) {
+        widen_to(scale, weights[j].element);
 #pragma unroll
-      for (int i = 0; i < G::kVec; ++i) {
-        if constexpr (kPresent<W>) {
-          scale[i] = widen<Acc>(weights[j].element[i]) + p.weight_offset;
+        for (int i = 0; kOffset && i < G::kVec; ++i) {
+          scale[i] += p.weight_offset;
         }
-        if constexpr (kPresent<B>) {
-          shift[i] = widen<Acc>(biases[j].element[i]);
-        }
+      }
+      if constexpr (kPresent<B>) {
+        widen_to(shift, biases[j].element);
       }
       results[j] =
           finished<kRounding, T, kPresent<W>, kPresent<B>>(value[j], mean, inverse, scale, shift);

@@ -9,15 +9,6 @@
 
 namespace headnorm {
 
-template <bool kFirst, typename A, typename B>
-struct Select {
-  using type = A;
-};
-template <typename A, typename B>
-struct Select<false, A, B> {
-  using type = B;
-};
-
 // Which two elements rotate about each other, R being rotary_dim:
 //   half          e and e + R / 2, the first one minus the other's sine (NeoX)
 //   half_flipped  the same, plus

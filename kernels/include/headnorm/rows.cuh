@@ -6,14 +6,19 @@ namespace headnorm {
 
 inline constexpr int kFewAxes = 3;
 
-// One axis of the grid of rows. Strides are in bytes and may be zero or negative: a weight shared
-// by all heads is one whose stride along the heads is zero.
+// One axis of the grid of rows. A step along it that ends a run along the axis inside of it goes
+// back to that one's start: with strides of 10 and 256 bytes and 3 rows inside, x is 256 - 3 * 10.
+// So an array's offset is a sum of products with whole quotients, and no remainder is needed. Steps
+// are in bytes and may be zero or negative: a weight shared by all heads is one whose stride along
+// the heads is zero. Index is int where all rows and steps fit in it: then one instruction
+// multiplies and adds them.
+template <typename Index>
 struct RowAxis {
-  long long size;
-  long long x;
-  long long out;
-  long long weight;
-  long long bias;
+  Index size;
+  Index x;
+  Index out;
+  Index weight;
+  Index bias;
   // Division by size of a number below 2^31 (Granlund and Montgomery 1994, figure 4.1):
   // quotient = (high32(number * multiplier) + number) >> shift.
   unsigned int multiplier;
@@ -21,15 +26,14 @@ struct RowAxis {
 };
 
 // A call's run-time arguments. The host fills this struct as it stands.
-template <typename Acc, int kAxes>
+template <typename Acc, typename Index, int kAxes>
 struct Params {
   const char* x;
   char* out;
   const char* weight;
   const char* bias;
   long long rows;
-  RowAxis axis[kAxes];  // innermost first
-  int rows_per_block;
+  RowAxis<Index> axis[kAxes];  // innermost first
   Acc eps;
   Acc weight_offset;
 };
@@ -40,40 +44,33 @@ struct RowPlace {
   long long weight = 0;
   long long bias = 0;
 
-  __device__ __forceinline__ void step(const RowAxis& axis, long long index) {
-    x += index * axis.x;
-    out += index * axis.out;
-    weight += index * axis.weight;
-    bias += index * axis.bias;
+  template <typename Index>
+  __device__ __forceinline__ void step(const RowAxis<Index>& axis, Index index) {
+    const long long steps = index;
+    x += steps * axis.x;
+    out += steps * axis.out;
+    weight += steps * axis.weight;
+    bias += steps * axis.bias;
   }
 };
 
 // With kFewAxes or fewer there are exactly kAxes, those that are not needed innermost and of size
-// 1, and fewer than 2^31 rows unless one axis is all: then every index here is known to the
-// compiler, and no 64-bit division takes registers from the rows.
-template <typename Acc, int kAxes>
-__device__ __forceinline__ RowPlace place_of(const Params<Acc, kAxes>& p, long long row) {
+// 1, and Index is int unless one axis is all: then no 64-bit division takes registers from the
+// rows.
+template <typename Acc, typename Index, int kAxes>
+__device__ __forceinline__ RowPlace place_of(const Params<Acc, Index, kAxes>& p, Index row) {
   RowPlace place;
-  if constexpr (kAxes == 1) {
-    place.step(p.axis[0], row);
-  } else if constexpr (kAxes <= kFewAxes) {
-    unsigned int rest = static_cast<unsigned int>(row);
-#pragma unroll
-    for (int a = 0; a + 1 < kAxes; ++a) {
-      const unsigned int quotient =
-          (__umulhi(rest, p.axis[a].multiplier) + rest) >> p.axis[a].shift;
-      place.step(p.axis[a], rest - quotient * static_cast<unsigned int>(p.axis[a].size));
-      rest = quotient;
+  place.step(p.axis[0], row);
+#pragma unroll kAxes <= kFewAxes ? kAxes : 1
+  for (int a = 1; a < kAxes; ++a) {
+    const RowAxis<Index>& inside = p.axis[a - 1];
+    if constexpr (kAxes <= kFewAxes) {
+      const unsigned int number = row;
+      row = (__umulhi(number, inside.multiplier) + number) >> inside.shift;
+    } else {
+      row /= inside.size;
     }
-    place.step(p.axis[kAxes - 1], rest);
-  } else {
-    long long rest = row;
-    for (int a = 0; a + 1 < kAxes; ++a) {
-      const long long quotient = rest / p.axis[a].size;
-      place.step(p.axis[a], rest - quotient * p.axis[a].size);
-      rest = quotient;
-    }
-    place.step(p.axis[kAxes - 1], rest);
+    place.step(p.axis[a], row);
   }
   return place;
 }

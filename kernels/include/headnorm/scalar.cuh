@@ -15,6 +15,20 @@ inline constexpr bool kPresent = true;
 template <>
 inline constexpr bool kPresent<None> = false;
 
+template <bool kFirst, typename A, typename B>
+struct Select {
+  using type = A;
+};
+template <typename A, typename B>
+struct Select<false, A, B> {
+  using type = B;
+};
+
+template <typename A, typename B>
+inline constexpr bool kSame = false;
+template <typename A>
+inline constexpr bool kSame<A, A> = true;
+
 // All arithmetic is done in float, in double for double.
 template <typename T>
 struct Accumulate {
@@ -43,6 +57,29 @@ __device__ __forceinline__ Acc widen(double value) {
   return static_cast<Acc>(value);
 }
 
+// Neighbours are taken from 32-bit words: element by element, the compiler would take words that
+// may not have been loaded apart and put them together again.
+template <typename Acc, typename T, int kCount>
+__device__ __forceinline__ void widen_to(Acc (&to)[kCount], const T (&from)[kCount]) {
+  if constexpr (kSame<T, __nv_bfloat16> && kCount % 2 == 0) {
+    unsigned int words[kCount / 2];
+    memcpy(words, from, sizeof(words));
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      const unsigned int halves[2] = {words[i / 2] << 16, words[i / 2] & 0xffff0000u};
+      float values[2];  // a bfloat16 is the upper half of a float
+      memcpy(values, halves, sizeof(values));
+      to[i] = values[0];
+      to[i + 1] = values[1];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      to[i] = widen<Acc>(from[i]);
+    }
+  }
+}
+
 // Round to nearest even, once.
 template <typename T>
 struct Round;
@@ -64,11 +101,6 @@ template <>
 struct Round<double> {
   static __device__ __forceinline__ double from(double value) { return value; }
 };
-
-template <typename A, typename B>
-inline constexpr bool kSame = false;
-template <typename A>
-inline constexpr bool kSame<A, A> = true;
 
 // Two neighbours in one register, where instructions work on both at once.
 template <typename T>

@@ -48,6 +48,20 @@ struct Vec {
     memcpy(element, chunks, sizeof(element));
   }
 
+  // Zeros where it is not `there`.
+  template <int kAccess>
+  __device__ __forceinline__ void load_if(bool there, const T* from) {
+    using A = Access<kAccess>;
+    typename A::ChunkType chunks[A::kChunks] = {};
+    if (there) {
+#pragma unroll
+      for (int i = 0; i < A::kChunks; ++i) {
+        chunks[i] = reinterpret_cast<const typename A::ChunkType*>(from)[i];
+      }
+    }
+    memcpy(element, chunks, sizeof(element));
+  }
+
   template <int kAccess>
   __device__ __forceinline__ void store(T* to) const {
     using A = Access<kAccess>;
