@@ -1,4 +1,4 @@
-"""``python -m cupy_headnorm {demo, info, inspect, bench}``."""
+"""``python -m cupy_headnorm {demo, info, inspect, models, bench}``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cupy_headnorm._arrays import dtypes
 from cupy_headnorm._commands import demo as demo_command
 from cupy_headnorm._commands import info as info_command
 from cupy_headnorm._commands import inspect
+from cupy_headnorm._commands import models as models_command
 from cupy_headnorm._rules import options
 from cupy_headnorm._version import __version__
 from cupy_headnorm.bench import report
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m cupy_headnorm", description="Per-head normalization on GPUs.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="{demo,info,inspect,bench}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,info,inspect,models,bench}")
 
     demo = commands.add_parser("demo", help="load a norm, run it here, check it and time it")
     demo.set_defaults(run=demo_command.run)
@@ -89,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("checkpoint", help="folder with config.json and safetensors files")
     look.add_argument("--variant", help="part of the files' names: fp16 for model.fp16.safetensors")
     look.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+    known = commands.add_parser("models", help="which models are supported, before a download")
+    known.set_defaults(run=models_command.run)
+    known.add_argument("name", nargs="?", help="Qwen3-Next, a hub id, a model_type; default: all")
+    known.add_argument("--markdown", action="store_true", help="print all as a page in Markdown")
 
     measure = commands.add_parser("bench", help="speed beside a copy of the same bytes and peers")
     measure.set_defaults(run=lambda chosen: bench.run(chosen, chosen.command))
