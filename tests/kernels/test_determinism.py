@@ -108,7 +108,9 @@ NORMS = {
         FLOAT16, FLOAT16, FLOAT16, 80, {"kind": "layer", "rounding": "before_weight"},
     ),
     "float32-100-layer": (FLOAT32, FLOAT32, FLOAT32, 100, {"kind": "layer"}),
-    "float64-64": (FLOAT64, FLOAT64, FLOAT32, 64, {"rounding": "before_weight"}),
+    "float64-64": (
+        FLOAT64, FLOAT64, FLOAT32, 64, {"rounding": "before_weight", "weight_offset": 1.0},
+    ),
     "float16-2048": (FLOAT16, FLOAT16, None, 2048, {}),
     "bfloat16-20000-layer": (BFLOAT16, BFLOAT16, BFLOAT16, 20000, {"kind": "layer"}),
 }  # fmt: skip
