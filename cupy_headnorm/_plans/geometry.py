@@ -68,15 +68,14 @@ def row_geometry(head_dim: int, itemsize: int) -> tuple[int, int, int]:
     """
     Choose (elements of a vector, lanes, vectors of a lane) from the length of a row.
 
-    A lane wants 16 to 32 useful bytes, 64 in long rows, or too few are in flight. float16 rows of
-    64 MB on an H100, as vector elements x lanes x vectors, ratio to a copy: head_dim 96 8x8x2 0.99,
-    2x16x3 0.93; 192 8x16x2 0.99, 2x32x3 0.93; 1024 8x64x2 0.99, 8x128x1 0.975; 4096 8x128x4 0.99,
-    8x512x1 0.89.
+    A lane wants 16 to 32 useful bytes, 64 in the longest rows, or too few are in flight. 16-bit rows
+    of 64 MB, as vector elements x lanes x vectors, ratio to a copy: head_dim 1024 8x64x2 0.99,
+    8x128x1 0.975 (H100); 4096 8x256x2 0.989, 8x128x4 0.960 (H200), 8x512x1 0.89 (H100).
     """
     row_bytes = head_dim * itemsize
     choices = vector_choices(head_dim, itemsize)
     if row_bytes > SHARED_ROW_BYTES:
-        per_lane = 32 if row_bytes < 8192 else 64
+        per_lane = 32 if row_bytes < 16384 else 64
         lanes = min(max(_power_of_two_up_to(row_bytes // per_lane), 2 * WARP), 1024)
     else:
         # 2-byte loads need more lanes to cover sectors: head_dim 37 1x8x5 0.87, 73 1x16x5 0.87.
@@ -86,10 +85,13 @@ def row_geometry(head_dim: int, itemsize: int) -> tuple[int, int, int]:
     def used(vector: int) -> float:
         return head_dim / (_vectors(head_dim, vector, lanes) * lanes * vector)
 
-    # Idle slots cost less than narrow loads, up to a point: float16 rms, ratio to a copy, head_dim
-    # 96 8x8x2 (75 % used) 0.99, 2x16x3 (all used) 0.93; 72 4x8x3 (75 %) 1.00, 8x8x2 (56 %) 0.98.
-    # With layer, bfloat16, 8x8x2 at head_dim 80 (62 %) is down to 0.92.
-    vector = next((v for v in choices if used(v) >= 0.7), max(choices, key=used))
+    # Loads of 8 bytes are as good as those of 16, and no slot is better idle. Loads of 4 are worse
+    # than idle slots, up to a point. bfloat16, rms and layer, ratio to a copy (H200): head_dim 96
+    # 4x8x3 (all used) 0.996 and 0.993, 8x8x2 (75 %) 0.996 and 0.986; float16 rms (H100): 96 8x8x2
+    # 0.99, 2x16x3 (all) 0.93; 72 4x8x3 (75 %) 1.00, 8x8x2 (56 %) 0.98. Layer of 80 as 8x8x2 (62 %)
+    # is down to 0.92.
+    full = (v for v in choices if used(v) == 1 and v * itemsize >= 8)
+    vector = next(full, next((v for v in choices if used(v) >= 0.7), max(choices, key=used)))
     count = _vectors(head_dim, vector, lanes)
     if lanes > WARP:
         # 1,024 threads leave 64 registers each, 512 leave 128.
