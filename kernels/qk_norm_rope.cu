@@ -45,10 +45,7 @@ constexpr bool kRope = R::kStyle != RopeStyle::none;
 template <typename W, typename B>
 struct Scales {
   static constexpr Rounding kRounding = Rounding::HN_ROUNDING;
-  // A rounded value times a weight of its own type: one instruction multiplies two and rounds.
-  static constexpr bool kTwo =
-      kMultipliesTwo && Two<T>::kThere && G::kVec % 2 == 0 && kSame<W, T> && !kPresent<B> &&
-      !HN_OFFSET && (kRounding == Rounding::before_weight || kRounding == Rounding::every_op);
+  static constexpr bool kTwo = kWeighsTwo<kRounding, T, W, HN_OFFSET, B, G::kVec>;
   Vec<W, G::kVec> weights[G::kVectors];
   Values scale;
   Values shift;
@@ -75,7 +72,10 @@ struct Scales {
           weights[j].element[i] =
               !HN_ALIKE && weight == nullptr ? Round<W>::from(1) : weights[j].element[i];
         } else if constexpr (kPresent<W>) {
-          const Acc w = widen<Acc>(weights[j].element[i]) + p.weight_offset[part];
+          Acc w = widen<Acc>(weights[j].element[i]);
+          if (HN_OFFSET && p.weight_offset[part] != 0) {
+            w += p.weight_offset[part];  // 0 would take the sign of what is flushed
+          }
           scale[j][i] = !HN_ALIKE && weight == nullptr ? Acc(1) : w;
         }
         if constexpr (kPresent<B>) {
@@ -89,17 +89,7 @@ struct Scales {
   __device__ __forceinline__ Vec<T, G::kVec> apply(const Acc (&value)[G::kVec], Acc mean,
                                                    Acc inverse, int j) const {
     if constexpr (kTwo) {
-      using Pair = typename Two<W>::type;
-      Vec<T, G::kVec> result =
-          finished<kRounding, T, false, false>(value, mean, inverse, value, value);
-#pragma unroll
-      for (int i = 0; i < G::kVec; i += 2) {
-        const Pair two = __hmul2_rn(Pair(result.element[i], result.element[i + 1]),
-                                    Pair(weights[j].element[i], weights[j].element[i + 1]));
-        result.element[i] = two.x;
-        result.element[i + 1] = two.y;
-      }
-      return result;
+      return weighed<kRounding>(value, mean, inverse, weights[j]);
     } else {
       return finished<kRounding, T, kPresent<W>, kPresent<B>>(value, mean, inverse, scale[j],
                                                               shift[j]);
@@ -110,7 +100,7 @@ struct Scales {
 // A row's elements as they were loaded, or as a model's rotary embedding rounded them.
 template <typename S>
 __device__ __forceinline__ void normalize(Row& row, const S& scales, Acc eps, int lane,
-                                          Acc (&partial)[2][kWarp]) {
+                                          Acc (&partial)[kSums][kWarp]) {
   Values value;
 #pragma unroll
   for (int j = 0; j < G::kVectors; ++j) {
@@ -122,8 +112,13 @@ __device__ __forceinline__ void normalize(Row& row, const S& scales, Acc eps, in
     add_values<G>(sum, value);
     mean = mean_of<G>(folded(sum), partial[0]);
   }
+  constexpr bool kCorrected = kCorrectsMean<Kind::HN_KIND, T, G>;
   Acc squares[HN_FOLD];
-  sum_squares<Kind::HN_KIND, G>(squares, value, mean, 0, lane);
+  Acc differences[HN_FOLD];
+  sum_squares<Kind::HN_KIND, kCorrected, G>(squares, differences, value, mean, 0, lane);
+  if constexpr (kCorrected) {
+    mean += mean_of<G>(folded(differences), partial[2]);
+  }
   const Acc inverse =
       inverse_of<Kind::HN_KIND, Rounding::HN_ROUNDING, T, G>(folded(squares), eps, partial[1]);
 #pragma unroll
@@ -163,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
   static_assert(HN_THREADS % kWarp == 0, "shuffles need whole warps");
   static_assert(HN_THREADS >= HN_LANES, "a row's lanes lie in one block");
   constexpr int kExchanged = kRope && !R::kWithinLane<G> ? G::kThreads / G::kLanes * G::kTile : 1;
-  __shared__ Acc partial[2][kWarp];
+  __shared__ Acc partial[kSums][kWarp];
   __shared__ alignas(16) unsigned char moved[Mover<T, G>::kStage * sizeof(T)];
   __shared__ alignas(16) unsigned char exchanged[kExchanged * sizeof(T)];
 

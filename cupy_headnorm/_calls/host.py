@@ -253,10 +253,12 @@ def _statistics(chunk: _Chunk, eps: float) -> tuple[np.ndarray, np.ndarray | Non
             values = values if len(blocks) == 1 else chunk.widened(columns)
             total = total + np.add.reduce(values, axis=-1, keepdims=True)
         mean = total * number(1.0 / spec.head_dim)
-    squares = number(0)
+    squares = differences = number(0)
     for columns in blocks:
         values = values if len(blocks) == 1 else chunk.widened(columns)
         values = chunk.centred(columns, values, mean)
+        if mean is not None:
+            differences = differences + np.add.reduce(values, axis=-1, keepdims=True)
         if scale == 1:  # at most 256 squares: einsum adds 8 or more in parallel, in one pass
             products = np.einsum("...d,...d->...", values, values)
             squares = squares + products[..., np.newaxis]
@@ -264,6 +266,11 @@ def _statistics(chunk: _Chunk, eps: float) -> tuple[np.ndarray, np.ndarray | Non
             scaled = np.multiply(values, scale, out=chunk.buffer(1, columns))
             np.multiply(scaled, values, out=scaled)
             squares = squares + np.add.reduce(scaled, axis=-1, keepdims=True)
+    if mean is not None:  # see kCorrectsMean in headnorm/norm.cuh
+        differences /= number(spec.head_dim)
+        mean += differences
+        if len(blocks) == 1:
+            values -= differences
     inverse = squares * number(1.0 / spec.head_dim / float(scale))
     inverse += number(eps)
     np.sqrt(inverse, out=inverse)

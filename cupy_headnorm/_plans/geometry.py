@@ -68,8 +68,8 @@ def row_geometry(head_dim: int, itemsize: int) -> tuple[int, int, int]:
     """
     Choose (elements of a vector, lanes, vectors of a lane) from the length of a row.
 
-    A lane wants 16 to 32 useful bytes, 64 in the longest rows, or too few are in flight. 16-bit rows
-    of 64 MB, as vector elements x lanes x vectors, ratio to a copy: head_dim 1024 8x64x2 0.99,
+    A lane wants 16 to 32 useful bytes, 64 in the longest rows, or too few are in flight. 64 MB of
+    16-bit rows, as vector elements x lanes x vectors, ratio to a copy: head_dim 1024 8x64x2 0.99,
     8x128x1 0.975 (H100); 4096 8x256x2 0.989, 8x128x4 0.960 (H200), 8x512x1 0.89 (H100).
     """
     row_bytes = head_dim * itemsize
@@ -89,9 +89,11 @@ def row_geometry(head_dim: int, itemsize: int) -> tuple[int, int, int]:
     # than idle slots, up to a point. bfloat16, rms and layer, ratio to a copy (H200): head_dim 96
     # 4x8x3 (all used) 0.996 and 0.993, 8x8x2 (75 %) 0.996 and 0.986; float16 rms (H100): 96 8x8x2
     # 0.99, 2x16x3 (all) 0.93; 72 4x8x3 (75 %) 1.00, 8x8x2 (56 %) 0.98. Layer of 80 as 8x8x2 (62 %)
-    # is down to 0.92.
-    full = (v for v in choices if used(v) == 1 and v * itemsize >= 8)
-    vector = next(full, next((v for v in choices if used(v) >= 0.7), max(choices, key=used)))
+    # is down to 0.92. 256 4x32x2 0.991 and 0.969, 8x32x1 0.982 and 0.966.
+    full = [v for v in choices if used(v) == 1 and v * itemsize >= 8]
+    if lanes == WARP and itemsize == 2:
+        full.reverse()
+    vector = next((v for v in (*full, *choices) if used(v) >= 0.7), max(choices, key=used))
     count = _vectors(head_dim, vector, lanes)
     if lanes > WARP:
         # 1,024 threads leave 64 registers each, 512 leave 128.

@@ -96,6 +96,17 @@ def test_rounding_of_the_inverse_root(library, x, rng):
     assert mismatch(y, wrong.astype(x.numpy)) > TELLING
 
 
+@pytest.mark.parametrize("head_dim", [33, 96, 100, 128, 256, 513, 1000, 2048, 20000])
+def test_equal_values_are_no_distance_from_their_mean(library, head_dim, dtype, rng):
+    """Were the mean a unit in the last place off, 1234.567 would give 0.08."""
+    constants = rng.uniform(1, 2000, (200, 1, 1)) * 10.0 ** rng.integers(-3, 2, (200, 1, 1))
+    constants[0] = 1234.567
+    x = np.repeat(constants.astype(dtype.numpy), head_dim, -1)
+    bias = random(rng, head_dim, dtype)
+    y = library.host(cupy_headnorm.layer_norm(library.array(x), None, library.array(bias)))
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_any_strides(library, layout, kind, rng, dtype):

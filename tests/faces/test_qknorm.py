@@ -59,6 +59,25 @@ def test_without_rope_equals_norms_one_by_one(library, kind, dtype, rng):
         np.testing.assert_array_equal(y, library.host(norm(library.array(x))))
 
 
+@pytest.mark.parametrize("rounding", ["once", "before_weight", "every_op"])
+@pytest.mark.parametrize("head_dim", [128, 33])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_weights_and_products_below_the_normal_numbers(
+    library, kind, head_dim, rounding, dtype, rng
+):
+    """What one kernel flushes the other does too, whatever instruction multiplies."""
+    least = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126}.get(dtype.name)
+    least = least or 2.0**-1022
+    numbers = least * 2.0 ** rng.integers(-9, 9, head_dim) * rng.choice([-1, 1], head_dim)
+    x = random(rng, (100, 4, head_dim), dtype)
+    for weight in (numbers.astype(dtype.numpy), (numbers * 0.37).astype(dtype.numpy)):
+        norm = HeadNorm(weight, kind=kind, rounding=rounding)
+        found = run(library, QKNorm(norm, norm), [x, x], {})
+        right = library.host(norm(library.array(x)))
+        for y in found:
+            assert y.tobytes() == right.tobytes()
+
+
 def parts_of(shape, strides, offsets, heads_axis=-2):
     """Return a layout for each part, `shape` and `strides` without the heads' numbers."""
     return [

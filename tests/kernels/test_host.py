@@ -112,6 +112,24 @@ def test_infinities_and_nan_stay_in_their_row(spec, rng):
     assert np.isfinite(y.astype(np.float64)).all(-1).tolist() == [True, *[False] * 3, True]
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [host_build.IDLE_LANES, host_build.TAIL, host_build.ODD_BLOCK, host_build.TILES],
+    ids=lambda spec: spec.name,
+)
+def test_equal_values_are_no_distance_from_their_mean(spec, rng):
+    """Neither by lanes, nor by blocks, nor by tiles."""
+    norm = kernel_of(spec, ANY if spec is host_build.ODD_BLOCK else WHOLE)
+    constants = rng.uniform(1, 2000, (5, 1)).astype(spec.x.numpy)
+    x = np.repeat(constants, spec.head_dim, -1)
+    weight, bias = parameters(norm._replace(axes=1), rng, x.shape)
+    given = options(norm)
+    bias = bias if bias is None else bias.astype(spec.x.numpy).astype(bias.dtype)
+    with running(norm):
+        y = cupy_headnorm.layer_norm(x, weight, bias, **given)
+    np.testing.assert_array_equal(y, np.broadcast_to(0 if bias is None else bias, x.shape))
+
+
 def test_a_call_that_is_remembered_reaches_the_kernel_too(rng, monkeypatch):
     slow, step_by_step = [], dispatch.step_by_step
     monkeypatch.setattr(

@@ -34,6 +34,9 @@ constexpr double sum_scale(int head_dim) {
   return scale;
 }
 
+// Sums over the lanes of a row: of values, squares and differences from the mean.
+inline constexpr int kSums = 3;
+
 template <typename G, typename T, typename Acc>
 __device__ __forceinline__ void load_tile(Acc (&value)[G::kVectors][G::kVec], const T* row,
                                           int tile, const Mover<T, G>& mover) {
@@ -79,14 +82,22 @@ __device__ __forceinline__ void add_values(Acc (&sum)[kFold],
   }
 }
 
-// A tile's squares about `mean`, scaled.
-template <Kind kKind, typename G, int kFold, typename Acc>
-__device__ __forceinline__ void sum_squares(Acc (&squares)[kFold],
+// Whether the mean is corrected by the mean of the differences from it. The sum of equal values is
+// rounded where it has more bits than Acc, the mean then is some units in the last place off, and
+// the result is not 0: 1234.567 in float32, head_dim 100, -0.077.
+template <Kind kKind, typename T, typename G>
+inline constexpr bool kCorrectsMean =
+    kKind == Kind::layer && (sizeof(T) >= 4 || G::kHeadDim > 8192);
+
+// A tile's squares about `mean`, scaled, and the differences from it where they are `kSummed`.
+template <Kind kKind, bool kSummed, typename G, int kFold, typename Acc>
+__device__ __forceinline__ void sum_squares(Acc (&squares)[kFold], Acc (&differences)[kFold],
                                             const Acc (&value)[G::kVectors][G::kVec], Acc mean,
                                             int tile, int lane) {
 #pragma unroll
   for (int f = 0; f < kFold; ++f) {
     squares[f] = 0;
+    differences[f] = 0;
   }
 #pragma unroll
   for (int j = 0; j < G::kVectors; ++j) {
@@ -96,6 +107,9 @@ __device__ __forceinline__ void sum_squares(Acc (&squares)[kFold],
     for (int i = 0; i < G::kVec; ++i) {
       const Acc centred = inside ? value[j][i] - mean : Acc(0);
       squares[j % kFold] = multiply_add(centred, centred, squares[j % kFold]);
+      if constexpr (kSummed) {
+        differences[j % kFold] += centred;
+      }
     }
   }
 #pragma unroll
@@ -104,10 +118,18 @@ __device__ __forceinline__ void sum_squares(Acc (&squares)[kFold],
   }
 }
 
+// A quotient: the sum of equal 16-bit values is exact, and their mean is to be exact too, where a
+// product with the rounded inverse may be one unit in the last place off.
 template <typename G, typename Acc>
 __device__ __forceinline__ Acc mean_of(Acc sum, Acc (&partial)[kWarp]) {
   constexpr Acc kInverseCount = static_cast<Acc>(1.0 / G::kHeadDim);
-  return row_sum<G::kLanes>(sum, partial) * kInverseCount;
+  sum = row_sum<G::kLanes>(sum, partial);
+  const Acc mean = sum * kInverseCount;
+  if constexpr ((G::kHeadDim & (G::kHeadDim - 1)) == 0) {
+    return mean;
+  }
+  const Acc rest = multiply_add(-mean, static_cast<Acc>(G::kHeadDim), sum);
+  return multiply_add(rest, kInverseCount, mean);
 }
 
 // The inverse root of the mean of the scaled squares, rounded to T where that is asked for.
@@ -135,29 +157,53 @@ __device__ __forceinline__ Vec<T, kVec> finished(const Acc (&value)[kVec], Acc m
   }
   if constexpr (kBeforeWeight) {
     round_to(result.element, y);
+    if constexpr (!kScaled && !kShifted) {
+      return result;  // the compiler would round once more
+    }
+    widen_to(y, result.element);
   }
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    if constexpr (kBeforeWeight) {
-      y[i] = widen<Acc>(result.element[i]);
-    }
     if constexpr (kScaled) {
       y[i] *= scale[i];
     }
   }
   if constexpr (kShifted && kRounding == Rounding::every_op) {
     round_to(result.element, y);
+    widen_to(y, result.element);
   }
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
     if constexpr (kShifted) {
-      if constexpr (kRounding == Rounding::every_op) {
-        y[i] = widen<Acc>(result.element[i]);
-      }
       y[i] += bias[i];
     }
   }
   round_to(result.element, y);
+  return result;
+}
+
+// Whether a rounded value meets a weight of its own type and nothing else: then one instruction
+// multiplies two and rounds. It keeps subnormals of bfloat16, which float would flush, so every
+// kernel takes it or none.
+template <Rounding kRounding, typename T, typename W, bool kOffset, typename B, int kVec>
+inline constexpr bool kWeighsTwo =
+    kMultipliesTwo && Two<T>::kThere && kVec % 2 == 0 && kSame<W, T> && !kPresent<B> && !kOffset &&
+    (kRounding == Rounding::before_weight || kRounding == Rounding::every_op);
+
+// One vector of results where `kWeighsTwo`.
+template <Rounding kRounding, typename T, int kVec, typename Acc>
+__device__ __forceinline__ Vec<T, kVec> weighed(const Acc (&value)[kVec], Acc mean, Acc inverse,
+                                                const Vec<T, kVec>& weight) {
+  using Pair = typename Two<T>::type;
+  Vec<T, kVec> result = finished<kRounding, T, false, false>(value, mean, inverse, value, value);
+#pragma unroll
+  for (int i = 0; i < kVec; i += 2) {
+    // The _rn form is never fused with another operation.
+    const Pair two = __hmul2_rn(Pair(result.element[i], result.element[i + 1]),
+                                Pair(weight.element[i], weight.element[i + 1]));
+    result.element[i] = two.x;
+    result.element[i + 1] = two.y;
+  }
   return result;
 }
 
@@ -169,7 +215,7 @@ __device__ __forceinline__ void norm_row(
   static_assert(kRounding != Rounding::rstd || (kKind == Kind::rms && !kPresent<W> && !kPresent<B>),
                 "rstd is of RMS without weight and bias");
   using Acc = typename Accumulate<T>::type;
-  __shared__ Acc partial[2][kWarp];
+  __shared__ Acc partial[kSums][kWarp];
   __shared__ alignas(16) unsigned char stage[Mover<T, G>::kStage * sizeof(T)];
   const Mover<T, G> mover{reinterpret_cast<T*>(stage), lane, row_exists};
 
@@ -221,15 +267,21 @@ __device__ __forceinline__ void norm_row(
     mean = mean_of<G>(sum[0], partial[0]);
   }
 
+  constexpr bool kCorrected = kCorrectsMean<kKind, T, G>;
   Acc squares = 0;
+  Acc differences = 0;
 #pragma unroll 1
   for (int tile = 0; tile < G::kTiles; ++tile) {
     if constexpr (!kOneTile) {
       load_tile<G>(value, x, tile, mover);
     }
-    Acc of_tile[1];
-    sum_squares<kKind, G>(of_tile, value, mean, tile, lane);
-    squares = kOneTile ? of_tile[0] : squares + of_tile[0];
+    Acc of_tile[2][1];
+    sum_squares<kKind, kCorrected, G>(of_tile[0], of_tile[1], value, mean, tile, lane);
+    squares = kOneTile ? of_tile[0][0] : squares + of_tile[0][0];
+    differences = kOneTile ? of_tile[1][0] : differences + of_tile[1][0];
+  }
+  if constexpr (kCorrected) {
+    mean += mean_of<G>(differences, partial[2]);
   }
   const Acc inverse = inverse_of<kKind, kRounding, T, G>(squares, p.eps, partial[1]);
 
@@ -246,20 +298,24 @@ __device__ __forceinline__ void norm_row(
         load_parameters<G>(weights[j], weight, first, row_exists);
         load_parameters<G>(biases[j], bias, first, row_exists);
       }
-      Acc scale[G::kVec];
-      Acc shift[G::kVec];
-      if constexpr (kPresent<W>) {
-        widen_to(scale, weights[j].element);
+      if constexpr (kWeighsTwo<kRounding, T, W, kOffset, B, G::kVec>) {
+        results[j] = weighed<kRounding>(value[j], mean, inverse, weights[j]);
+      } else {
+        Acc scale[G::kVec];
+        Acc shift[G::kVec];
+        if constexpr (kPresent<W>) {
+          widen_to(scale, weights[j].element);
 #pragma unroll
-        for (int i = 0; kOffset && i < G::kVec; ++i) {
-          scale[i] += p.weight_offset;
+          for (int i = 0; kOffset && i < G::kVec; ++i) {
+            scale[i] += p.weight_offset;
+          }
         }
+        if constexpr (kPresent<B>) {
+          widen_to(shift, biases[j].element);
+        }
+        results[j] =
+            finished<kRounding, T, kPresent<W>, kPresent<B>>(value[j], mean, inverse, scale, shift);
       }
-      if constexpr (kPresent<B>) {
-        widen_to(shift, biases[j].element);
-      }
-      results[j] =
-          finished<kRounding, T, kPresent<W>, kPresent<B>>(value[j], mean, inverse, scale, shift);
       if constexpr (kStoreAtOnce) {
         mover.store(results[j], out, tile, j);
       }
