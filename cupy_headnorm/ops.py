@@ -7,9 +7,11 @@ from typing import Any
 from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._arrays.views import AnyArray, Array
 from cupy_headnorm._calls import dispatch
-from cupy_headnorm._calls.parameters import given_to, of_options
+from cupy_headnorm._calls.operands import Given
+from cupy_headnorm._calls.parameters import Norm, of_options
 from cupy_headnorm._plans.geometry import LaunchConfig
 from cupy_headnorm._rules.options import Kind, Rounding
+from cupy_headnorm._rules.options import options as checked_options
 
 __all__ = ["launch", "layer_norm", "rms_norm"]
 
@@ -111,17 +113,8 @@ def rms_norm(
     Traceback (most recent call last):
     ValueError: eps is -1.0; needs 0 or more
     """
-    norm = of_options(
-        "rms",
-        eps=eps,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        heads_axis=heads_axis,
-        weight_offset=weight_offset,
-        rounding=rounding,
-    )
-    given = given_to(x, weight, bias, out)
-    result: Array = dispatch.run(norm, given)[0]
+    norm = of_options("rms", eps, num_heads, head_dim, heads_axis, weight_offset, rounding)
+    result: Array = dispatch.lane_beside(norm, x, weight, bias, out)
     return result
 
 
@@ -176,17 +169,8 @@ def layer_norm(
     >>> layer_norm(np.array([[1.0, 2.0, 3.0]])).round(4)
     array([[-1.2247,  0.    ,  1.2247]])
     """
-    norm = of_options(
-        "layer",
-        eps=eps,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        heads_axis=heads_axis,
-        weight_offset=weight_offset,
-        rounding=rounding,
-    )
-    given = given_to(x, weight, bias, out)
-    result: Array = dispatch.run(norm, given)[0]
+    norm = of_options("layer", eps, num_heads, head_dim, heads_axis, weight_offset, rounding)
+    result: Array = dispatch.lane_beside(norm, x, weight, bias, out)
     return result
 
 
@@ -212,7 +196,7 @@ def launch(
             f"config is a {type(config).__name__}; needs a LaunchConfig, as HeadNorm.plan(x) "
             "returns one"
         )
-    norm = of_options(kind, **options)
-    given = given_to(x, weight, bias, out)
+    norm = Norm(checked_options(kind, **options))
+    given = Given((x,), (weight, bias), None if out is None else (out,))
     result: Array = dispatch.step_by_step(norm, given, config=config)[0]
     return result

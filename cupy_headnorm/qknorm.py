@@ -53,8 +53,8 @@ class QKNorm:
     the table is a ValueError on the host. On a GPU, where the kernel alone reads positions, it is
     clamped to the table's ends without a word.
 
-    On the host heads have any length. On a GPU they have up to 4,096 elements, 3,072 of float64;
-    longer ones must fit a block of threads, or raise ValueError.
+    On the host heads have any length. On a GPU they have up to 8,192 elements, 4,096 of float32,
+    3,072 of float64; longer ones must fit a block of threads, or raise ValueError.
 
     Examples
     --------

@@ -3,9 +3,9 @@ One call from array to array, of one norm or of q, k and v.
 
 `hit` runs a call whose like this thread has run before: it glances at the arrays (`quick` has the
 libraries that can be glanced at), takes what the operation holds on their device, looks the call up
-by what was seen, and launches. `lane` is the same, written out for the call that matters most: one
-array and a norm that holds its weight. All else goes `step_by_step`: views, checks, a plan, and the
-call is remembered.
+by what was seen, and launches. `lane` and `lane_beside` are the same, written out for the calls
+that matter most: one array, and a norm that holds its weight or takes it with the call. All else
+goes `step_by_step`: views, checks, a plan, and the call is remembered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from cupy_headnorm._arrays.find import quick
 from cupy_headnorm._arrays.torch import untraced
 from cupy_headnorm._arrays.views import ArrayView
 from cupy_headnorm._calls import operands, remembered
-from cupy_headnorm._calls.operands import GIVEN, IN_PLACE, NEW, Beside, Given, Operation
+from cupy_headnorm._calls.operands import (
+    GIVEN,
+    IN_PLACE,
+    NEW,
+    WITH_WEIGHT,
+    Beside,
+    Given,
+    Operation,
+)
 from cupy_headnorm._calls.parameters import HeldNorm, Norm
 from cupy_headnorm._calls.remembered import thread
 from cupy_headnorm._cuda import compiler, environment, launcher, memory
@@ -65,6 +73,38 @@ def lane(norm: HeldNorm, x: Any, out: Any) -> Any:
 
 
 _NOTHING_BESIDE = (None, None)
+
+
+@untraced
+def lane_beside(norm: Norm, x: Any, weight: Any, bias: Any, out: Any) -> Any:
+    """Run a norm on one array, with the weight and bias that come with the call."""
+    library = quick.get(type(x))
+    if (
+        library is not None
+        and weight is not None
+        and bias is None
+        and (seen := library.look((x, weight))) is not None
+    ):
+        addresses, keys = seen
+        stream = library.stream(keys[0][0])
+        if out is x:
+            call = thread.calls.get((norm.identity, WITH_WEIGHT | IN_PLACE, *keys))
+            if call is not None and remembered.lie_apart(call, *addresses):
+                call[0](stream, addresses)
+                library.wrote((x,))
+                return x
+        elif out is None:
+            if not library.allocates_in_graphs:
+                memory.refuse_allocation(stream)
+            call = thread.calls.get((norm.identity, WITH_WEIGHT | NEW, *keys))
+            if call is not None:
+                result = call.makes[0](x)
+                target = library.address(result)
+                if target and not target & (call.alignments[0] - 1):
+                    call[0](stream, (*addresses, target))
+                    return result
+    results = None if out is None else (out,)
+    return run(norm, Given((x,), (weight, bias), results))[0]
 
 
 @untraced

@@ -16,7 +16,6 @@ from cupy_headnorm._calls import host, lengths
 from cupy_headnorm._calls.lengths import Role
 from cupy_headnorm._calls.operands import (
     GIVEN,
-    WITH_WEIGHT,
     Beside,
     Form,
     Given,
@@ -31,7 +30,7 @@ from cupy_headnorm._rules import heads as head_rules
 from cupy_headnorm._rules import norm as norm_rules
 from cupy_headnorm._rules import options as option_rules
 from cupy_headnorm._rules.norm import NormCall
-from cupy_headnorm._rules.options import Kind, NormOptions
+from cupy_headnorm._rules.options import Kind, NormOptions, Rounding
 
 if TYPE_CHECKING:  # one norm needs no rules of several, which take 2 ms to import
     from cupy_headnorm._rules.parts import PartNorm
@@ -63,14 +62,6 @@ def _bound(options: NormOptions, views: tuple[ArrayView | None, ArrayView | None
     return Parameters(identity(options, *layouts), addresses, views)
 
 
-def given_to(x: Any, weight: Any, bias: Any, out: Any) -> Given:
-    """Return what a caller gave to a norm whose weight and bias come with each call."""
-    results = None if out is None else (out,)
-    if bias is None and weight is not None:
-        return Given((x,), (weight, None), results, (weight,), WITH_WEIGHT)
-    return Given((x,), (weight, bias), results)
-
-
 class Norm(Operation):
     """
     A norm whose weight and bias come with each call: the operation of one array.
@@ -84,7 +75,8 @@ class Norm(Operation):
     def __init__(self, options: NormOptions) -> None:
         self.forms: dict[int, Form] = {}
         self.options = options
-        self._parameters = Parameters(identity(options), ())
+        self.identity = identity(options)
+        self._parameters = Parameters(self.identity, ())
 
     def bind(self, given: Given, key: tuple[Any, ...]) -> Parameters | None:
         return self._parameters
@@ -219,17 +211,47 @@ _PARAMETERS = (head_norm.WEIGHT, head_norm.BIAS)
 _X = Role((-1,), 1, broadcasts=False)
 
 
-@functools.lru_cache(maxsize=256, typed=True)
-def _of_options(kind: Kind, **options: Any) -> Norm:
-    return Norm(option_rules.options(kind, **options))
+class _MayChange(Exception):
+    """An option is of a type whose values may change."""
 
 
 _IMMUTABLE = {bool, float, int, str, type(None)}
 
 
+def _made(
+    kind: Kind,
+    eps: float,
+    num_heads: int | None,
+    head_dim: int | None,
+    heads_axis: int,
+    weight_offset: float,
+    rounding: Rounding,
+) -> Norm:
+    return Norm(
+        option_rules.options(
+            kind,
+            eps=eps,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            heads_axis=heads_axis,
+            weight_offset=weight_offset,
+            rounding=rounding,
+        )
+    )
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _known(*options: Any) -> Norm:
+    if not _IMMUTABLE.issuperset(map(type, options)):
+        raise _MayChange
+    return _made(*options)
+
+
 @untraced
-def of_options(kind: Kind, **options: Any) -> Norm:
+def of_options(*options: Any) -> Norm:
     """Return the norm of a function's arguments, checked once where they cannot change."""
-    if _IMMUTABLE.issuperset(map(type, (kind, *options.values()))):
-        return _of_options(kind, **options)
-    return Norm(option_rules.options(kind, **options))
+    try:
+        return _known(*options)
+    except (_MayChange, TypeError):  # an option that has no hash, or is wrong
+        pass
+    return _made(*options)

@@ -96,10 +96,10 @@ def may_overlap(call: Call, seen: Seen, given: Given, *, new: bool = False) -> b
     return False
 
 
-def lie_apart(call: Call, x: int, out: int) -> bool:
-    """Tell whether one array and its result share no byte, as far as two looks tell."""
-    (low, high), (first, end) = call.reach
-    return x + high <= out + first or out + end <= x + low or call.places == (0, out - x)
+def lie_apart(call: Call, x: int, other: int) -> bool:
+    """Tell whether the first two arrays of a call share no byte, as far as two looks tell."""
+    (low, high), (first, end) = call.reach[:2]
+    return x + high <= other + first or other + end <= x + low or call.places[1] == other - x
 
 
 def _as_before(places: tuple[int, ...], addresses: tuple[int, ...], i: int, j: int) -> bool:

@@ -16,9 +16,9 @@ from cupy_headnorm._rules.rotary import NO_ROPE
 
 AXES = (2, geometry.FEW_AXES, 8)
 """Kernels are compiled for so many axes: those of the tokens, and one for the groups of a token."""
-ANY_HEAD_DIM = {2: 4096, 4: 16384, 8: 8192}
-"""Heads of any length up to here fit a block of threads, by itemsize. Those of 8,192 and 16,384
-16-bit elements do too."""
+ANY_HEAD_DIM = {2: 8192, 4: 16384, 8: 8192}
+"""Heads of any length up to here fit a block of threads, by itemsize. Those of 16,384 16-bit
+elements do too."""
 GROUP_THREADS = 128
 SHARED_BYTES = 48 * 1024
 """Any GPU gives a block so much shared memory."""

@@ -10,11 +10,11 @@ from test_compile import nvrtc
 from test_qk_compile import CHOICES, call_of
 
 from cupy_headnorm._arrays.dtypes import BFLOAT16
+from cupy_headnorm._cuda import sass
 from cupy_headnorm._cuda.compiler import options_of
 from cupy_headnorm._plans import head_norm, qk_norm_rope
 from cupy_headnorm._rules.axes import RowAxis
 from cupy_headnorm._rules.norm import NormCall, NormSpec
-from cupy_headnorm.bench import sass
 
 TARGET = "sm_90"
 COUNTED_BY = (13, 0)
