@@ -21,11 +21,6 @@
 #include "headnorm/parts.cuh"
 #include "headnorm/rope.cuh"
 
-#if __CUDA_ARCH__ < 800  // a multiprocessor holds no more than 1,024 threads
-#undef HN_BLOCKS
-#define HN_BLOCKS 1
-#endif
-
 namespace headnorm {
 
 using T = HN_X;
@@ -151,7 +146,7 @@ __device__ __forceinline__ void find_rows(long long (&row)[R::kPositionRows], co
 
 }  // namespace headnorm
 
-extern "C" __global__ void __launch_bounds__(HN_THREADS, HN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(HN_THREADS)
     HN_NAME(const __grid_constant__ headnorm::Call p) {
   using namespace headnorm;
   static_assert(G::kTiles == 1, "a row lies in registers");

@@ -37,8 +37,8 @@ NORMS = {
 }
 QK = {
     "rows": (300, 293),
-    "positions": (320, 313),
-    None: (250, 241),
+    "positions": (320, 311),
+    None: (250, 239),
 }
 """Of q and k, 128, rounded before the weight: with cosines given, by positions, not rotated."""
 
