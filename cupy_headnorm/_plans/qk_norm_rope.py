@@ -20,9 +20,9 @@ ANY_HEAD_DIM = {2: 8192, 4: 16384, 8: 8192}
 """Heads of any length up to here fit a block of threads, by itemsize. Those of 16,384 16-bit
 elements do too."""
 GROUP_THREADS = 64
-"""A block has so many. 16,384 tokens of 32 and 8 heads of 128, bfloat16, on an H200, cosines given /
-by positions / not rotated: 64 0.925 / 0.919 / 0.974 of copy speed, 128 0.919 / 0.915 / 0.972, 256
-0.48 / 0.88 / 0.94."""
+"""A block has so many. 16,384 tokens of 32 and 8 heads of 128, bfloat16, on an H200, share of copy
+speed with cosines given / by positions / not rotated: 64 0.925 / 0.919 / 0.974, 128 0.919 / 0.915 /
+0.972, 256 0.48 / 0.88 / 0.94."""
 SHARED_BYTES = 48 * 1024
 """Any GPU gives a block so much shared memory."""
 FOLDED_VALUES = 16
