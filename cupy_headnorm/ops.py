@@ -19,9 +19,9 @@ __all__ = ["launch", "layer_norm", "rms_norm"]
 @untraced
 def rms_norm(
     x: Array,
+    /,
     weight: AnyArray | None = None,
     bias: AnyArray | None = None,
-    /,
     *,
     eps: float = 1e-6,
     num_heads: int | None = None,
@@ -121,9 +121,9 @@ def rms_norm(
 @untraced
 def layer_norm(
     x: Array,
+    /,
     weight: AnyArray | None = None,
     bias: AnyArray | None = None,
-    /,
     *,
     eps: float = 1e-5,
     num_heads: int | None = None,
@@ -177,9 +177,9 @@ def layer_norm(
 def launch(
     config: LaunchConfig,
     x: Array,
+    /,
     weight: AnyArray | None = None,
     bias: AnyArray | None = None,
-    /,
     *,
     kind: Kind = "rms",
     out: Array | None = None,

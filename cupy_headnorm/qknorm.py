@@ -238,6 +238,7 @@ class QKNorm:
         """
         Work in place on ``(..., (num_heads + 2 num_kv_heads) * head_dim)``, and return it.
 
+        Or on ``(..., num_heads + 2 num_kv_heads, head_dim)``, where a norm tells head_dim.
         Queries come first, then keys, then values, which only a `v_norm` touches.
         """
         shape = packed.Packed(num_heads, num_kv_heads, self._head_dim, len(self._norms))

@@ -25,9 +25,9 @@ __all__ = ["layer_norm", "rms_norm"]
 
 def rms_norm(
     x: np.ndarray,
+    /,
     weight: np.ndarray | None = None,
     bias: np.ndarray | None = None,
-    /,
     *,
     eps: float = 1e-6,
     num_heads: int | None = None,
@@ -52,9 +52,9 @@ def rms_norm(
 
 def layer_norm(
     x: np.ndarray,
+    /,
     weight: np.ndarray | None = None,
     bias: np.ndarray | None = None,
-    /,
     *,
     eps: float = 1e-5,
     num_heads: int | None = None,

@@ -63,13 +63,17 @@ def split(qkv: Any, held: Packed) -> tuple[Buffer, tuple[Any, ...]]:
     shape = tuple(qkv.shape)
     width = shape[-1] if shape else 0
     head_dim = held.head_dim or width // total
-    if width != total * head_dim or not head_dim:
+    if shape[-2:] == (total, held.head_dim):
+        by_head = qkv
+    elif width != total * head_dim or not head_dim:
         wanted = f"{total * head_dim}" if held.head_dim else f"a multiple of {total}"
-        raise ValueError(
+        raise heads.layout_error(
             f"qkv has shape {shape}; needs a last axis of {wanted}, "
             f"{num_heads} + 2 * {num_kv_heads} heads of {held.head_dim or 'one length'}"
+            + (f", or last axes of ({total}, {held.head_dim})" if held.head_dim else "")
         )
-    by_head = _split_last(qkv, (*shape[:-1], total, head_dim))
+    else:
+        by_head = _split_last(qkv, (*shape[:-1], total, head_dim))
     first_v = num_heads + num_kv_heads
     parts = by_head[..., :num_heads, :], by_head[..., num_heads:first_v, :]
     return buffer, parts if held.parts == 2 else (*parts, by_head[..., first_v:, :])

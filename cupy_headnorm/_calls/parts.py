@@ -67,7 +67,8 @@ class Parts(Operation):
         parts, count = (q, k) if v is None else (q, k, v), len(self.names)
         if len(parts) != count:
             raise TypeError(
-                "v is given and there is no v_norm; needs q and k only"
+                "v is given and there is no v_norm; needs q and k only, and positions by keyword "
+                "(positions=...)"
                 if len(parts) > count
                 else "no v is given; needs one for v_norm"
             )

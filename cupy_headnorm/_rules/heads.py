@@ -11,6 +11,11 @@ from cupy_headnorm._rules.options import NormOptions, integer
 Shape = tuple[int, ...]
 
 
+def layout_error(message: str) -> ValueError:
+    """Return the error of an array that is not laid out as a call reads it."""
+    return ValueError(f"{message} (see 'How x is read' in the documentation)")
+
+
 class Geometry(NamedTuple):
     """Heads as far as the arguments and parameters tell; x decides what is still None."""
 
@@ -83,7 +88,7 @@ def head_axis(
     """Tell whether x is flat and, if heads matter, which of its axes (split, if flat) is theirs."""
     outer, num_heads = len(shape) - 1, heads.num_heads
     if heads_axis != -2 and not (-len(shape) <= heads_axis < outer):
-        raise ValueError(
+        raise layout_error(
             f"heads_axis is {heads_axis} and x has shape {shape}; needs one of its {outer} axes "
             "before head_dim"
         )
@@ -92,36 +97,52 @@ def head_axis(
             return False, None
         there = shape[heads_axis] if outer else 1
         if there != num_heads:
-            raise ValueError(
+            raise layout_error(
                 f"x has shape {shape}, {there} heads on axis {heads_axis}; needs "
-                f"num_heads={num_heads} there, or for flat input a last axis of "
-                f"{num_heads * head_dim} = num_heads * head_dim (head_dim={head_dim} here)"
+                + _heads_there(shape, num_heads, head_dim, heads_axis, told=heads.head_dim)
             )
         return False, heads_axis % len(shape)
     if num_heads is None:
-        raise ValueError(
+        found, rest = divmod(shape[-1], head_dim)
+        cure = f": num_heads={found} here" if found and not rest else ""
+        raise layout_error(
             f"x has shape {shape}; needs a last axis of head_dim={head_dim}, "
-            "or num_heads given for flat input"
+            f"or num_heads given for flat input{cure}"
         )
     if heads.read_as_flat:
         # A weight of 128 with 32 heads may be shared, or flat with 4 elements a head. Only x in
         # heads of 4 tells; read as flat, any other would silently be normalized in wrong groups.
         length = num_heads * head_dim
-        raise ValueError(
+        raise layout_error(
             f"x has shape {shape}, and a 1-D weight of {length} with num_heads={num_heads} can "
             f"mean two things; needs head_dim={length} (all heads share the weight) or "
             f"head_dim={head_dim} (it is flat)"
         )
     if shape[-1] != num_heads * head_dim:
-        raise ValueError(
+        raise layout_error(
             f"x has shape {shape}; needs a last axis of head_dim={head_dim} "
             f"or num_heads * head_dim = {num_heads * head_dim}"
         )
     if heads_axis != -2:
-        raise ValueError(
+        raise layout_error(
             f"heads_axis is {heads_axis} and x of shape {shape} is flat; needs -2, or x unflattened"
         )
     return True, outer
+
+
+def _heads_there(
+    shape: Shape, num_heads: int, head_dim: int, heads_axis: int, told: int | None
+) -> str:
+    """Say what x needs whose last axis is head_dim, and whose heads are not where they belong."""
+    flat = f"num_heads={num_heads} there, or for flat input a last axis of {num_heads * head_dim}"
+    elsewhere = [axis - len(shape) for axis, n in enumerate(shape[:-1]) if n == num_heads]
+    if len(elsewhere) == 1:
+        return f"heads_axis={elsewhere[0]}, where {num_heads} are"
+    split, rest = divmod(head_dim, num_heads)
+    if told is None and split and not rest:
+        # Nothing but x told head_dim: x is flat, or has other heads.
+        return f"head_dim={split} if x is flat, or num_heads={num_heads} on axis {heads_axis}"
+    return f"{flat} = num_heads * head_dim (head_dim={head_dim} here)"
 
 
 def check_same(what: str, layout: Layout, name: str, first: Layout, of: str) -> None:
@@ -141,9 +162,10 @@ def check_device(layout: Layout | None, name: str, first: Layout, of: str) -> No
 def check_last_stride(layout: Layout, name: str) -> None:
     """Refuse an array whose last axis has gaps."""
     if layout.shape[-1] > 1 and layout.size and layout.strides[-1] != layout.dtype.itemsize:
-        raise ValueError(
+        raise layout_error(
             f"{name} has a stride of {layout.strides[-1]} bytes on its last axis; needs "
-            f"{layout.dtype.itemsize}, neighbouring elements"
+            f"{layout.dtype.itemsize}, neighbouring elements: ascontiguousarray({name}) of NumPy "
+            f"and CuPy, {name}.contiguous() of torch"
         )
 
 

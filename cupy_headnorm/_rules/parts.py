@@ -130,24 +130,37 @@ def _check_part(
     heads.check_same("dtype", x, name, q, "q")
     heads.check_device(x, name, q, "q")
     if len(shape) != len(q.shape):
-        raise ValueError(f"{name} has shape {shape} and q {q.shape}; needs as many axes as q")
+        raise heads.layout_error(
+            f"{name} has shape {shape} and q {q.shape}; needs as many axes as q"
+        )
     if len(shape) < 2 or not -len(shape) <= heads_axis < len(shape) - 1:
-        raise ValueError(
+        raise heads.layout_error(
             f"{name} has shape {shape} and heads_axis is {heads_axis}; needs heads on one axis "
             "and head_dim on the last"
         )
     if shape[-1] != head_dim:
-        raise ValueError(f"{name} has shape {shape}; needs a last axis of head_dim={head_dim}")
+        found, rest = divmod(shape[-1], head_dim)
+        flat = "" if rest or not found else f": reshape it to (..., {found}, {head_dim})"
+        raise heads.layout_error(
+            f"{name} has shape {shape}; needs a last axis of head_dim={head_dim}{flat}"
+        )
     if _without_heads(shape, heads_axis) != _without_heads(q.shape, heads_axis):
-        raise ValueError(
-            f"{name} has shape {shape} and q {q.shape}; needs the same tokens, as they "
-            f"differ on other axes than heads_axis={heads_axis}"
+        raise heads.layout_error(
+            f"{name} has shape {shape} and q {q.shape}; needs the same tokens, as they differ on "
+            f"other axes than heads_axis={heads_axis}{_other_axis(shape, q.shape, heads_axis)}"
         )
     heads.check_same("shape", out, f"out of {name}", x, name)
     heads.check_device(out, f"out of {name}", x, "q")
     heads.check_same("dtype", out, f"out of {name}", x, name)
     heads.check_last_stride(x, name)
     heads.check_last_stride(out, f"out of {name}")
+
+
+def _other_axis(shape: tuple[int, ...], of_q: tuple[int, ...], heads_axis: int) -> str:
+    """Name the axis on which alone two parts differ, where their heads may be meant to lie."""
+    differ = [i - len(shape) for i in range(len(shape) - 1) if shape[i] != of_q[i]]
+    one = len(differ) == 1 and differ[0] != heads_axis
+    return f"; heads_axis={differ[0]} takes those that differ for heads" if one else ""
 
 
 def _without_heads(values: tuple[int, ...], heads_axis: int) -> tuple[int, ...]:

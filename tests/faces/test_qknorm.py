@@ -247,6 +247,10 @@ def test_packed(library, dtype, rng):
         qkv = library.array(values)
         assert qk.packed(qkv, num_heads=4, num_kv_heads=2, positions=positions) is qkv
         np.testing.assert_array_equal(library.host(qkv), whole)
+        by_head = library.array(values.reshape(2, 5, 8, D))
+        counts = {"num_heads": 4, "num_kv_heads": 2}
+        assert qk.packed(by_head, **counts, positions=positions) is by_head
+        np.testing.assert_array_equal(library.host(by_head).reshape(values.shape), whole)
         wide = library.array(np.concatenate([values, values[..., :5]], -1))
         qk.packed(wide[..., : 8 * D], num_heads=4, num_kv_heads=2, positions=positions)
         np.testing.assert_array_equal(library.host(wide)[..., : 8 * D], whole)

@@ -22,9 +22,13 @@ def test_signatures_are_those_of_the_functions(name):
         for function in (getattr(ops, name), getattr(reference, name))
     )
     assert ours == theirs
-    kinds = [kind for _, kind, _ in ours]
-    assert kinds == sorted(kinds), "arrays are positional-only, options keyword-only"
-    assert set(kinds) == {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY}
+    only, either, keyword = (
+        getattr(inspect.Parameter, kind)
+        for kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")
+    )
+    kinds = {name: kind for name, kind, _ in ours}
+    assert list(kinds.items())[:3] == [("x", only), ("weight", either), ("bias", either)]
+    assert set(list(kinds.values())[3:]) == {keyword}, "options are keyword-only"
 
 
 @pytest.mark.parametrize("kind", reference.__all__)

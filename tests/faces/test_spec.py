@@ -1,6 +1,7 @@
 """Every documented refusal, once, on every library: the message, and nothing written."""
 
 import math
+import re
 
 import ml_dtypes
 import numpy as np
@@ -50,7 +51,25 @@ REFUSED = {
         (X, w(3, 64)),
         {"heads_axis": -3},
         ValueError,
-        r"5 heads on axis -3; needs num_heads=3 there",
+        r"5 heads on axis -3; needs heads_axis=-2, where 3 are \(see 'How x is read'",
+    ),
+    "heads before the tokens": (
+        (w(2, 3, 7, 64), w(3, 64)),
+        {},
+        ValueError,
+        r"7 heads on axis -2; needs heads_axis=-3, where 3 are",
+    ),
+    "flat x of one weight for all": (
+        (w(5, 4096),),
+        {"num_heads": 32},
+        ValueError,
+        r"5 heads on axis -2; needs head_dim=128 if x is flat, or num_heads=32 on axis -2",
+    ),
+    "flat x of a shared weight": (
+        (w(5, 192), w(64)),
+        {},
+        ValueError,
+        r"needs a last axis of head_dim=64, or num_heads given for flat input: num_heads=3 here",
     ),
     "one row of several heads": (
         (w(64), w(3, 64)),
@@ -158,6 +177,41 @@ REFUSED = {
     ),
     "bool weight": ((X, np.ones(64, bool)), {}, TypeError, r"weight has .*bool.*; needs float16"),
 }
+
+
+OF_LAYOUT = [
+    name
+    for name, (*_, message) in REFUSED.items()
+    if re.search("last axis of|on axis|axes before|is flat|two things|stride of", message)
+]
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "out"])
+def test_gaps_are_refused_with_their_cure(name):
+    arrays = {"x": w(5, 3, 64), "weight": w(64)}
+    arrays[name] = w(*arrays.get(name, arrays["x"]).shape, 2)[..., 0]
+    cure = rf"ascontiguousarray\({name}\) of NumPy and CuPy, {name}.contiguous\(\) of torch \(see"
+    with pytest.raises(ValueError, match=rf"{name} has a stride of 8 .* needs 4, .*: {cure}"):
+        rms_norm(arrays.pop("x"), **arrays)
+
+
+def test_errors_of_layout_lead_to_how_x_is_read():
+    assert len(OF_LAYOUT) >= 12
+    for name in OF_LAYOUT:
+        arrays, options, error, _ = REFUSED[name]
+        with pytest.raises(error, match=r"\(see 'How x is read' in the documentation\)$"):
+            rms_norm(*arrays, **options)
+
+
+@pytest.mark.parametrize("norm", [rms_norm, layer_norm], ids=["rms", "layer"])
+def test_weight_and_bias_have_the_names_that_a_norm_gives_them(norm, rng):
+    x, weight, bias = (rng.standard_normal(shape) for shape in ((5, 3, 64), (3, 64), (64,)))
+    expected = norm(x, weight, bias)
+    np.testing.assert_array_equal(norm(x, weight=weight, bias=bias), expected)
+    np.testing.assert_array_equal(norm(x, weight, bias=bias), expected)
+    np.testing.assert_array_equal(norm(x, bias=bias), norm(x, None, bias))
+    by_hand = getattr(reference, norm.__name__)
+    np.testing.assert_array_equal(by_hand(x, weight=weight, bias=bias), expected)
 
 
 @pytest.mark.parametrize("norm", [rms_norm, layer_norm], ids=["rms", "layer"])
