@@ -65,4 +65,4 @@ if not TYPE_CHECKING:  # a type checker would take it for a promise of every nam
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *_LATER})

@@ -22,11 +22,17 @@ class Source(NamedTuple):
     overrides: Mapping[str, Any] | None = None
     variant: str | None = None
 
-    def told(self, words: list[str]) -> str:
-        """Write the call; `words` are the arguments where `overrides` are not kept."""
+    def told(self, words: list[str], arithmetic: dict[str, Any]) -> str:
+        """
+        Write a call that reads such a norm again.
+
+        Where the file's config.json decides, the `arithmetic` that it came to is said too;
+        elsewhere `words` are the arguments.
+        """
         if self.overrides is not None:
             given = {} if self.variant is None else {"variant": self.variant}
-            words = [f"{name}={value!r}" for name, value in (given | dict(self.overrides)).items()]
+            given |= {n: v for n, v in self.overrides.items() if n not in arithmetic} | arithmetic
+            words = [f"{name}={value!r}" for name, value in given.items()]
         return (
             f"HeadNorm.{self.constructor}({', '.join([repr(self.path), repr(self.key), *words])})"
         )
@@ -118,7 +124,8 @@ class Described:
                 shown[name] = value
         words = [f"{name}={value!r}" for name, value in shown.items()]
         if self._source is not None:
-            return self._source.told(words)
+            arithmetic = ("kind", "eps", "weight_offset", "rounding")
+            return self._source.told(words, {n: getattr(self._options, n) for n in arithmetic})
         for name, array in (("bias", self._bias), ("weight", self._weight)):
             if array is not None:
                 told = f"<{array.dtype} {array.shape}>"

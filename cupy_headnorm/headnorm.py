@@ -47,6 +47,14 @@ class HeadNorm(ExLlamaForm):
     weight_offset : float, optional
         Added to the weight in float32: 1.0 for Gemma 3. Default: ``0.0``.
     rounding : {"once", "before_weight", "every_op", "rstd"}, optional
+        Where results are rounded to the dtype of `x`:
+
+        - ``"once"``: the result alone. Gemma 3, Qwen3-Next, OLMo 2, Command-R+.
+        - ``"before_weight"``: the normalized value too, before the weight. Qwen3, GLM-4.5.
+        - ``"every_op"``: also the product with the weight, before the bias. Chameleon.
+        - ``"rstd"``: the inverse root, and its product with `x`; RMS without weight and bias.
+          DeepSeek-V4's queries.
+
         Default: ``"once"``.
 
     Raises

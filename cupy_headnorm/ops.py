@@ -63,10 +63,14 @@ def rms_norm(
     weight_offset : float, optional
         Added to the weight in float32 (1.0 for Gemma 3 and Qwen3-Next). Default: ``0.0``.
     rounding : {"once", "before_weight", "every_op", "rstd"}, optional
-        ``"once"`` rounds the result to the dtype of `x` once. ``"before_weight"`` also rounds the
-        normalized value before the weight, as Qwen3 and Llama do; ``"every_op"`` the product with
-        the weight too, before the bias, as Chameleon does. ``"rstd"`` rounds the inverse root and
-        its product with `x`, as DeepSeek-V4's queries are: of RMS without weight and bias.
+        Where results are rounded to the dtype of `x`:
+
+        - ``"once"``: the result alone. Gemma 3, Qwen3-Next, OLMo 2, Command-R+.
+        - ``"before_weight"``: the normalized value too, before the weight. Qwen3, GLM-4.5.
+        - ``"every_op"``: also the product with the weight, before the bias. Chameleon.
+        - ``"rstd"``: the inverse root, and its product with `x`; RMS without weight and bias.
+          DeepSeek-V4's queries.
+
         Default: ``"once"``.
     out : array, optional
         Written in place of a new array: shape, dtype, library and device of `x`, strides of its

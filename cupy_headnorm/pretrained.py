@@ -61,7 +61,7 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
         norm = self._loaded.get(key)
         if norm is None:
             if key not in self._keyed:
-                raise KeyError(key)
+                raise KeyError(f"{key!r}; needs (layer, role), such as {self._examples()}")
             described = supported(self._keyed[key])
             weight, bias = checkpoint_survey.load(self._where, described)
             source = Source("from_pretrained", self._folder, described.name, {}, self._variant)
@@ -69,6 +69,9 @@ class HeadNorms(Mapping[tuple[int, str], HeadNorm]):
             # Another thread may have been faster: all shall hold one norm.
             norm = self._loaded.setdefault(key, made)
         return norm
+
+    def _examples(self) -> str:
+        return " or ".join(map(repr, list(self._keyed)[:2])) or "none: the model has no head norm"
 
     def __contains__(self, key: object) -> bool:
         return key in self._served

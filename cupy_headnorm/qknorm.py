@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 from cupy_headnorm._arrays import find
 from cupy_headnorm._arrays.torch import untraced
+from cupy_headnorm._arrays.views import Array
 from cupy_headnorm._calls import dispatch, packed
 from cupy_headnorm._calls.operands import Given
 from cupy_headnorm._calls.parts import Parts
@@ -135,12 +136,25 @@ class QKNorm:
     def __repr__(self) -> str:
         words, r = [repr(norm) for norm in self._norms.values()], self.rope
         if r is not None:
-            words.append(f"rope=<{r.style}, rotary_dim={r.rotary_dim}, {r.order}>")
+            sections = f", sections={r.sections}" if r.sections else ""
+            words.append(f"rope=<{r.style}, rotary_dim={r.rotary_dim}, {r.order}{sections}>")
         return f"QKNorm({', '.join(words)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         norms = (*self._norms.values(), None)[:3]
         return _rebuilt, (norms, self._tables.rope)
+
+    @overload
+    def __call__(
+        self, q: Array, k: Array, v: None = None, /, *, positions: Any = None, cos: Any = None,
+        sin: Any = None, heads_axis: int = -2, out: Any = None,
+    ) -> tuple[Array, Array]: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, q: Array, k: Array, v: Array, /, *, positions: Any = None, cos: Any = None,
+        sin: Any = None, heads_axis: int = -2, out: Any = None,
+    ) -> tuple[Array, Array, Array]: ...  # fmt: skip
 
     @untraced
     def __call__(

@@ -16,7 +16,7 @@ SUPPORTED, REFUSED, NONE = "supported", "refused", "no norms of heads"
 
 _FULL = (
     "where one weight spans all heads they are normalized together, not each on its own; "
-    "num_heads=1 does that, as one head"
+    "HeadNorm.from_pretrained(folder, key, num_heads=1) does that, as one head"
 )
 WEIGHTS: Mapping[str, str] = {
     "shared": "one for all heads",

@@ -17,6 +17,8 @@ from pathlib import Path
 class GPUUnavailableError(RuntimeError):
     """A call needs the GPU and something it rests on is missing; the message says the remedy."""
 
+    __module__ = "cupy_headnorm"
+
 
 def _libcuda() -> ctypes.CDLL | None:
     with contextlib.suppress(OSError):

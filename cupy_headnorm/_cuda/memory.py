@@ -45,6 +45,8 @@ def is_capturing(stream: int) -> bool:
 class CaptureError(RuntimeError):
     """A call would compile, load or allocate while its stream is captured into a CUDA graph."""
 
+    __module__ = "cupy_headnorm"
+
 
 def refuse_capture(
     stream: int,

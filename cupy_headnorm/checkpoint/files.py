@@ -71,6 +71,8 @@ class CheckpointError(ValueError):
     Its message is one line that steers no terminal, whatever names the files hold.
     """
 
+    __module__ = "cupy_headnorm"
+
     def __init__(self, message: str) -> None:
         if not message.isprintable():
             message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -14,6 +15,19 @@ Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
 ARGUMENTS = "HeadNorm.from_safetensors(path, key, kind=, eps=, weight_offset=, rounding=)"
 """What reads a norm of which nothing is known."""
+
+
+_LOOKS = re.compile(
+    r"(?:.*[._])?(?:(?:q|k|v|qk|query|key|value)_?(?:rms_?|layer_?|l2_?)?(?:norm|ln)"
+    r"|(?:layer_?)?norm_(?:added_)?(?:q|k|v))"
+    r"(?:\.norms\.\d+)?\.(?:weight|gamma|scale|temp)"
+)
+"""Tensors of a layer that look like a head norm's."""
+
+
+def looks_like_a_norm(name: str) -> bool:
+    """Tell whether a tensor's name is one that a head norm's has."""
+    return _LOOKS.fullmatch(name) is not None
 
 
 class ModelNorm(NamedTuple):

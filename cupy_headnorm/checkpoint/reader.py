@@ -86,8 +86,9 @@ class Reader:
                     heads = self.fields.count(role.heads, layer) or "all"
                     norm = refuse(
                         norm,
-                        f"{self.model_type} normalizes {heads} heads together, not each on "
-                        "its own; num_heads=1 does that, as one head",
+                        f"{self.model_type} normalizes {heads} heads together, not each on its "
+                        "own; HeadNorm.from_pretrained(folder, key, num_heads=1) does that, as "
+                        "one head",
                     )
                 yield norm
 

@@ -30,18 +30,13 @@ from cupy_headnorm.checkpoint.norms import (
     Refused,
     Tensors,
     UnknownModelError,
+    looks_like_a_norm,
     one_each,
     refuse,
     supported,
 )
 from cupy_headnorm.checkpoint.reader import Reader
 
-_LOOKS = re.compile(
-    r"(?:.*[._])?(?:(?:q|k|v|qk|query|key|value)_?(?:rms_?|layer_?|l2_?)?(?:norm|ln)"
-    r"|(?:layer_?)?norm_(?:added_)?(?:q|k|v))"
-    r"(?:\.norms\.\d+)?\.(?:weight|gamma|scale|temp)"
-)
-"""Tensors of a layer that look like a head norm's."""
 _MOST_LISTED = 8
 _MLX_KEEPS = {"gemma3", "gemma3_text", "minimax_m3_vl", "minimax_m3_vl_text"}
 """
@@ -134,7 +129,7 @@ def _unclaimed(group: Group, tower: Tower, taken: set[str], tensors: Tensors) ->
     reason = f"nothing is known of {what}; {ARGUMENTS} would say it"
     for layer, rests in group.layers.items():
         for rest, name in rests.items():
-            if name not in taken and _LOOKS.fullmatch(rest):
+            if name not in taken and looks_like_a_norm(rest):
                 module = re.sub(r"(\.norms\.\d+)?\.\w+$", "", name)
                 dtype, shape = tensors[name]
                 label = group.label or "text"
@@ -214,9 +209,10 @@ def read(
     norms: list[Found] = [*found.norms, *found.refused]
     every = {norm.name: norm for norm in reversed(norms)}
     norm = every.get(key) or _under_another_prefix(every, key)
-    if norm is None and f"{key}.weight" in tensors:
+    stored = [f"{key}.{part}" for part in checkpoint_tensors.WEIGHTS if f"{key}.{part}" in tensors]
+    if norm is None and stored:
         raise UnknownModelError(
-            f"{folder} has {key}.weight, of which nothing is known; {ARGUMENTS} would say it"
+            f"{folder} has {stored[0]}, of which nothing is known; {ARGUMENTS} would say it"
         )
     if norm is None:
         near = difflib.get_close_matches(key, list(every), n=3, cutoff=0.5) or list(every)[-3:]

@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 _LONGEST_NAME = 1000
+WEIGHTS = ("weight", "scale", "gamma")
+"""What a norm's weight is called, by torch's modules first, then by JAX's."""
 
 
 def survey(
@@ -90,8 +92,9 @@ def read_norm(
     """
     Read ``<key>.weight`` and ``<key>.bias``, of which one may be missing.
 
-    Where neither is there, but a module a head (``<key>.norms.0.weight``, StableLM's), theirs are
-    stacked, ``(num_heads, head_dim)``.
+    Without a ``.weight``, ``<key>.scale`` or ``<key>.gamma`` is the weight. Where neither is there,
+    but a module a head (``<key>.norms.0.weight``, StableLM's), theirs are stacked,
+    ``(num_heads, head_dim)``.
 
     Parameters
     ----------
@@ -120,7 +123,8 @@ def read_norm(
             return _read_one(where, whole)
         return stacked(read_many(where, heads)) if heads else None
 
-    weight, bias = array("weight"), array("bias")
+    bias = array("bias")
+    weight = next((found for part in WEIGHTS if (found := array(part)) is not None), None)
     if weight is None and bias is None:
         raise CheckpointError(
             f"{path} has no tensor {key}.weight; needs one of its keys, such as "

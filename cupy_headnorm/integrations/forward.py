@@ -83,7 +83,7 @@ class Forward:
                     )
         if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
             raise ValueError("autocast is on; needs a call outside of it")
-        return dispatch.run(self.of_options, Given((x,), (weight, bias), None))[0]
+        return dispatch.lane_beside(self.of_options, x, weight, bias, None)
 
     def parameters(
         self, module: torch.nn.Module

@@ -11,6 +11,7 @@ import torch
 
 from cupy_headnorm._arrays import dtypes
 from cupy_headnorm.checkpoint import survey
+from cupy_headnorm.checkpoint.norms import looks_like_a_norm
 from cupy_headnorm.headnorm import HeadNorm
 from cupy_headnorm.integrations.forward import OTHERS, check_agrees
 from cupy_headnorm.integrations.forward import Forward as _Forward
@@ -57,6 +58,10 @@ def use_head_norms(model: torch.nn.Module) -> SwappedNorms:
 
     torch.compile breaks its graph at each norm, and with ``fullgraph=True`` raises.
 
+    Swap before ``fully_shard`` of FSDP2: it makes the weights DTensors, which a swap refuses, and
+    with which the modules' own forward runs. A norm that PEFT's ``modules_to_save`` wraps is
+    named in `SwappedNorms.refused`.
+
     A norm or model that is deep-copied or pickled while it is swapped gives one that is not, and so
     does a shallow copy of a norm; one of a model shares its norms. Replicas of nn.DataParallel are
     not swapped, and each counts as a fallback.
@@ -79,7 +84,7 @@ def use_head_norms(model: torch.nn.Module) -> SwappedNorms:
         if isinstance(module.__dict__.get("forward"), _Forward):
             raise ValueError(f"{name} is swapped already; needs restore() of what swapped it")
     found = survey.find(to_dict(), _tensors(model))
-    refused = {one.name: one.reason for one in found.refused}
+    refused = _wrapped(modules) | {one.name: one.reason for one in found.refused}
     ours: dict[int, tuple[torch.nn.Module, _Forward]] = {}
     for described in found.norms:
         try:
@@ -182,6 +187,16 @@ def _tensors(model: torch.nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
         if tensor.is_floating_point():
             found[name] = (spellings.get(dtype, dtype), tuple(tensor.shape))
     return found
+
+
+def _wrapped(modules: dict[str, torch.nn.Module]) -> dict[str, str]:
+    """Return norms that PEFT keeps a trained copy of, whose forward chooses between the two."""
+    return {
+        name: "PEFT's modules_to_save wraps it and trains a copy; needs merge_and_unload() first"
+        for name, module in modules.items()
+        if looks_like_a_norm(f"{name}.weight")
+        and {"original_module", "modules_to_save"} <= module._modules.keys()
+    }
 
 
 def _path(name: str, modules: dict[str, torch.nn.Module]) -> str:

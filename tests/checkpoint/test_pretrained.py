@@ -555,6 +555,39 @@ def test_a_k_of_one_head_is_what_the_registry_says():
     assert len(described({**config, "model_type": "qwen3"}, keys).norms) == 2
 
 
+@pytest.mark.parametrize("part", ["scale", "gamma"])
+def test_a_weight_of_another_name(part, model, tmp_path):
+    """The advice for a norm of which nothing is known is a call that reads it."""
+    key = "model.layers.0.self_attn.q_norm"
+    folder = model({**QWEN3, "model_type": "nobody"}, {f"{key}.{part}": filled(16)})
+    with pytest.raises(
+        CheckpointError, match="nothing is known .*from_safetensors.path, key, kind="
+    ):
+        HeadNorm.from_pretrained(folder, key)
+    norm = HeadNorm.from_safetensors(folder, key, kind="rms", eps=1e-6)
+    np.testing.assert_array_equal(norm.weight, filled(16))
+    norm = HeadNorm.from_pretrained(folder, key, kind="rms", eps=1e-6, rounding="once")
+    np.testing.assert_array_equal(norm.weight, filled(16))
+
+
+def test_repr_tells_the_arithmetic(model):
+    folder = model({**QWEN3, "rms_norm_eps": 3e-6}, layers())
+    key = "model.layers.0.self_attn.q_norm"
+    norm = HeadNorm.from_pretrained(folder, key, eps=1e-5)
+    told = f"{str(folder)!r}, {key!r}, kind='rms', eps=1e-05, weight_offset=0.0, "
+    assert repr(norm) == f"HeadNorm.from_pretrained({told}rounding='before_weight')"
+    again = eval(repr(norm))
+    assert repr(again) == repr(norm)
+    assert "eps=3e-06, " in repr(head_norms(folder)[0, "q"])
+
+
+def test_a_key_that_is_no_pair_is_told_what_keys_are(model):
+    norms = head_norms(model(QWEN3, layers()))
+    with pytest.raises(KeyError, match=r"0; needs \(layer, role\), such as \(0, 'q'\) or \(0, 'k'"):
+        norms[0]
+    assert norms.get(0) is None
+
+
 def test_a_norm_over_all_heads_is_refused_or_read_as_one_head(model):
     config = {**QWEN3, "model_type": "olmo2"}
     tensors = layers(q=(64,), k=(32,))
@@ -562,7 +595,7 @@ def test_a_norm_over_all_heads_is_refused_or_read_as_one_head(model):
     norms = head_norms(folder)
     assert len(norms) == 0
     assert [norm.role for norm in norms.refused] == ["q", "k", "q", "k"]
-    why = r"q_norm is refused: olmo2 normalizes 4 heads together, .*num_heads=1 does that, as one"
+    why = r"q_norm is refused: olmo2 normalizes 4 heads together, .*num_heads=1. does that, as one"
     with pytest.raises(CheckpointError, match=why):
         norms[0, "q"]
     assert (0, "q") not in norms

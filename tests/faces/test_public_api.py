@@ -11,6 +11,7 @@ import argparse
 import ast
 import importlib
 import inspect
+import pickle
 import re
 import textwrap
 from collections.abc import Iterator
@@ -66,12 +67,12 @@ def _is_ours(kind: type) -> bool:
 
 def _set_by_init(kind: type) -> set[str]:
     """Return the attributes that a class's constructor gives its instances."""
-    source = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    own = vars(kind).get("__init__")
+    if not inspect.isfunction(own) or own.__code__.co_filename == "<string>":  # a dataclass's
+        return set()
     return {
         node.attr
-        for function in ast.walk(source)
-        if isinstance(function, ast.FunctionDef) and function.name == "__init__"
-        for node in ast.walk(function)
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(own))))
         if isinstance(node, ast.Attribute)
         and isinstance(node.ctx, ast.Store)
         and getattr(node.value, "id", "") == "self"
@@ -158,6 +159,18 @@ def test_all_is_sorted_and_all_there():
     for name in cupy_headnorm.__all__:
         assert hasattr(cupy_headnorm, name)
     assert not hasattr(cupy_headnorm, "rms_nrom")
+
+
+def test_dir_lists_public_names_alone():
+    others = {"__version__", *cupy_headnorm.__all__, "checkpoint"}
+    assert set(dir(cupy_headnorm)) == others
+
+
+@pytest.mark.parametrize("name", ["CaptureError", "CheckpointError", "GPUUnavailableError"])
+def test_errors_carry_their_public_name(name):
+    error = getattr(cupy_headnorm, name)
+    assert (error.__module__, error.__qualname__) == ("cupy_headnorm", name)
+    assert pickle.loads(pickle.dumps(error("why"))).args == ("why",)
 
 
 def test_version_is_one():

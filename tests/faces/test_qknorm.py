@@ -330,6 +330,9 @@ def test_pickle_copy_repr(rng):
         f"QKNorm({', '.join(map(repr, qk.norms.values()))}, rope=<half, rotary_dim=64, after norm>)"
     )
     assert "rope" not in repr(QKNorm(HeadNorm(), HeadNorm()))
+    rope = Rope.of_theta(1e4, 64, max_position=4, sections=(16, 8, 8))
+    qk = QKNorm(HeadNorm(), HeadNorm(), rope=rope)
+    assert "rope=<half, rotary_dim=64, after norm, sections=(16, 8, 8)>" in repr(qk)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

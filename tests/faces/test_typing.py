@@ -33,7 +33,10 @@ def right(x: Float32, tensor: Tensor, anything: Any) -> None:
     assert_type(norm(tensor, out=tensor), Tensor)
     assert_type(norm.heads(0, 1).num_heads, int | None)
     HeadNorm(kind=norm.kind, rounding=norm.rounding)
-    rope: Rope | None = QKNorm(norm, norm).rope
+    qk = QKNorm(norm, norm)
+    assert_type(qk(x, x, positions=x), tuple[Float32, Float32])
+    assert_type(qk(tensor, tensor, tensor), tuple[Tensor, Tensor, Tensor])
+    rope: Rope | None = qk.rope
     held: HeadNorm = head_norms("folder")[0, "q"]
     result: np.ndarray = reference.rms_norm(x)
 

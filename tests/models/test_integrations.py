@@ -113,6 +113,29 @@ def norm_of(model):
     return norms(model)[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("every", [False, True])
+def test_norms_that_peft_wraps_are_named(every):
+    import peft
+
+    kinds = ["q_norm", "k_norm"] if every else ["q_norm"]
+    config = peft.LoraConfig(target_modules=["v_proj"], modules_to_save=kinds)
+    model = peft.get_peft_model(model_of("qwen3"), config).eval()
+    if every:
+        with pytest.raises(ValueError, match="q_norm: PEFT's modules_to_save wraps it and trains"):
+            use_head_norms(model)
+    else:
+        with torch.no_grad(), use_head_norms(model) as swapped:
+            logits(model)
+        assert (swapped.calls, swapped.fallbacks) == (2, {})
+        assert [name.rpartition(".")[2] for name in swapped.refused] == ["q_norm"] * 2
+        assert all("merge_and_unload()" in reason for reason in swapped.refused.values())
+    merged = model.merge_and_unload()
+    with torch.no_grad(), use_head_norms(merged) as swapped:
+        logits(merged)
+    assert (swapped.calls, swapped.refused) == (4, {})
+
+
 def assert_plain(model):
     for module in model.modules():
         assert not vars(module).keys() & {*forward_module._METHODS}
