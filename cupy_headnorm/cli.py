@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from cupy_headnorm import bench
@@ -18,7 +19,25 @@ from cupy_headnorm._commands import inspect
 from cupy_headnorm._commands import models as models_command
 from cupy_headnorm._rules import options
 from cupy_headnorm._version import __version__
-from cupy_headnorm.bench import report
+
+_SCRIPT = "cupy-headnorm"
+_COLUMNS = """\
+A model's head norms, layers that are alike in one row:
+
+  layers    those that have such a norm
+  role      what is normalized: q, k, v; vision_q and the like of other towers
+  shape     of the weight: (head_dim,) for one that all heads share
+  dtype     of the weight, as safetensors spells it
+  heads     the model's number of them; any where a norm takes any number
+  kind      rms (RMSNorm) or layer (LayerNorm)
+  offset    what the model adds to the weight: Gemma computes 1 + w
+  eps       what is added to the mean square, or to the variance
+  rounding  where results are rounded to the model's dtype: once, before_weight, every_op, rstd
+  RoPE      whether the norm comes before the rotary embedding or after it, and how dims pair up
+
+A second table has names, and the least, largest and mean value and the standard deviation of the
+weights as they are stored. A third has what is refused, and why.
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,8 +50,10 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; an error is one line on stderr and exit code 2."""
     given = sys.argv[1:] if arguments is None else arguments
-    chosen = _parser().parse_args(given)
-    chosen.command = f"python -m cupy_headnorm {shlex.join(given)}"
+    script = Path(sys.argv[0]).name
+    prog = script if script == _SCRIPT else "python -m cupy_headnorm"
+    chosen = _parser(prog).parse_args(given)
+    chosen.command = f"{prog} {shlex.join(given)}"
     try:
         chosen.run(chosen)
         sys.stdout.flush()
@@ -49,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m cupy_headnorm", description="Per-head normalization on GPUs.")
+def _parser(prog: str = "python -m cupy_headnorm") -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog, description="Per-head normalization on GPUs.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="{demo,info,inspect,models,bench}")
 
@@ -85,7 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, devices, what works and what to install")
     info.set_defaults(run=info_command.run)
 
-    look = commands.add_parser("inspect", help="a model's head norms, and what is refused and why")
+    look = commands.add_parser(
+        "inspect",
+        help="a model's head norms, and what is refused and why",
+        description=_COLUMNS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     look.set_defaults(run=_inspect)
     look.add_argument("checkpoint", help="folder with config.json and safetensors files")
     look.add_argument("--variant", help="part of the files' names: fp16 for model.fp16.safetensors")
@@ -103,9 +129,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(chosen: argparse.Namespace) -> None:
-    console = None if chosen.json else report.console()
     found = inspect.collect(chosen.checkpoint, chosen.variant)
-    if console is None:
+    if chosen.json:
         print(json.dumps(found, indent=1))
     else:
-        inspect.show(found, console)
+        inspect.show(found)

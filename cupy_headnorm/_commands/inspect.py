@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from cupy_headnorm.bench import text
 from cupy_headnorm.checkpoint import survey
 from cupy_headnorm.checkpoint.files import short
 from cupy_headnorm.checkpoint.norms import ModelNorm, Refused
@@ -96,45 +97,37 @@ def _statistics(arrays: Iterable[np.ndarray | None]) -> dict[str, float | None] 
     return {name: float(value) if np.isfinite(value) else None for name, value in found.items()}
 
 
-def show(found: dict[str, Any], console: Any) -> None:
-    """Print what `collect` returns on a console."""
+def show(found: dict[str, Any]) -> None:
+    """Print what `collect` returns."""
+    print("\n".join(_told(found)))
+
+
+def _told(found: dict[str, Any]) -> Iterator[str]:
     title = f"{found['model_type']} in {found['checkpoint']}"
     title += "" if found["variant"] is None else f", {found['variant']}"
-    console.print(title, markup=False, emoji=False, soft_wrap=True)
+    yield text.printable(title)
     if found["norms"]:
-        console.print(_norms(found["norms"]))
-        console.print("\nNames, and values as stored over all layers of a row")
-        console.print(_values(found["norms"]))
+        yield from text.table(_NORMS, _norms(found["norms"]))
+        yield "\nNames, and values as stored over all layers of a row"
+        yield from text.table(_VALUES, _values(found["norms"]), right=_VALUES[3:])
     else:
-        console.print("no head norm is supported")
+        yield "no head norm is supported"
     if found["refused"]:
-        console.print("\nRefused")
+        yield "\nRefused"
         rows = [
             (_layers(norm), norm["name"], _shape(norm["shape"]), norm["dtype"], norm["reason"])
             for norm in found["refused"]
         ]  # fmt: skip
-        console.print(_table(("layers", "norm", "shape", "dtype", "why"), *rows))
+        yield from text.table(("layers", "norm", "shape", "dtype", "why"), rows)
     notes: dict[str, list[str]] = {note: [] for note in found["notes"]}
     for norm in found["norms"]:
         for note in filter(None, (*norm["notes"], norm["rope"]["note"])):
             notes.setdefault(note, []).append(norm["role"])
     if notes:
-        console.print()
+        yield ""
     for note, roles in notes.items():
         whose = f"{', '.join(dict.fromkeys(roles))}: " if roles else ""
-        console.print(f"Note: {whose}{note}", markup=False, emoji=False, soft_wrap=True)
-
-
-def _table(*rows: Sequence[str]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None)
-    for column in rows[0]:
-        table.add_column(column, overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*map(Text, row))
-    return table
+        yield from text.wrapped(text.printable(f"Note: {whose}{note}"), "  ", "")
 
 
 def _layers(norm: dict[str, Any]) -> str:
@@ -145,10 +138,12 @@ def _shape(shape: list[int]) -> str:
     return short(tuple(shape)) if shape else "none"
 
 
-def _norms(norms: list[dict[str, Any]]) -> Any:
-    rows: list[Sequence[str]] = [
-        ("layers", "role", "shape", "dtype", "heads", "kind", "offset", "eps", "rounding", "RoPE")
-    ]
+_NORMS = (
+    "layers", "role", "shape", "dtype", "heads", "kind", "offset", "eps", "rounding", "RoPE",
+)  # fmt: skip
+
+
+def _norms(norms: list[dict[str, Any]]) -> Iterator[Sequence[str]]:
     for norm in norms:
         rope = norm["rope"]
         words = [rope["order"]]
@@ -156,16 +151,18 @@ def _norms(norms: list[dict[str, Any]]) -> Any:
             words.append(rope["style"])
             if rope["partial"] != 1:
                 words.append(f"{rope['partial']:g} of head_dim")
-        rows.append((
+        yield (
             _layers(norm), norm["role"], _shape(norm["shape"]), norm["dtype"],
             str(norm["num_heads"] or "any"), norm["kind"], f"{norm['weight_offset']:g}",
             f"{norm['eps']:g}", norm["rounding"], ", ".join(words),
-        ))  # fmt: skip
-    return _table(*rows)
+        )  # fmt: skip
 
 
-def _values(norms: list[dict[str, Any]]) -> Any:
-    rows: list[Sequence[str]] = [("layers", "norm", "tensor", "min", "max", "mean", "std")]
+_VALUES = ("layers", "norm", "tensor", "min", "max", "mean", "std")
+
+
+def _values(norms: list[dict[str, Any]]) -> Iterable[Sequence[str]]:
+    rows: list[Sequence[str]] = []
     for norm in norms:
         parts = [part for part in ("weight", "bias") if norm[part] is not None]
         for part in parts:
@@ -175,4 +172,4 @@ def _values(norms: list[dict[str, Any]]) -> Any:
             rows.append((_layers(norm), norm["name"], part, *numbers))
         if not parts:
             rows.append((_layers(norm), norm["name"], "none", *[""] * 4))
-    return _table(*dict.fromkeys(rows))  # q and k may be of one module
+    return dict.fromkeys(rows)  # q and k may be of one module

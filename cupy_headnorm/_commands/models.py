@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from cupy_headnorm._commands import known_models, models_page
 from cupy_headnorm._commands.known_models import NONE, REFUSED, SUPPORTED, Known, Match
+from cupy_headnorm.bench.text import wrapped
 from cupy_headnorm.checkpoint.files import short
 from cupy_headnorm.models.records import Family, Role
 
@@ -196,12 +197,4 @@ def _labelled(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 def _wrapped(text: str, indent: str = "", first: str | None = None) -> list[str]:
     """Return lines of no more than the width, where no word is longer; none is broken."""
-    lines = textwrap.wrap(
-        text,
-        _WIDTH,
-        initial_indent=indent if first is None else first,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return [line.replace(_KEPT, " ") for line in lines]
+    return [line.replace(_KEPT, " ") for line in wrapped(text, indent, first, _WIDTH)]

@@ -83,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="read a file of --json or --suite instead of measuring",
     )
+    parser.add_argument(
+        "--all",
+        dest="whole",
+        action="store_true",
+        help="print all timings of --suite or --from too, not the numbers to reach alone",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as .png or .svg")
 

@@ -15,6 +15,7 @@ import itertools
 import platform
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -32,17 +33,16 @@ from cupy_headnorm.bench.workloads import NORM, Case
 
 def run(chosen: argparse.Namespace, command: str) -> None:
     """Measure, or read, what was `chosen`; print it, write it, draw it."""
-    console = report.console()
     arguments.check(chosen)
     if chosen.source is not None:
         results = record.read(chosen.source)
     else:
-        results = _measured(chosen, command, console)
-    report.show(results, console)
+        results = _measured(chosen, command)
+    report.show(results, whole=chosen.whole or not results.targets)
     for path in (chosen.json, chosen.suite and chosen.suite / f"{_slug(results.device)}.json"):
         if path is not None:
             record.write(results, path)
-            console.print(f"\nwritten to {path}", markup=False)
+            print(f"\nwritten to {path}")
     if chosen.plot is not None:
         report.plot(results, chosen.plot)
 
@@ -76,9 +76,7 @@ def _device_and_versions() -> tuple[str, dict[str, str]]:
     return device, {name: number for name, number in versions.items() if number}
 
 
-def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results:
-    from rich.progress import track
-
+def _measured(chosen: argparse.Namespace, command: str) -> Results:
     on = timer()
     if chosen.suite is not None:  # without the folder: results are published
         only = f" --providers {' '.join(chosen.providers)}" if chosen.providers else ""
@@ -86,16 +84,13 @@ def _measured(chosen: argparse.Namespace, command: str, console: Any) -> Results
     device, versions = _device_and_versions()
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     results = Results(device, date, command, on.name, versions)
-    # A thread that redraws the bar would take its time from the calls.
-    for step in track(
-        list(_steps(chosen, on, results)),
-        "measuring",
-        console=console,
-        transient=True,
-        auto_refresh=False,
-        disable=not console.is_terminal,
-    ):
+    steps = list(_steps(chosen, on, results))
+    for number, step in enumerate(steps, 1):
+        if sys.stderr.isatty():  # a thread that draws a bar would take its time from the calls
+            print(f"\rmeasuring {number} of {len(steps)} ", end="", file=sys.stderr, flush=True)
         step()
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
     if chosen.suite is not None:
         results.targets = judge(results)
     return results

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cupy_headnorm._cuda import driver
+from cupy_headnorm.bench import text
 from cupy_headnorm.bench.providers import CEILINGS, PROVIDERS, QK_PROVIDERS
 from cupy_headnorm.bench.record import HostTime, Results, Timing, Verdict
 from cupy_headnorm.bench.suite import case_of
@@ -32,78 +33,61 @@ _COLOURS = {
 }
 
 
-_TIMINGS = ("tokens x heads x dim", "dtype", "kind", "layout", "provider", "us", "GB/s", "share")
+def show(results: Results, whole: bool = True) -> None:
+    """Print what was measured: numbers to reach first, and all timings if `whole`."""
+    print("\n".join(_told(results, whole)))
 
 
-def console() -> Any:
-    """Return rich's console; RuntimeError, with the command that mends it, without rich."""
-    _needs("rich", "the table")
-    from rich.console import Console
-
-    made = Console(highlight=False)
-    if not made.is_terminal:
-        made.width = 120  # a file or a pipe is not 80 columns wide
-    return made
-
-
-def show(results: Results, console: Any) -> None:
-    """Print what was measured on a console."""
-    console.print(f"{results.device}, {results.date}", markup=False)
-    told = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    console.print(told, markup=False)
-    if results.timings:
-        console.print("\nDevice time; share: of the better of a copy and an in-place multiply")
-        _table(console, _TIMINGS, _timings(results.timings))
-    for name, reason in results.unavailable.items():
-        console.print(f"{_label(name)}: not available: {reason}", markup=False)
-    if results.host:
-        console.print("\nHost time a call, 1 token")
-        rows = sorted(results.host, key=lambda row: row["microseconds"])
-        times = [(row["call"], f"{row['microseconds']:,.2f}") for row in rows]
-        _table(console, ("call", "us"), times)
-    if results.once:
-        console.print()
-        once = [(name.replace("_", " "), f"{value:,}") for name, value in results.once.items()]
-        _table(console, ("once", ""), once)
+def _told(results: Results, whole: bool) -> Iterator[str]:
+    yield from text.wrapped(f"{results.device}, {results.date}")
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    yield from text.wrapped(versions)
     if results.targets:
-        console.print("\nNumbers to reach: the worst of each")
-        _table(console, ("what", "needed", "measured", "", "where"), map(_target, results.targets))
-
-
-def _table(console: Any, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None)
-    for number, column in enumerate(columns):
-        text = number == 0 or column == "where"
-        table.add_column(column, justify="left" if text else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        yield "\nNumbers to reach: the worst of each"
+        columns = ("what", "needed", "measured", "verdict", "where")
+        yield from text.table(columns, map(_target, results.targets), right=("measured",))
+    if results.host:
+        yield "\nHost time a call, 1 token"
+        rows = sorted(results.host, key=lambda row: row["microseconds"])
+        times = [(f"{row['microseconds']:,.2f}", row["call"]) for row in rows]
+        yield from text.table(("us", "call"), times, right=("us",))
+    if results.once:
+        yield ""
+        once = [(f"{value:,}", name.replace("_", " ")) for name, value in results.once.items()]
+        yield from text.table(("once", "what"), once, right=("once",))
+    if results.unavailable:
+        yield ""
+    for name, reason in results.unavailable.items():
+        yield from text.wrapped(f"{_label(name)}: not available: {reason}", "  ", "")
+    if results.timings and whole:
+        yield "\nDevice time; share: of the better of a copy and an in-place multiply"
+        yield from _timings(results.timings)
+    elif results.timings:
+        yield f"\n{len(results.timings)} device times: --all prints them"
 
 
 def _label(provider: str) -> str:
     return _PROVIDERS[provider].label if provider in _PROVIDERS else provider
 
 
-def _timings(timings: list[Timing]) -> Iterator[tuple[str, ...]]:
+def _timings(timings: list[Timing]) -> Iterator[str]:
+    """Yield a line for each provider, below one for the case."""
     before = None
+    yield f"{'us':>12}{'GB/s':>10}{'share':>8}"
     for timing in timings:
         case = case_of(timing)
-        described = (case.size, case.dtype, case.kind, case.layout)
-        yield (
-            *(("",) * 4 if case == before else described),
-            _label(timing["provider"]),
-            f"{timing['microseconds']:,.2f}",
-            f"{timing['gigabytes_per_second']:,.1f}",
-            f"{timing['share']:.3f}",
-        )
+        if case != before:
+            yield str(case)
         before = case
+        yield (
+            f"{timing['microseconds']:12,.2f}{timing['gigabytes_per_second']:10,.1f}"
+            f"{timing['share']:8.3f}  {_label(timing['provider'])}"
+        )
 
 
 def _target(row: Verdict) -> tuple[str, ...]:
     measured = "" if row["measured"] is None else f"{row['measured']:g}"
-    verdict = {True: "met", False: "[bold red]missed[/]", None: "not measured"}[row["met"]]
+    verdict = {True: "met", False: "missed", None: "not measured"}[row["met"]]
     return row["what"], row["needed"], measured, verdict, row["where"] or ""
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tolerances import EPS_FLOAT32, EPS_ONE_ROUNDING, EPS_TWO_ROUNDINGS
 
 from cupy_headnorm import HeadNorm, cli
 from cupy_headnorm._commands import demo
+from cupy_headnorm._commands import inspect as inspect_command
 from cupy_headnorm._cuda import environment as cuda_environment
 
 
@@ -239,7 +241,6 @@ def test_output_into_a_closed_pipe_is_no_error():
 
 
 def test_bench_prints_a_table(capsys):
-    pytest.importorskip("rich")
     code, out, err = in_process(
         capsys, "bench", "--tokens", 2, "--num-heads", 2, "--head-dim", 64, "--dtype", "float16",
         "--kind", "rms", "layer", "--layout", "contiguous", "in-place", "packed-qkv",
@@ -271,7 +272,6 @@ def model(tmp_path):
 
 
 def test_inspect_prints_tables(model, capsys):
-    pytest.importorskip("rich")
     code, out, err = in_process(capsys, "inspect", model)
     assert (code, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
@@ -288,6 +288,26 @@ def test_inspect_prints_tables(model, capsys):
         "1 model.layers.*.self_attn.v_norm (16,) F32 nothing is known of such"
     )
     assert "Note: k: config.json decides num_heads: no k_proj to check against" in lines
+
+
+def test_inspect_says_what_its_columns_mean(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", "--help"])
+    told = capsys.readouterr().out
+    for column in inspect_command._NORMS:
+        assert f"\n  {column} " in told
+
+
+def test_the_script_is_called_by_its_own_name(model):
+    """It stands beside the interpreter of an environment that the package is installed in."""
+    script = Path(sys.executable).with_name("cupy-headnorm")
+    if not script.exists():
+        pytest.skip("the package is not installed: run from a bare checkout")
+    done = subprocess.run([script, "inspect"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith("see cupy-headnorm inspect --help\n")
+    done = subprocess.run([script, "inspect", model], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"sarvam_moe in {model}\n")
 
 
 def test_inspect_prints_json(model, capsys):

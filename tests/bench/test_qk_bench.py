@@ -13,7 +13,6 @@ from cupy_headnorm.bench.providers import QK_PROVIDERS as PROVIDERS
 from cupy_headnorm.bench.workloads import QK_CASE as CASE
 from cupy_headnorm.bench.workloads import Case
 
-pytest.importorskip("rich")
 pytestmark = pytest.mark.usefixtures("host")
 
 OURS = ("ours", "ours-positions", "ours-plain", "ours-two")

@@ -189,7 +189,7 @@ from cupy_headnorm import CheckpointError, HeadNorm
 from cupy_headnorm.pretrained import head_norms
 from cupy_headnorm import QKNorm
 from cupy_headnorm._commands import inspect
-import ml_dtypes, safetensors, rich.table
+import ml_dtypes, safetensors
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20),) * 2)
 for path in sys.argv[1:]:

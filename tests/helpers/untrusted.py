@@ -209,10 +209,8 @@ def read_all(folder):
 
 
 def shown(found):
-    from rich.console import Console
-
-    file = io.StringIO()
-    inspect.show(found, Console(file=file, width=100))
+    with contextlib.redirect_stdout(io.StringIO()) as file:
+        inspect.show(found)
     return file.getvalue()
 
 
