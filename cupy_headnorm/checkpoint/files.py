@@ -11,6 +11,7 @@ read, who writes an index does not. A file that is changed while it is read is n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,13 +128,71 @@ def files(path: Any, *, variant: str | None = None) -> dict[str, Path]:
             if (path / single).is_file():
                 return dict.fromkeys(keys_of(path / single), path / single)
             if (path / index).is_file():
-                return _indexed(path / index)
+                indexed = _indexed(path / index)
+                own = [] if any(shard.exists() for shard in set(indexed.values())) else _own(path)
+                return _held_by(own) if own and variant is None else indexed
+        own = _own(path) if variant is None else []
+        if own:
+            return _held_by(own)
         entries = sorted(path.iterdir(), key=lambda entry: entry.name)[:8]
         told = [f"{e.name}{'' if e.is_file() else ' (no file)'}" for e in entries]
         listed = ", ".join(told) or "nothing"
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
     raise CheckpointError(f"{path} holds {listed}; needs {singles[0]} or {indices[0]}")
+
+
+def stale_index(path: Any, used: Iterable[Path], variant: str | None) -> Iterator[str]:
+    """Yield a note where a folder's index names none of the files that are `used` in its place."""
+    _, indices = _names(variant)
+    names = sorted({file.name for file in used})
+    for index in indices if Path(path).is_dir() else ():
+        if names and (Path(path) / index).is_file():
+            named = {shard.name for shard in _indexed(Path(path) / index).values()}
+            if named.isdisjoint(names):
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                yield f"{index} names files that are not there; read instead: {names[0]}{more}"
+            return
+
+
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+def _own(folder: Path) -> list[Path]:
+    """
+    Return the one file or the shards that a folder holds under a name of their own.
+
+    Conversions call them ``output.safetensors``, or ``output-00001-of-00002.safetensors``. One
+    with a dot in it, ``model.fp16.safetensors``, is a variant, which is asked for.
+    """
+    sets: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.is_file() and "." not in path.stem:
+            shard = _SHARD.fullmatch(path.name)
+            sets.setdefault(f"{shard[1]}-*-of-{shard[3]}" if shard else path.name, []).append(path)
+    if len(sets) > 1:
+        raise CheckpointError(
+            f"{folder} holds {' and '.join(list(sets)[:4])}; needs {SINGLE}, {INDEX} or one "
+            "set of files"
+        )
+    for name, paths in sets.items():
+        shard = _SHARD.fullmatch(paths[0].name)
+        if shard and len(paths) != int(shard[3]):
+            raise CheckpointError(f"{folder} holds {len(paths)} of {name}; needs all of them")
+        return paths
+    return []
+
+
+def _held_by(paths: Iterable[Path]) -> dict[str, Path]:
+    held: dict[str, Path] = {}
+    for path in paths:
+        for name in keys_of(path):
+            other = held.setdefault(name, path)
+            if other != path:
+                raise CheckpointError(
+                    f"{other} and {path} both hold {name}; needs one file for each tensor"
+                )
+    return held
 
 
 def _names(variant: str | None) -> tuple[list[str], list[str]]:

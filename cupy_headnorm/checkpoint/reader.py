@@ -134,6 +134,8 @@ class Reader:
             return refuse(norm, f"{model_type}: {reason}")
         bias_dtype, bias_shape = self._stored(name, biases)
         for stored in filter(None, (dtype, bias_dtype)):
+            if stored == checkpoint_tensors.LACKING:
+                return refuse(norm, "the index names its tensor, and the file lacks it")
             if stored not in dtypes.BY_SAFETENSORS:
                 return refuse(norm, f"its dtype is {stored}; needs {dtypes.NEEDED}")
         if role.weight != "none" and (not weights or bool(biases) != role.bias):
@@ -260,7 +262,8 @@ class Reader:
         dtype, shape = self.tensors.get(name, ("", ()))
         if dtype not in _WHOLE or len(shape) != 2:
             what = role.projection.rpartition(".")[2] or "projection"
-            why = f"{what} is packed" if dtype else f"no {what} to check against"
+            packed = dtype not in ("", checkpoint_tensors.LACKING)
+            why = f"{what} is packed" if packed else f"no {what} to check against"
             if heads is not None and role.weight != "full":
                 notes.append(f"config.json decides num_heads: {why}")
             return heads

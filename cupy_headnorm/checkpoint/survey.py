@@ -14,6 +14,7 @@ import numpy as np
 from cupy_headnorm.checkpoint import files
 from cupy_headnorm.checkpoint import tensors as checkpoint_tensors
 from cupy_headnorm.checkpoint.files import CheckpointError, short
+from cupy_headnorm.checkpoint.folder import model_folder
 from cupy_headnorm.checkpoint.layers import (
     PLACE,
     Group,
@@ -148,9 +149,11 @@ class Survey(NamedTuple):
 
 def survey(folder: Any, *, variant: str | None = None, full_width: bool = False) -> Survey:
     """Read a folder's config and headers and `find` its norms; errors are those of all three."""
+    folder = model_folder(folder)
     config = files.config(folder)
-    tensors, where = checkpoint_tensors.survey(folder, variant=variant)
+    tensors, where, notes = checkpoint_tensors.survey(folder, variant=variant)
     found = find(config, tensors, full_width=full_width)
+    found = found._replace(notes=(*notes, *found.notes))
     return Survey(config, tensors, where, _without_sums(found, where))
 
 

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from cupy_headnorm._arrays import dtypes
-from cupy_headnorm.checkpoint.files import CheckpointError, files, keys_of, open_file, short
+from cupy_headnorm.checkpoint.files import (
+    CheckpointError,
+    files,
+    keys_of,
+    open_file,
+    short,
+    stale_index,
+)
 
 __all__ = [
     "heads_of",
@@ -26,18 +33,21 @@ __all__ = [
 ]
 
 _LONGEST_NAME = 1000
+LACKING = "lacking"
+"""Stands for the dtype of a tensor that an index names and its file has not."""
 WEIGHTS = ("weight", "scale", "gamma")
 """What a norm's weight is called, by torch's modules first, then by JAX's."""
 
 
 def survey(
     path: Any, *, variant: str | None = None
-) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Path]]:
+) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Path], tuple[str, ...]]:
     """
     Return dtype, as safetensors spells it, and shape of every tensor, and the file that holds it.
 
     No tensor's data is read. Tensors of a shard that its index does not name are among them:
-    transformers loads them too.
+    transformers loads them too. One that its shard lacks has the dtype `LACKING`. Last are notes:
+    what of the index is not so.
 
     Parameters
     ----------
@@ -49,8 +59,8 @@ def survey(
     Raises
     ------
     CheckpointError
-        Beside the errors of `read_norm`: two shards hold one tensor, or a shard lacks what the
-        index puts there; a name is longer than 1000 characters.
+        Beside the errors of `read_norm`: two shards hold one tensor; a name is longer than 1000
+        characters.
     """
     where = files(path, variant=variant)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -70,10 +80,20 @@ def survey(
                     )
                 stored = file.get_slice(name)
                 found[name] = (stored.get_dtype(), tuple(stored.get_shape()))
-    for name, file_path in where.items():
-        if holder.get(name) != file_path:
-            raise CheckpointError(f"{file_path} lacks {name}, which the index puts there")
-    return found, holder
+    lacking = [name for name, file_path in where.items() if holder.get(name) != file_path]
+    elsewhere = next((name for name in lacking if name in holder), None)
+    if elsewhere is not None:
+        raise CheckpointError(
+            f"{where[elsewhere]} lacks {elsewhere}, which the index puts there and "
+            f"{holder[elsewhere]} holds; needs one file for each tensor"
+        )
+    for name in lacking:
+        found[name], holder[name] = (LACKING, ()), where[name]
+    notes = [*stale_index(path, where.values(), variant)]
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        notes.append(f"{where[lacking[0]].name} lacks {lacking[0]}{more}, which the index names")
+    return found, holder, tuple(notes)
 
 
 def written_by_mlx(paths: Iterable[Path]) -> set[Path]:

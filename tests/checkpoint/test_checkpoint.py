@@ -189,7 +189,11 @@ def test_what_is_no_file_is_not_waited_for(shards):
     os.mkfifo(folder / files.INDEX)
     with pytest.raises(CheckpointError, match="has no config.json"):
         files.config(folder)
-    with pytest.raises(CheckpointError, match="needs model.safetensors or model"):
+    assert {path.name for path in files.files(folder).values()} == {
+        f"model-0000{i}-of-00002.safetensors" for i in (1, 2)
+    }
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"holds 1 of model-\*-of-00002; needs all of them"):
         files.files(folder)
 
 
@@ -375,8 +379,11 @@ def test_headers_need_every_shard(shards):
     folder, weight, _ = shards
     first = folder / "model-00001-of-00002.safetensors"
     save_file({"other.weight": weight}, first)
+    found, _, notes = tensors.survey(folder)
+    assert found[f"{KEY}.weight"] == (tensors.LACKING, ())
+    assert notes == (f"{first.name} lacks {KEY}.weight, which the index names",)
     with pytest.raises(CheckpointError, match=rf"lacks {KEY}.weight, which the index puts there"):
-        tensors.survey(folder)
+        tensors.read_norm(folder, KEY)
     first.unlink()
     with pytest.raises(CheckpointError, match=r"model-00001-of-00002.safetensors does not exist"):
         tensors.survey(folder)

@@ -161,7 +161,7 @@ def read_all(folder):
         checkpoint_files.config(folder)
     names = []
     with door():
-        found, holder = tensors.survey(folder)
+        found, holder, _ = tensors.survey(folder)
         assert found.keys() == holder.keys()
         names = tensors.tensor_names(folder)
     for name in names[:2]:
