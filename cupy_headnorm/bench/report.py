@@ -107,12 +107,12 @@ def _needs(library: str, what: str) -> None:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Draw bandwidth against tokens, with the ceiling, and the host's time of each call."""
+    """Draw times the ceiling's time against tokens, and the host's time of each call."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     case, lines = _lines(results.timings)
-    drawings = [partial(_bandwidth, case=case, lines=lines)] if lines else []
+    drawings = [partial(_times, case=case, lines=lines)] if lines else []
     drawings += [partial(_bars, host=results.host)] if results.host else []
     if not drawings:
         raise ValueError("the results hold neither device nor host times; needs one to plot")
@@ -137,23 +137,17 @@ def _lines(timings: list[Timing]) -> tuple[Case | None, dict[str, list[tuple[int
     case = max(groups, key=lambda c: len({t["tokens"] for t in groups[c]}))
     providers = Counter(timing["tokens"] for timing in groups[case])
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    ceiling = {}
-    # The largest share last: it says the most exactly what it is a share of.
-    for timing in sorted(groups[case], key=lambda t: (t["tokens"], t["share"])):
-        tokens, speed = timing["tokens"], timing["gigabytes_per_second"]
-        if providers[tokens] == 1 < max(providers.values()):
+    for timing in sorted(groups[case], key=lambda t: t["tokens"]):
+        if providers[timing["tokens"]] == 1 < max(providers.values()):
             continue  # measured for a number to reach, not to compare
-        ceiling[tokens] = speed / max(timing["share"], 1e-4)
-        points[timing["provider"]].append((tokens, speed))
-    lines = {n: points[n] for n in _PROVIDERS if n in points and n not in CEILINGS}
-    return case, lines | {"ceiling": list(ceiling.items())}
+        times = 1 / max(timing["share"], 1e-4)
+        points[timing["provider"]].append((timing["tokens"], times))
+    return case, {n: points[n] for n in _PROVIDERS if n in points and n not in CEILINGS}
 
 
-def _bandwidth(axes: Any, case: Any, lines: dict[str, list[Any]]) -> None:
-    special: dict[str, dict[str, Any]] = {
-        "ours": {"linewidth": 3, "markersize": 6, "zorder": 4},
-        "ceiling": {"linestyle": "--", "marker": "", "label": "copy or multiply", "zorder": 3},
-    }
+def _times(axes: Any, case: Any, lines: dict[str, list[Any]]) -> None:
+    special: dict[str, dict[str, Any]] = {"ours": {"linewidth": 3, "markersize": 6, "zorder": 4}}
+    axes.axhline(1, color="#000000", linestyle="--", linewidth=1, label="copy or multiply")
     for name, points in lines.items():
         style = {"color": _COLOURS.get(name, "#000000"), "linewidth": 1.4, "marker": "o"}
         style |= {"markersize": 3.5, "label": _label(name), "zorder": 2, **special.get(name, {})}
@@ -163,12 +157,16 @@ def _bandwidth(axes: Any, case: Any, lines: dict[str, list[Any]]) -> None:
     shown = counts if len(counts) < 7 else counts[::2]
     axes.set_xscale("log", base=2)
     axes.set_xticks(shown, [f"{count:,}" for count in shown])
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel="tokens", ylabel="GB/s, read and written")
+    largest = max(times for points in lines.values() for _, times in points)
+    marks = [mark for mark in (1, 2, 5, 10, 20, 50, 100, 200, 500) if mark <= 1.2 * largest]
+    axes.set_yscale("log")
+    axes.set_yticks(marks, [f"{mark}" for mark in marks])
+    axes.minorticks_off()
+    axes.set(xlabel="tokens", ylabel="times the time of a copy")
     size = f"{case.heads} heads x {case.head_dim}"
-    axes.set_title(f"Bandwidth: {case.kind}, {case.dtype}, {size}", fontsize=11)
+    axes.set_title(f"Device time: {case.kind}, {case.dtype}, {size}", fontsize=11)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(0, 0.6))
 
 
 def _bars(axes: Any, host: list[HostTime]) -> None:
