@@ -462,7 +462,7 @@ def test_inspect_reads_a_variant(model, capsys):
 def test_inspect_names_what_it_cannot_read(model, capsys):
     code, out, err = in_process(capsys, "inspect", "/nowhere")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "/nowhere has no config.json" in err
+    assert "/nowhere does not exist; needs a model's folder" in err
     (model / "config.json").write_text(json.dumps({**CONFIG, "model_type": "new [bold]comer"}))
     code, out, err = in_process(capsys, "inspect", model, "--json")
     assert (code, out, err.count("\n")) == (2, "", 1)

@@ -286,7 +286,7 @@ def test_a_folder_that_is_none_is_told_of_its_config():
     for read in (head_norms, lambda folder: HeadNorm.from_pretrained(folder, "q_norm")):
         with pytest.raises(
             CheckpointError,
-            match=r"^Qwen/Qwen3-8B is no folder, .* snapshot_download\('Qwen/Qwen3-8B'\)",
+            match=r"^Qwen/Qwen3-8B is no folder, .*snapshot_download\('Qwen/Qwen3-8B'\)",
         ):
             read("Qwen/Qwen3-8B")
         with pytest.raises(CheckpointError, match="^/no/such/folder does not exist; needs a model"):

@@ -113,7 +113,7 @@ def speed_rows(results):
 
 def test_readmes_figure_and_table_are_of_the_committed_results():
     section = README.partition("## How fast\n")[2].partition("\n## ")[0]
-    (figure,) = re.findall(r"!\[[^]]*\]\((.*)\)", section)
+    (figure,) = re.findall(r"!\[[^]]*\]\((.*)\)", README)
     results = record.read((ROOT / figure).with_suffix(".json"))
     stamp = f"{results.device}, {results.date[:10]}"
     assert f"{stamp}, `{results.command}`" in section

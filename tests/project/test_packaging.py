@@ -1,6 +1,7 @@
 """Wheel and sdist hold all that runs and tests need, and run from there."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,19 @@ def test_wheel_holds_the_package_and_every_kernel(dist):
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"cupy_headnorm"}
     assert not any("kernels/__init__" in name for name in names)
+
+
+def test_the_index_can_show_the_description(dist):
+    pytest.importorskip("twine")
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, dist.iterdir())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_repositorys_address_is_one_placeholder():
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("*.cf[fg]"), *(ROOT / "docs").glob("*/*.md")]
+    found = [path.name for path in texts for _ in re.findall(r"\bREPOSITORY\b", path.read_text())]
+    assert sorted(found) == ["CONTRIBUTING.md", "README.md"]
 
 
 def test_sdist_holds_tests_notebooks_and_the_makefile(dist):
