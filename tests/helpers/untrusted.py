@@ -80,8 +80,8 @@ def in_time(folder, times=1):
     timers = ((signal.SIGALRM, signal.ITIMER_REAL, SECONDS),
               (signal.SIGPROF, signal.ITIMER_PROF, most))  # fmt: skip
     before = [signal.signal(number, late) for number, _, _ in timers]
-    # What other tests of the process have left is no work of the door's: with torch and JAX in it, a
-    # collection over all of it takes half a second.
+    # What other tests have left in the process is no work of the door's: with torch and JAX there,
+    # a collection over all of it takes half a second.
     gc.freeze()
     for _, timer, seconds in timers:
         signal.setitimer(timer, seconds)
